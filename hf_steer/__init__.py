@@ -1,0 +1,38 @@
+"""Patch live Hugging Face models: turn the gaze of a reasoning decoder, align frozen encoders with it."""
+
+from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.errors import ConfigError, FileError, PatchError, SaliencyError, SteerError
+from hf_steer.io import from_pretrained, save_steering
+from hf_steer.patching import (
+    SteerStatus,
+    disable_steering,
+    get_steer_status,
+    patch_model,
+    print_trainable_parameters,
+    unpatch_model,
+    use_saliency,
+)
+from hf_steer.saliency import Saliency
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "ConfigError",
+    "FileError",
+    "PatchError",
+    "Saliency",
+    "SaliencyConfig",
+    "SaliencyError",
+    "SteerConfig",
+    "SteerError",
+    "SteerStatus",
+    "disable_steering",
+    "from_pretrained",
+    "get_steer_status",
+    "patch_model",
+    "print_trainable_parameters",
+    "save_steering",
+    "unpatch_model",
+    "use_saliency",
+]

@@ -1,0 +1,1 @@
+"""Experiments and pictures; nothing else imports this package but the command line."""

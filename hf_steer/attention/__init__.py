@@ -1,0 +1,22 @@
+"""Pure functions with transformers' attention signature; one file per way to carry the bias."""
+
+from hf_steer.attention.backends import BACKENDS, choose_backend
+from hf_steer.attention.bias import head_bias
+from hf_steer.attention.steered import (
+    STEERABLE,
+    SteeredCall,
+    recording_attention,
+    registered_name,
+    steered_attention,
+)
+
+__all__ = [
+    "BACKENDS",
+    "STEERABLE",
+    "SteeredCall",
+    "choose_backend",
+    "head_bias",
+    "recording_attention",
+    "registered_name",
+    "steered_attention",
+]

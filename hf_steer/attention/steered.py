@@ -1,0 +1,80 @@
+"""What steered attention modules call instead of the function that they had; unsteered calls reach it unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_steer.attention.backends import BACKENDS, choose_backend
+from hf_steer.errors import SteerError
+from hf_steer.saliency import EyeRecorder
+from hf_steer.values import HeadBias
+
+STEERABLE = ("eager", "sdpa")
+"""Implementations that these functions can wrap."""
+
+
+@dataclass
+class SteeredCall:
+    """Rides through one forward pass as the keyword argument `hf_steer`; complete before the first decoder layer runs.
+
+    It is an argument and not a global, so that threads, and gradient checkpointing's recomputation, see their own.
+
+    Attributes:
+        biases: layer -> bias, for the layers to steer in this pass.
+        backend: what the user asked for.
+    """
+
+    biases: Mapping[int, HeadBias] = field(default_factory=dict)
+    backend: str = "auto"
+
+
+def registered_name(implementation: str, part: str, family: str) -> str:
+    """Name under which a wrapper of `implementation` is registered; it keeps that name, which transformers looks for."""
+    return f"hf_steer_{part}_{family}_{implementation}"
+
+
+def steered_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    inner: Callable[..., Any],
+    hf_steer: SteeredCall | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention of a decoder layer with its heads' bias; exactly `inner` when this pass has none for the layer."""
+    bias = None if hf_steer is None else hf_steer.biases.get(module.layer_idx)  # type: ignore[arg-type]
+    if bias is None or hf_steer is None:
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    if bias.key.shape[1] != key.shape[2]:
+        raise SteerError(
+            f"layer {module.layer_idx} attends to {key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
+            "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
+        )
+    if bias.key.device != key.device:
+        bias = HeadBias(bias.query.to(key.device), bias.key.to(key.device))
+    backend = choose_backend(hf_steer.backend, query, bias, kwargs.get("scaling"))
+    return BACKENDS[backend](inner, module, query, key, value, attention_mask, bias, **kwargs)
+
+
+def recording_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    inner: Callable[..., Any],
+    hf_steer: EyeRecorder | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention of a vision block, unchanged; a recorder that rides along takes the attention that patches receive."""
+    if hf_steer is not None:
+        hf_steer.add(module, query, key, kwargs["scaling"])
+    return inner(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,76 @@
+"""Checks of single configuration values: they return the canonical form, or raise a `ConfigError` that names the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from hf_steer.errors import ConfigError
+from hf_steer.values import FrozenMap
+
+Heads: TypeAlias = Literal["all"] | Mapping[int, "tuple[int, ...] | Literal['all']"]
+Strength: TypeAlias = float | Mapping[int, "float | Mapping[int, float]"]
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False; got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number; got {value!r}.")
+
+
+def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int, ...]:
+    try:
+        indices = tuple(values)
+    except TypeError as error:
+        raise ConfigError(f"{name} must be a sequence of integers; got {values!r}.") from error
+    if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise ConfigError(f"{name} must be a non-empty sequence of integers; got {values!r}.")
+    if not signed and min(indices) < 0:
+        raise ConfigError(f"{name} must not be negative; got {values!r}.")
+    if len(set(indices)) != len(indices):
+        raise ConfigError(f"{name} names one twice; got {values!r}.")
+    return indices
+
+
+def check_heads(heads: Any) -> Heads:
+    if heads == "all":
+        return "all"
+    if not isinstance(heads, Mapping) or not heads:
+        raise ConfigError(f'attention.heads must be "all" or a mapping of layers to heads; got {heads!r}.')
+    check_indices("attention.heads", heads, signed=True)
+    return FrozenMap(
+        {
+            layer: "all" if chosen == "all" else check_indices(f"attention.heads of layer {layer}", chosen)
+            for layer, chosen in heads.items()
+        }
+    )
+
+
+def check_strength(strength: Any) -> Strength:
+    if not isinstance(strength, Mapping):
+        check_number("attention.strength", strength)
+        return float(strength)
+    if not strength:
+        raise ConfigError("attention.strength must not be empty; give one number, or one per layer or head.")
+    check_indices("attention.strength", strength, signed=True)
+    checked: dict[int, float | Mapping[int, float]] = {}
+    for layer, value in strength.items():
+        if isinstance(value, Mapping):
+            check_indices(f"attention.strength of layer {layer}", value)
+            for head, number in value.items():
+                check_number(f"attention.strength of layer {layer}, head {head}", number)
+            checked[layer] = FrozenMap({head: float(number) for head, number in value.items()})
+        else:
+            check_number(f"attention.strength of layer {layer}", value)
+            checked[layer] = float(value)
+    return FrozenMap(checked)

@@ -1,0 +1,21 @@
+"""Every error that hf_steer raises on purpose; each is also the built-in that a caller would expect."""
+
+
+class SteerError(Exception):
+    """Root of all hf_steer errors. Messages say what was wrong, what came, what is allowed, and what to do next."""
+
+
+class ConfigError(SteerError, ValueError):
+    """A `SteerConfig` that is wrong in itself, or does not fit the model."""
+
+
+class SaliencyError(SteerError, ValueError):
+    """Saliency that is malformed, or does not fit the prompt."""
+
+
+class PatchError(SteerError, RuntimeError):
+    """The model is not in the state that the call needs: unknown, patched already, or changed since."""
+
+
+class FileError(SteerError, OSError):
+    """A file of a saved steering that is missing, truncated, foreign or from a newer version."""

@@ -1,0 +1,81 @@
+"""Save and load: a base model that anything can read, with the steering beside it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_steer.config import CONFIG_NAME, SteerConfig
+from hf_steer.errors import FileError, PatchError
+from hf_steer.families import family_of
+from hf_steer.patching import patch_model
+from hf_steer.patching.context import steering_of
+
+_HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+
+
+def save_steering(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Write only the steering of a patched model, `steer_config.json`; the base model is not written.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    steering_of(model).save(directory)
+
+
+def from_pretrained(
+    id_or_dir: str | os.PathLike[str],
+    steer_config: SteerConfig | str | os.PathLike[str] | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Load a model with its steering.
+
+    Args:
+        id_or_dir: folder or Hub repository of the base model. Its class is the first of `architectures` in `config.json`.
+        steer_config: a SteerConfig, or the folder or Hub repository of one; when None, `steer_config.json` beside the model.
+        **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
+
+    Returns:
+        The patched model.
+
+    Raises:
+        FileError: no model or no steering configuration there, or one that cannot be read.
+        ConfigError: a configuration from a newer version, or for another model.
+        PatchError: a model of an unknown family. Everything that can be checked is checked before weights are read.
+    """
+    hub = {key: model_kwargs[key] for key in _HUB_KEYS if key in model_kwargs}
+    if steer_config is None:
+        config = SteerConfig.from_pretrained(id_or_dir, **hub)
+    elif isinstance(steer_config, SteerConfig):
+        config = steer_config
+    else:
+        config = SteerConfig.from_pretrained(steer_config, **{key: hub[key] for key in hub if key in ("token", "cache_dir", "local_files_only")})
+    model_class = model_class_of(read_base_config(id_or_dir, **hub))
+    return patch_model(model_class.from_pretrained(id_or_dir, **model_kwargs), config)
+
+
+def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> PreTrainedConfig:
+    """`config.json` of a model; FileError when there is none that transformers can read."""
+    try:
+        return AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(
+            f"{os.fspath(id_or_dir)!r} holds no model configuration that transformers can read ({error}). A folder with "
+            f"{CONFIG_NAME} alone is a steering: give it as steer_config=, and the base model first."
+        ) from error
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `architectures` names, in a family that can be patched."""
+    family_of(config.model_type)
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise PatchError(
+            f"config.json names architectures {names}; the first must be a class of transformers {transformers.__version__}. "
+            "Load the model yourself and call patch_model(model, config)."
+        )
+    return found  # type: ignore[no-any-return]

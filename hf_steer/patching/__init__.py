@@ -1,0 +1,22 @@
+"""The one place that touches a live model: plan (every check) · edits (reversible) · runtime · handle."""
+
+from hf_steer.patching.context import disable_steering, use_saliency
+from hf_steer.patching.patch import (
+    SteerStatus,
+    get_steer_status,
+    patch_model,
+    print_trainable_parameters,
+    unpatch_model,
+)
+from hf_steer.patching.plan import make_plan
+
+__all__ = [
+    "SteerStatus",
+    "disable_steering",
+    "get_steer_status",
+    "make_plan",
+    "patch_model",
+    "print_trainable_parameters",
+    "unpatch_model",
+    "use_saliency",
+]

@@ -1,0 +1,133 @@
+"""What holds for a stretch of the caller's code, thread by thread: the saliency in force, and the prompt of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from hf_steer.errors import PatchError, SaliencyError
+from hf_steer.patching.state import CacheState
+from hf_steer.saliency import EyeRecord, Saliency
+
+STEERING = "hf_steer"
+"""Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a call says about its input, before anything ran.
+
+    Attributes:
+        input_ids: `(batch, tokens)`; None when only `inputs_embeds` came.
+        shape: batch and tokens.
+        first_position: key position of the first token: 0, or the cache's length when only new tokens came.
+        real: `(batch, first_position + tokens)` bool, False for padding; None when no mask came.
+        grids: modality -> `(pictures, 3)` in patches.
+        encoded: modality -> what the patched tower recorded earlier, for encoder outputs that the caller passed in.
+        raw: modalities whose pixels come with the call, in the order in which the model encodes them.
+        labelled: `(batch, tokens)` bool, True where the next token is a label; None without labels.
+    """
+
+    input_ids: Tensor | None
+    shape: tuple[int, int]
+    first_position: int
+    real: Tensor | None
+    grids: Mapping[str, Tensor]
+    encoded: Mapping[str, EyeRecord | None]
+    raw: tuple[str, ...]
+    labelled: Tensor | None = None
+
+
+@dataclass
+class GenerateScope:
+    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart."""
+
+    prompt: Prompt
+    records: list[EyeRecord] = field(default_factory=list)
+    started: bool = False
+    state: CacheState | None = None
+
+
+_STATEMENTS: ContextVar[Mapping[int, Saliency | None]] = ContextVar("hf_steer_statements", default={})  # noqa: B039 - never mutated
+_SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated
+
+
+@contextmanager
+def use_saliency(model: Any, saliency: Saliency) -> Iterator[None]:
+    """Steer this model's calls inside the block by what the user says, instead of by the model's own eyes.
+
+    It holds for the thread that enters it. A streamer's thread needs its own: run `generate` in a function that enters
+    the block, or start it through `contextvars.copy_context().run`.
+
+    Args:
+        model: a patched model.
+        saliency: where to look; rows count as in `input_ids`, before `generate` expands them for beams.
+
+    Raises:
+        PatchError: the model is not patched, or its configuration steers no attention.
+        SaliencyError: not a Saliency. That it fits the prompt is checked when the model is called.
+    """
+    steering = steering_of(model)
+    if not isinstance(saliency, Saliency):
+        raise SaliencyError(f"use_saliency takes a Saliency, such as Saliency.from_boxes(...); got {type(saliency).__name__}.")
+    if steering.plan.config.attention is None:
+        raise PatchError("this model's SteerConfig has attention=None, so there is no gaze to steer; see AttentionConfig.")
+    with _entered(_STATEMENTS, steering, saliency):
+        yield
+
+
+@contextmanager
+def disable_steering(model: Any) -> Iterator[None]:
+    """Run this model's calls inside the block, in this thread, exactly as if it were not patched.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    with _entered(_STATEMENTS, steering_of(model), None):
+        yield
+
+
+def steering_of(model: Any) -> Any:
+    """The steering of a patched model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    steering = getattr(model, "_modules", {}).get(STEERING)
+    if steering is None:
+        raise PatchError(f"this {type(model).__name__} is not patched; call hf_steer.patch_model(model, config) first.")
+    return steering
+
+
+def statement_for(steering: object) -> tuple[bool, Saliency | None]:
+    """Whether steering is on for this thread, and what the user says, if anything."""
+    statements = _STATEMENTS.get()
+    return statements.get(id(steering), True) is not None, statements.get(id(steering))
+
+
+def scope_for(steering: object) -> GenerateScope | None:
+    """The call of `generate` that this thread is in."""
+    return _SCOPES.get().get(id(steering))
+
+
+@contextmanager
+def generate_scope(steering: object, prompt: Prompt) -> Iterator[None]:
+    """Hold a prompt for the forward passes of one call of `generate`."""
+    with _entered(_SCOPES, steering, GenerateScope(prompt)):
+        yield
+
+
+@contextmanager
+def _entered(variable: ContextVar[Mapping[int, Thing]], steering: object, thing: Thing) -> Iterator[None]:
+    token = variable.set({**variable.get(), id(steering): thing})
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -1,0 +1,77 @@
+"""Reversible changes to a live model. Each is a context manager that puts back what was there before.
+
+They are classes with plain attributes and not generators, so that a patched model can be copied: the copy's edits then
+point to the copy's modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+
+
+class AddSubmodule:
+    """Register `child` as `parent.<name>`."""
+
+    def __init__(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        self.parent, self.name, self.child = parent, name, child
+
+    def __enter__(self) -> None:
+        self.parent.add_module(self.name, self.child)
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self.parent, self.name)
+
+
+class SetAttribute:
+    """Set an attribute on one instance; undoing restores the instance's own value, or uncovers the class's."""
+
+    def __init__(self, target: Any, name: str, value: Any) -> None:
+        self.target, self.name, self.value = target, name, value
+
+    def __enter__(self) -> None:
+        self.had = self.name in vars(self.target)
+        self.previous = vars(self.target).get(self.name)
+        setattr(self.target, self.name, self.value)
+
+    def __exit__(self, *_: object) -> None:
+        if self.had:
+            setattr(self.target, self.name, self.previous)
+        else:
+            delattr(self.target, self.name)
+
+
+class SetAttentionFunction:
+    """Give one attention module its own shallow config copy that names another attention function.
+
+    Masks are built from the model's config, which stays as it is, and so do all other layers.
+    """
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __enter__(self) -> None:
+        self.previous = self.module.config
+        config = copy.copy(self.previous)
+        config._attn_implementation_internal = self.name  # the property's setter would reach into shared sub-configs
+        self.module.config = config
+
+    def __exit__(self, *_: object) -> None:
+        self.module.config = self.previous
+
+
+class AddHook:
+    """Add a hook that sees keyword arguments; `hook` is a bound method of a registered submodule."""
+
+    def __init__(self, module: nn.Module, kind: Literal["before", "after"], hook: Callable[..., Any]) -> None:
+        self.module, self.kind, self.hook = module, kind, hook
+
+    def __enter__(self) -> None:
+        register = self.module.register_forward_pre_hook if self.kind == "before" else self.module.register_forward_hook
+        self.handle = register(self.hook, prepend=True, with_kwargs=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()

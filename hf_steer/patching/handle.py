@@ -1,0 +1,211 @@
+"""The submodule that a patched model carries: its hooks are the only code of ours that runs inside the model's calls."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+from hf_steer.attention import registered_name
+from hf_steer.errors import PatchError
+from hf_steer.patching.context import STEERING, generate_scope, scope_for, statement_for
+from hf_steer.patching.edits import AddHook, AddSubmodule, SetAttentionFunction, SetAttribute
+from hf_steer.patching.plan import implementation_of
+from hf_steer.patching.runtime import Ride, make_biases, make_gate, read_prompt, resolve_state
+from hf_steer.patching.state import read_state, write_state
+from hf_steer.saliency import EyeRecorder
+from hf_steer.values import Plan
+
+Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook
+
+
+class Steering(nn.Module):
+    """Plan, undo and hooks of one patched model; a call's own state rides on its arguments and on its cache."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.undo = ExitStack()
+        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
+        anatomy = plan.anatomy
+        self.implementation = implementation_of(anatomy.decoder.config)
+        self.eyes_implementation = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+
+    def edits(self) -> Iterator[Edit]:
+        """All that patching changes, in the order of change."""
+        anatomy = self.plan.anatomy
+        yield AddSubmodule(anatomy.root, STEERING, self)
+        yield SetAttribute(anatomy.root, "save_pretrained", self.save_pretrained)
+        if not self.plan.strengths:
+            return
+        yield SetAttribute(anatomy.root, "generate", self.generate)
+        for site in anatomy.layers:
+            if site.index in self.plan.strengths:
+                yield SetAttentionFunction(site.module, registered_name(self.implementation, "gaze", anatomy.family))
+        for site in self.plan.eyes:
+            name = registered_name(str(self.eyes_implementation), "eyes", anatomy.family)
+            yield SetAttentionFunction(site.module, name)
+        if self.plan.eyes:
+            yield AddHook(anatomy.tower, "before", self.before_tower)
+            yield AddHook(anatomy.tower, "after", self.after_tower)
+        yield AddHook(anatomy.decoder, "before", self.before_decoder)
+        yield AddHook(anatomy.decoder, "after", self.after_decoder)
+        for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
+            yield AddHook(module, "before", self.before_model)
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Root and base model: read the prompt, which the decoder no longer sees. PEFT calls only the base model."""
+        if STEERING in kwargs:
+            return None
+        ride = self._begin(_named(module, args, kwargs))
+        return None if ride is None else (args, {**kwargs, STEERING: ride})
+
+    def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Vision tower: let a recorder ride along when the model's own eyes are wanted."""
+        ride = kwargs.pop(STEERING, None)
+        enabled, statement = statement_for(self)
+        continues = ride is not None and ride.prompt is None
+        if enabled and statement is None and not continues:
+            scope = scope_for(self)
+            sink = ride.records if ride is not None else scope.records if scope is not None else None
+            kwargs = {**kwargs, STEERING: EyeRecorder(sink)}
+        return args, kwargs
+
+    def after_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Vision tower: leave the record on its output, which travels to the decoder even when the caller encodes first."""
+        recorder = kwargs.get(STEERING)
+        if recorder is None:
+            return
+        anatomy = self.plan.anatomy
+        window = (module.window_size, module.patch_size) if anatomy.windowed else None
+        grid = _named(module, args, kwargs)["grid_thw"]
+        record = recorder.finish(grid, merge_size=anatomy.merge_size, window=window)
+        if isinstance(output, ModelOutput):
+            output.hf_steer = record
+
+    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
+        named = _named(module, args, kwargs)
+        ride = kwargs.get(STEERING) or self._begin(named)
+        if ride is None:
+            return None
+        tokens: Tensor = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        (rows, queries), device = tokens.shape[:2], tokens.device
+        cache = named.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if ride.prompt is not None:
+            ride.state = resolve_state(ride, ride.prompt, self.plan, past=int(past), device=device)
+        if ride.state is None:
+            raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
+        ride.state = ride.state.for_rows(rows)
+        if cache is not None:
+            write_state(cache, ride.state)
+        elif (scope := scope_for(self)) is not None:
+            scope.state = ride.state
+        if ride.state.speaks:
+            gate = make_gate(ride, self.plan, rows=rows, queries=queries, past=past, device=device)
+            ride.biases = make_biases(ride.state, self.plan, cache=cache, queries=queries, gate=gate)
+        return args, {**kwargs, STEERING: ride}
+
+    def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Decoder: a cache that it made itself gets the state, for the next turn."""
+        ride = kwargs.get(STEERING)
+        if ride is None or ride.state is None:
+            return
+        values = output.values() if isinstance(output, ModelOutput) else output
+        for cache in (value for value in values if isinstance(value, Cache)):
+            write_state(cache, ride.state)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into."""
+        named = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        if "inputs" in named:
+            named["input_ids"] = named["inputs"]
+        cache = named.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        prompt = read_prompt(named, past=past, whole=True)
+        original = self._original("generate")
+        if prompt is None:
+            return original(*args, **kwargs)
+        with generate_scope(self, prompt):
+            return original(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, with the steering beside the base model."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", None)
+        self._original("save_pretrained")(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save(save_directory)
+        if push_to_hub:
+            hub = {key: kwargs[key] for key in ("token", "private", "revision", "commit_message") if key in kwargs}
+            self.plan.anatomy.root.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write only the steering."""
+        self.plan.config.save_pretrained(directory)
+
+    def _begin(self, named: dict[str, Any]) -> Ride | None:
+        """Start a ride for one forward pass, or none where nothing is to be steered."""
+        self._refuse_changed_implementation()
+        enabled, statement = statement_for(self)
+        if not enabled:
+            return None
+        cache, scope = named.get("past_key_values"), scope_for(self)
+        state = read_state(cache)
+        ride = Ride(backend=self.plan.config.attention.backend, state=state, statement=statement)  # type: ignore[union-attr]
+        if scope is not None:
+            ride.prompt_end = scope.prompt.first_position + scope.prompt.shape[1]
+            if not scope.started:
+                scope.started = True
+                ride.prompt, ride.records = scope.prompt, scope.records
+                return ride
+            ride.state = scope.state if cache is None else state
+            return None if ride.state is None else ride  # another pass inside generate, such as guidance's
+        past = 0 if cache is None else cache.get_seq_length()
+        prompt = read_prompt(named, past=0, whole=False)
+        if prompt is None or self._continues(ride, prompt, past):
+            return None if ride.state is None else ride
+        ride.prompt = read_prompt(named, past=int(past), whole=False)
+        return ride
+
+    def _continues(self, ride: Ride, prompt: Any, past: int | Tensor) -> bool:
+        """One more token on a cache that has its state, and nothing new to see or said: no look at the token is needed."""
+        state = ride.state
+        if state is None or prompt.shape[1] != 1 or prompt.raw or prompt.encoded:
+            return False
+        if ride.statement is not None and ride.statement is not state.statement:
+            return False
+        if isinstance(past, int):
+            ride.state = state.until(past)
+        return isinstance(past, Tensor) or past > 0
+
+    def _original(self, name: str) -> Any:
+        """A method of the root model as it was before patching."""
+        root = self.plan.anatomy.root
+        return self.overridden[name] or getattr(type(root), name).__get__(root)
+
+    def _refuse_changed_implementation(self) -> None:
+        anatomy = self.plan.anatomy
+        now = implementation_of(anatomy.decoder.config)
+        eyes_now = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+        if (now, eyes_now) != (self.implementation, self.eyes_implementation):
+            raise PatchError(
+                f"the attention implementation was {self.implementation!r} when this model was patched and is {now!r} now "
+                f"(vision tower: {self.eyes_implementation!r}, now {eyes_now!r}). Set it before patching: "
+                "unpatch_model(model); model.set_attn_implementation(...); patch_model(model, config)."
+            )
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name."""
+    if not args:
+        return kwargs
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}

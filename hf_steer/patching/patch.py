@@ -1,0 +1,138 @@
+"""patch_model, unpatch_model, and what a patched model tells about itself."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_steer.attention import recording_attention, registered_name, steered_attention
+from hf_steer.config import SteerConfig
+from hf_steer.errors import PatchError
+from hf_steer.patching.context import STEERING, statement_for, steering_of
+from hf_steer.patching.handle import Steering
+from hf_steer.patching.plan import make_plan
+from hf_steer.values import Plan, Site
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class SteerStatus:
+    """What steers a model.
+
+    Attributes:
+        patched: whether `patch_model` has been applied.
+        enabled: whether it is on for this thread (see `disable_steering`).
+        family: the model's row in the families table; None when not patched.
+        heads: layer -> query heads with a strength that is not 0.
+        saliency: `"user"` inside `use_saliency`, else the configured source; None when nothing supplies any.
+        config: the configuration in force.
+    """
+
+    patched: bool
+    enabled: bool = False
+    family: str | None = None
+    heads: dict[int, tuple[int, ...]] | None = None
+    saliency: str | None = None
+    config: SteerConfig | None = None
+
+
+def patch_model(model: Model, config: SteerConfig) -> Model:
+    """Patch a live model in place.
+
+    Args:
+        model: a transformers model of a known family, on any device, in any dtype.
+        config: what to steer.
+
+    Returns:
+        The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
+        nothing says where to look.
+
+    Raises:
+        PatchError: not a model that can be patched; already patched with another configuration.
+        ConfigError: the configuration does not fit this model. In every case the model is as it was.
+    """
+    plan = make_plan(model, config)
+    present = model._modules.get(STEERING)  # type: ignore[attr-defined]
+    if present is not None:
+        if present.plan.config == plan.config:
+            return model
+        raise PatchError(
+            "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
+            "or hf_steer.get_steer_status(model) to see it."
+        )
+    _register_functions(plan)
+    steering = Steering(plan)
+    with ExitStack() as edits:
+        for edit in steering.edits():
+            edits.enter_context(edit)
+        steering.undo = edits.pop_all()
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Take back every change of `patch_model`: the same config objects, no hooks, no submodule, bit-equal outputs.
+
+    Returns:
+        The same object.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    steering_of(model).undo.close()
+    return model
+
+
+def get_steer_status(model: Any) -> SteerStatus:
+    """What steers this model now, in this thread; also for a model that is not patched."""
+    steering = getattr(model, "_modules", {}).get(STEERING)
+    if steering is None:
+        return SteerStatus(patched=False)
+    plan: Plan = steering.plan
+    enabled, statement = statement_for(steering)
+    attention = plan.config.attention
+    return SteerStatus(
+        patched=True,
+        enabled=enabled,
+        family=plan.anatomy.family,
+        heads={
+            layer: tuple(head for head, value in enumerate(values) if value) for layer, values in plan.strengths.items()
+        },
+        saliency="user" if statement is not None else attention.saliency.source if attention is not None else None,
+        config=plan.config,
+    )
+
+
+def print_trainable_parameters(model: Any) -> None:
+    """Print how many parameters the steering has, and how many of the whole model are trainable."""
+    steering = steering_of(model)
+    own = sum(parameter.numel() for parameter in steering.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"steering: {own:,} parameters | trainable: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.4f} %)")
+
+
+def _register_functions(plan: Plan) -> None:
+    """Make our attention functions known under names of their own; a registry entry changes no model."""
+    anatomy = plan.anatomy
+    gaze = [site for site in anatomy.layers if site.index in plan.strengths]
+    for sites, part, function, owner in (
+        (gaze, "gaze", steered_attention, anatomy.decoder),
+        (plan.eyes, "eyes", recording_attention, anatomy.tower),
+    ):
+        if sites:
+            implementation = owner.config._attn_implementation or "eager"
+            name = registered_name(implementation, part, anatomy.family)
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(function, inner=_inner(sites[0], implementation)))
+
+
+def _inner(site: Site, implementation: str) -> Any:
+    """The function that an attention module calls now; eager's lies in the model's own file."""
+    if implementation == "eager":
+        return sys.modules[type(site.module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]

@@ -1,0 +1,121 @@
+"""Every check, before the first change: from a model and a configuration to a `Plan`. Nothing is touched here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hf_steer.attention import STEERABLE
+from hf_steer.config import AttentionConfig, SteerConfig
+from hf_steer.errors import ConfigError, PatchError
+from hf_steer.families import FAMILIES, resolve
+from hf_steer.values import Anatomy, Plan, Site
+
+
+def make_plan(model: Any, config: SteerConfig) -> Plan:
+    """What `patch_model` would do, with every index resolved and every strength a number.
+
+    Args:
+        model: a live transformers model; may lie on the meta device.
+        config: what the user asked for.
+
+    Raises:
+        PatchError: unknown family, or an attention implementation that cannot be steered.
+        ConfigError: a layer, head or block that is not there; a source that the family lacks; another base model.
+    """
+    if not isinstance(config, SteerConfig):
+        raise ConfigError(f"the configuration must be a SteerConfig; got {type(config).__name__}.")
+    anatomy = resolve(model)
+    if config.base_model_type not in (None, anatomy.family):
+        raise ConfigError(
+            f"this configuration was saved with a {config.base_model_type!r} model; this one is {anatomy.family!r}. "
+            "Layers and heads mean something else there. To use it all the same: "
+            "dataclasses.replace(config, base_model_type=None)."
+        )
+    config = dataclasses.replace(config, base_model_type=anatomy.family)
+    if config.attention is None:
+        return Plan(config, anatomy, {}, ())
+    attention = config.attention
+    strengths = _strengths(attention, anatomy)
+    _refuse_implementation(anatomy.decoder.config, "decoder")
+    return Plan(config, anatomy, strengths, _eyes(attention, anatomy) if strengths else ())
+
+
+def implementation_of(config: Any) -> str:
+    """The attention implementation that a (sub-)model runs."""
+    return config._attn_implementation or "eager"
+
+
+def _refuse_implementation(config: Any, part: str) -> None:
+    implementation = implementation_of(config)
+    if implementation not in STEERABLE:
+        raise PatchError(
+            f"the {part} runs attention implementation {implementation!r}; hf_steer can steer {', '.join(STEERABLE)}. "
+            "Load the model with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa') first."
+        )
+
+
+def _strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
+    """Layer -> λ of all query heads, only for layers with one that is not 0. All faults are collected, then raised."""
+    faults: list[str] = []
+    depth = len(anatomy.layers)
+    heads = dict.fromkeys(range(depth), "all") if isinstance(attention.heads, str) else attention.heads
+    chosen = _by_layer(heads, depth, "heads", faults)
+    given = attention.strength
+    strength = _by_layer(given, depth, "strength", faults) if isinstance(given, Mapping) else dict.fromkeys(chosen, given)
+    if set(strength) != set(chosen):
+        faults.append(f"strength names layers {sorted(strength)}, heads {sorted(chosen)}; name the same")
+    table = {}
+    for layer in sorted(set(chosen) & set(strength)):
+        names = range(anatomy.num_heads) if chosen[layer] == "all" else chosen[layer]
+        values = strength[layer]
+        outside = sorted({*names, *(values if isinstance(values, Mapping) else ())} - set(range(anatomy.num_heads)))
+        if outside:
+            faults.append(f"heads {tuple(outside)} asked for layer {layer}")
+            continue
+        if isinstance(values, Mapping) and set(values) != set(names):
+            faults.append(f"layer {layer}: strength names heads {sorted(values)}, steered are {sorted(names)}")
+            continue
+        table[layer] = tuple(
+            (values[head] if isinstance(values, Mapping) else values) if head in names else 0.0
+            for head in range(anatomy.num_heads)
+        )
+    if faults:
+        raise ConfigError(
+            "; ".join(faults)
+            + f". This model has {depth} layers, 0 to {depth - 1}, with {anatomy.num_heads} query heads each, "
+            f"0 to {anatomy.num_heads - 1}; see `hf-steer inspect`."
+        )
+    return {layer: values for layer, values in table.items() if any(values)}
+
+
+def _by_layer(values: Mapping[int, Any], depth: int, name: str, faults: list[str]) -> dict[int, Any]:
+    """Negative layers count from the last; one that is not there, or is named twice, is a fault."""
+    resolved: dict[int, Any] = {}
+    for layer, value in values.items():
+        if not -depth <= layer < depth:
+            faults.append(f"{name}: layer {layer} is not there")
+        elif layer % depth in resolved:
+            faults.append(f"{name}: layer {layer % depth} is named twice, as {layer} and {layer % depth - depth}")
+        else:
+            resolved[layer % depth] = value
+    return resolved
+
+
+def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
+    """The vision blocks to read; none when only the user supplies saliency."""
+    if attention.saliency.source is None:
+        return ()
+    if anatomy.tower is None:
+        seeing = ", ".join(name for name, row in FAMILIES.items() if row.blocks is not None)
+        raise ConfigError(
+            f"saliency source {attention.saliency.source!r} needs a vision tower, which {anatomy.family!r} lacks (these have "
+            f"one: {seeing}). Use SaliencyConfig(source=None) and give the saliency with use_saliency."
+        )
+    _refuse_implementation(anatomy.tower.config, "vision tower")
+    depth = len(anatomy.blocks)
+    outside = [block for block in attention.saliency.blocks if not -depth <= block < depth]
+    if outside:
+        raise ConfigError(f"vision blocks {outside} are not there; the tower has {depth}, 0 to {depth - 1}.")
+    return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in attention.saliency.blocks}))

@@ -1,0 +1,63 @@
+"""How raw scores are scaled: one function per name, each on the scores of one group (a picture, a frame, a text)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hf_steer.values import TokenScores
+
+_FLAT = 1e-6
+"""Spread, relative to the largest score, below which scores count as constant: above it, rounding would be amplified."""
+
+
+def _zscore(scores: Tensor, clip: float) -> Tensor:
+    return ((scores - scores.mean()) / scores.std(unbiased=False)).clamp(-clip, clip)
+
+
+def _minmax(scores: Tensor, clip: float) -> Tensor:
+    return (scores - scores.min()) / (scores.max() - scores.min())
+
+
+def _rank(scores: Tensor, clip: float) -> Tensor:
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    average = last - (counts + 1) / 2
+    return (average[inverse] / max(len(scores) - 1, 1)).to(scores.dtype)
+
+
+def _none(scores: Tensor, clip: float) -> Tensor:
+    return scores
+
+
+NORMALIZERS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
+    {"zscore": _zscore, "minmax": _minmax, "rank": _rank, "none": _none}
+)
+
+
+def normalize(scores: TokenScores, method: str, clip: float) -> TokenScores:
+    """Scale each group of each row by itself.
+
+    Args:
+        scores: `(batch, keys)` values and their groups.
+        method: a key of `NORMALIZERS`: `zscore` (clipped), `minmax` and `rank` (both into [0, 1], ties averaged), `none`.
+        clip: largest absolute z-score.
+
+    Returns:
+        The same groups with scaled values. Constant scores become zeros, never NaN, except under `none`.
+    """
+    if method == "none":
+        return scores
+    values = torch.zeros_like(scores.values)
+    for row in range(scores.values.shape[0]):
+        for group in torch.unique(scores.group[row]).tolist():
+            if group < 0:
+                continue
+            members = scores.group[row] == group
+            own = scores.values[row][members]
+            if own.max() - own.min() > _FLAT * own.abs().max():
+                values[row, members] = NORMALIZERS[method](own, clip)
+    return TokenScores(values, scores.group)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_steer.config import CONFIG_NAME, SteerConfig
 from hf_steer.errors import FileError, PatchError
 from hf_steer.families import family_of
-from hf_steer.patching import patch_model
+from hf_steer.patching import make_plan, patch_model
 from hf_steer.patching.context import steering_of
 
-_HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+_ANYWHERE_KEYS = ("token", "cache_dir", "local_files_only")
+_HUB_KEYS = (*_ANYWHERE_KEYS, "revision", "subfolder")
 
 
 def save_steering(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -52,8 +55,10 @@ def from_pretrained(
     elif isinstance(steer_config, SteerConfig):
         config = steer_config
     else:
-        config = SteerConfig.from_pretrained(steer_config, **{key: hub[key] for key in hub if key in ("token", "cache_dir", "local_files_only")})
-    model_class = model_class_of(read_base_config(id_or_dir, **hub))
+        config = SteerConfig.from_pretrained(steer_config, **{key: hub[key] for key in _ANYWHERE_KEYS if key in hub})
+    base_config = read_base_config(id_or_dir, **hub)
+    model_class = model_class_of(base_config)
+    make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config)  # every check, before any weight
     return patch_model(model_class.from_pretrained(id_or_dir, **model_kwargs), config)
 
 
@@ -66,6 +71,12 @@ def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Pr
             f"{os.fspath(id_or_dir)!r} holds no model configuration that transformers can read ({error}). A folder with "
             f"{CONFIG_NAME} alone is a steering: give it as steer_config=, and the base model first."
         ) from error
+
+
+def build_on_meta(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model without its weights: every module is there, no memory is taken."""
+    with torch.device("meta"):
+        return model_class_of(config)._from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

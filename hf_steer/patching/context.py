@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching.state import CacheState
 from hf_steer.saliency import EyeRecord, Saliency
+from hf_steer.values import Span
 
 STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
@@ -29,9 +30,9 @@ class Prompt:
         shape: batch and tokens.
         first_position: key position of the first token: 0, or the cache's length when only new tokens came.
         real: `(batch, first_position + tokens)` bool, False for padding; None when no mask came.
-        grids: modality -> `(pictures, 3)` in patches.
         encoded: modality -> what the patched tower recorded earlier, for encoder outputs that the caller passed in.
         raw: modalities whose pixels come with the call, in the order in which the model encodes them.
+        spans: pictures and videos that this prompt adds to the cache.
         labelled: `(batch, tokens)` bool, True where the next token is a label; None without labels.
     """
 
@@ -39,10 +40,10 @@ class Prompt:
     shape: tuple[int, int]
     first_position: int
     real: Tensor | None
-    grids: Mapping[str, Tensor]
-    encoded: Mapping[str, EyeRecord | None]
+    encoded: Mapping[str, EyeRecord]
     raw: tuple[str, ...]
-    labelled: Tensor | None = None
+    spans: tuple[Span, ...]
+    labelled: Tensor | None
 
 
 @dataclass

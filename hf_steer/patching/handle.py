@@ -17,10 +17,12 @@ from hf_steer.errors import PatchError
 from hf_steer.patching.context import STEERING, generate_scope, scope_for, statement_for
 from hf_steer.patching.edits import AddHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.plan import implementation_of
-from hf_steer.patching.runtime import Ride, make_biases, make_gate, read_prompt, resolve_state
+from hf_steer.patching.runtime import PIXELS, Ride, count_tokens, make_biases, make_gate, read_prompt, resolve_state
 from hf_steer.patching.state import read_state, write_state
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
+
+NEW_PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
 
 Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook
 
@@ -127,10 +129,13 @@ class Steering(nn.Module):
         named = {**({"input_ids": args[0]} if args else {}), **kwargs}
         if "inputs" in named:
             named["input_ids"] = named["inputs"]
+        original = self._original("generate")
+        enabled, statement = statement_for(self)
+        if not enabled:
+            return original(*args, **kwargs)
         cache = named.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        prompt = read_prompt(named, past=past, whole=True)
-        original = self._original("generate")
+        prompt = read_prompt(named, self.plan, statement, past=past, whole=True)
         if prompt is None:
             return original(*args, **kwargs)
         with generate_scope(self, prompt):
@@ -169,16 +174,15 @@ class Steering(nn.Module):
             ride.state = scope.state if cache is None else state
             return None if ride.state is None else ride  # another pass inside generate, such as guidance's
         past = 0 if cache is None else cache.get_seq_length()
-        prompt = read_prompt(named, past=0, whole=False)
-        if prompt is None or self._continues(ride, prompt, past):
-            return None if ride.state is None else ride
-        ride.prompt = read_prompt(named, past=int(past), whole=False)
-        return ride
+        if self._continues(ride, named, past):
+            return ride
+        ride.prompt = read_prompt(named, self.plan, statement, past=int(past), whole=False)
+        return None if ride.prompt is None else ride
 
-    def _continues(self, ride: Ride, prompt: Any, past: int | Tensor) -> bool:
+    def _continues(self, ride: Ride, named: dict[str, Any], past: int | Tensor) -> bool:
         """One more token on a cache that has its state, and nothing new to see or said: no look at the token is needed."""
         state = ride.state
-        if state is None or prompt.shape[1] != 1 or prompt.raw or prompt.encoded:
+        if state is None or count_tokens(named) != 1 or any(named.get(name) is not None for name in NEW_PICTURES):
             return False
         if ride.statement is not None and ride.statement is not state.statement:
             return False

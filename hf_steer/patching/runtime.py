@@ -49,36 +49,56 @@ class Ride(SteeredCall):
     prompt_end: int | None = None
 
 
-def read_prompt(named: Mapping[str, Any], *, past: int, whole: bool) -> Prompt | None:
+def read_prompt(
+    named: Mapping[str, Any], plan: Plan, statement: Saliency | None, *, past: int, whole: bool
+) -> Prompt | None:
     """The prompt in the arguments of a forward pass or of `generate`; None when they hold no tokens.
 
     Args:
         named: arguments by name.
+        plan: where the placeholders are, and whether they matter.
+        statement: what the user says.
         past: tokens in the cache.
         whole: `generate`'s convention: `input_ids` repeat what the cache holds unless the mask is longer than they are.
+
+    Raises:
+        SaliencyError: placeholder tokens and pictures do not match, or nothing says where to look.
     """
-    ids, embeds, mask = named.get("input_ids"), named.get("inputs_embeds"), named.get("attention_mask")
-    if ids is not None and embeds is not None and ids.shape[:2] != embeds.shape[:2]:
-        ids = None
-    source = embeds if ids is None else ids
-    if source is None or source.ndim < 2 or not source.shape[1]:
+    source = _tokens(named)
+    if source is None or not source.shape[1]:
         return None
+    ids, mask, labels = (source if source.ndim == 2 else None), named.get("attention_mask"), named.get("labels")
     batch, tokens = source.shape[:2]
     two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2
-    repeats = whole and (not two_dimensional or mask.shape[1] == tokens)  # type: ignore[union-attr]
+    repeats = whole and (not isinstance(mask, Tensor) or not two_dimensional or mask.shape[1] == tokens)
     first = 0 if repeats else past
-    encoded = named.get("mm_encoder_outputs") or {}
-    labels = named.get("labels")
+    outputs = named.get("mm_encoder_outputs") or {}
+    encoded = {modality: output.hf_steer for modality, output in outputs.items() if hasattr(output, "hf_steer")}
+    _refuse_hidden_tokens(ids, statement)
     return Prompt(
         input_ids=ids,
         shape=(batch, tokens),
         first_position=first,
-        real=_real(mask, first + tokens) if two_dimensional else None,
-        grids={modality: named[name] for modality, name in GRIDS.items() if named.get(name) is not None},
-        encoded={modality: getattr(output, "hf_steer", None) for modality, output in encoded.items() if output is not None},
+        real=_real(mask, first + tokens) if isinstance(mask, Tensor) and two_dimensional else None,
+        encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
+        spans=_new_spans(ids, _token_grids(named, encoded, plan.anatomy), plan, statement, first=first, past=past),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
+
+
+def count_tokens(named: Mapping[str, Any]) -> int:
+    """Tokens per row in the arguments of a forward pass."""
+    source = _tokens(named)
+    return 0 if source is None else source.shape[1]
+
+
+def _tokens(named: Mapping[str, Any]) -> Tensor | None:
+    """`input_ids`, or `inputs_embeds` when they come alone or as the longer ones."""
+    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+    if ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2]):
+        return embeds
+    return ids  # type: ignore[no-any-return]
 
 
 def _real(mask: Tensor, length: int) -> Tensor:
@@ -96,11 +116,7 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, past: int, device: 
     batch, tokens = prompt.shape
     length = prompt.first_position + tokens
     old = None if ride.state is None else ride.state.until(past).for_rows(batch)
-    _refuse_hidden_tokens(prompt, ride.statement, plan)
-    records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
-    seen = {modality: record for modality, record in records.items() if record is not None}
-    new_spans = _new_spans(prompt, ride.statement, plan, seen, past)
-    spans = (old.spans if old is not None else ()) + new_spans
+    spans = (old.spans if old is not None else ()) + prompt.spans
     if ride.statement is not None:
         real = torch.ones(batch, length, dtype=torch.bool) if prompt.real is None else prompt.real
         scores = scores_from_user(
@@ -113,8 +129,9 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, past: int, device: 
         given = ride.statement.tokens
         adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
     else:
-        wanted = new_spans if plan.eyes else ()
-        scores = scores_from_eyes(wanted, seen, batch=batch, length=length, device=device)
+        wanted = prompt.spans if plan.eyes else ()
+        records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
+        scores = scores_from_eyes(wanted, records, batch=batch, length=length, device=device)
         adds = True
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
     if adds and old is not None:
@@ -181,9 +198,9 @@ def _attention(plan: Plan) -> AttentionConfig:
     return plan.config.attention
 
 
-def _refuse_hidden_tokens(prompt: Prompt, statement: Saliency | None, plan: Plan) -> None:
+def _refuse_hidden_tokens(ids: Tensor | None, statement: Saliency | None) -> None:
     """Without `input_ids` nothing says where the pictures are."""
-    if prompt.input_ids is None and (statement is None or statement.tokens is None):
+    if ids is None and (statement is None or statement.tokens is None):
         pictures = "; boxes, masks, maps and points need input_ids, too" if statement is not None else ""
         raise SaliencyError(
             f"inputs_embeds came without input_ids, so where to look is unknown{pictures}. Give one score per token with "
@@ -192,28 +209,32 @@ def _refuse_hidden_tokens(prompt: Prompt, statement: Saliency | None, plan: Plan
 
 
 def _new_spans(
-    prompt: Prompt, statement: Saliency | None, plan: Plan, records: Mapping[str, EyeRecord], past: int
+    ids: Tensor | None,
+    grids: Mapping[str, list[tuple[int, int, int]]],
+    plan: Plan,
+    statement: Saliency | None,
+    *,
+    first: int,
+    past: int,
 ) -> tuple[Span, ...]:
-    """Pictures and videos that this prompt adds to the cache."""
-    anatomy = plan.anatomy
-    if prompt.input_ids is None or not anatomy.placeholder_ids:
-        return ()
-    grids = _token_grids(prompt, records, anatomy)
+    """Pictures and videos that come after the first `past` tokens; `ids` begin at key position `first`."""
+    placeholders = plan.anatomy.placeholder_ids
     needed = plan.eyes if statement is None else statement.regions
-    if not grids and not needed:
+    if ids is None or not placeholders or not (grids or needed):
         return ()
-    fresh = prompt.input_ids[:, max(0, past - prompt.first_position) :]
-    counts = sum(int((fresh == anatomy.placeholder_ids[modality]).sum()) for modality in anatomy.placeholder_ids)
-    if counts == sum(t * h * w for sizes in grids.values() for t, h, w in sizes):
-        return find_spans(fresh, anatomy.placeholder_ids, grids, first_position=max(past, prompt.first_position))
-    every = find_spans(prompt.input_ids, anatomy.placeholder_ids, grids, first_position=prompt.first_position)
+    fresh = ids[:, max(0, past - first) :]
+    count = sum(int((fresh == token).sum()) for token in placeholders.values())
+    if count == sum(t * h * w for sizes in grids.values() for t, h, w in sizes):
+        return find_spans(fresh, placeholders, grids, first_position=max(past, first))
+    every = find_spans(ids, placeholders, grids, first_position=first)
     return tuple(span for span in every if int(span.positions[0]) >= past)
 
 
 def _token_grids(
-    prompt: Prompt, records: Mapping[str, EyeRecord], anatomy: Anatomy
+    named: Mapping[str, Any], records: Mapping[str, EyeRecord], anatomy: Anatomy
 ) -> dict[str, list[tuple[int, int, int]]]:
     grids = {modality: list(record.grids) for modality, record in records.items()}
-    for modality, patches in prompt.grids.items():
-        grids[modality] = [token_grid(grid, anatomy.merge_size) for grid in patches.tolist()]
+    for modality, name in GRIDS.items():
+        if named.get(name) is not None:
+            grids[modality] = [token_grid(grid, anatomy.merge_size) for grid in named[name].tolist()]
     return grids

@@ -86,7 +86,7 @@ def resolve(model: Any) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
     decoder = model.get_decoder()
     text = model.config.get_text_config(decoder=True)
-    tower = model.get_encoder(modality="image") if family.blocks is not None else None
+    tower: Any = model.get_encoder(modality="image") if family.blocks is not None else None
     vision = model.config.vision_config if tower is not None else None
     return Anatomy(
         family=model.config.model_type,

@@ -31,6 +31,6 @@ def find_file(id_or_dir: str | os.PathLike[str], name: str, **hub_kwargs: Any) -
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return hf_hub_download(str(id_or_dir), name, **hub_kwargs)
+        return str(hf_hub_download(str(id_or_dir), name, **hub_kwargs))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileError(f"{id_or_dir!r} is neither a folder nor a Hub repository with {name}: {error}") from error

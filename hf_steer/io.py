@@ -65,7 +65,8 @@ def from_pretrained(
 def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> PreTrainedConfig:
     """`config.json` of a model; FileError when there is none that transformers can read."""
     try:
-        return AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise FileError(
             f"{os.fspath(id_or_dir)!r} holds no model configuration that transformers can read ({error}). A folder with "
@@ -76,7 +77,10 @@ def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Pr
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
     """The model without its weights: every module is there, no memory is taken."""
     with torch.device("meta"):
-        return model_class_of(config)._from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+        model: PreTrainedModel = model_class_of(config)._from_config(
+            copy.deepcopy(config), attn_implementation=attn_implementation
+        )
+    return model
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

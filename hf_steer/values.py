@@ -59,7 +59,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where things are in one live model: what a row of `families.FAMILIES` resolves to."""
+    """Where things are in one live model: what a row of `families.FAMILIES` resolves to. `tower` is None without eyes."""
 
     family: str
     root: Any
@@ -69,7 +69,7 @@ class Anatomy:
     num_heads: int
     num_key_value_heads: int
     head_dim: int
-    tower: Any | None
+    tower: Any
     blocks: tuple[Site, ...]
     placeholder_ids: Mapping[str, int]
     merge_size: int

@@ -25,7 +25,7 @@ def make_case(queries, dtype=torch.float32, *, gated=True):
     generator = torch.Generator().manual_seed(3)
     def draw(*shape):
         return torch.randn(shape, generator=generator)
-    query, key, value = draw(BATCH, HEADS, queries, HEAD_DIM), draw(BATCH, GROUPED, KEYS, HEAD_DIM), draw(BATCH, GROUPED, KEYS, HEAD_DIM)
+    query, key, value = draw(BATCH, HEADS, queries, HEAD_DIM), *(draw(BATCH, GROUPED, KEYS, HEAD_DIM) for _ in range(2))
     strength, scores = torch.tensor([1.5, 0.0, -2.0, 0.37]), draw(BATCH, KEYS) * 1.3
     gate = torch.rand(BATCH, queries, generator=generator) if gated else torch.ones(BATCH, queries)
     allowed = torch.ones(queries, KEYS, dtype=torch.bool).tril(KEYS - queries).expand(BATCH, -1, -1).clone()

@@ -34,8 +34,11 @@ def asking(**attention):
     [
         (asking(heads={3: (0,)}), "heads: layer 3 is not there. This model has 3 layers, 0 to 2.*hf-steer inspect"),
         (asking(heads={-4: "all"}), "layer -4 is not there"),
-        (asking(heads={1: (0, 4), 2: (9,)}), r"heads \(4,\) asked for layer 1; heads \(9,\) asked for layer 2.*4 query heads each, 0 to 3"),
-        (asking(heads={2: "all", -1: (0,)}), "layer 2 is named twice, as -1 and -1|layer 2 is named twice"),
+        (
+            asking(heads={1: (0, 4), 2: (9,)}),
+            r"heads \(4,\) asked for layer 1; heads \(9,\) asked for layer 2.*4 query heads each, 0 to 3",
+        ),
+        (asking(heads={2: "all", -1: (0,)}), "layer 2 is named twice, as 2 and -1"),
         (asking(strength={0: 1.0}), r"strength names layers \[0\], heads \[0, 1, 2\]"),
         (asking(heads={1: "all"}, strength={1: {0: 1.0}}), r"layer 1: strength names heads \[0\], steered are \[0, 1, 2, 3\]"),
         (asking(saliency=SaliencyConfig()), "needs a vision tower, which 'llama' lacks.*qwen2_vl.*source=None"),

@@ -117,8 +117,16 @@ def truncate(name):
         (lambda folder: (folder / "steer_config.json").unlink(), FileError, r"has no steer_config\.json"),
         (break_config(lambda values: values.update(schema_version=7)), ConfigError, "schema_version 7.*Upgrade"),
         (break_config(lambda values: values.update(surprise=1)), ConfigError, "has no 'surprise'"),
-        (break_config(lambda values: values.update(base_model_type="qwen2_vl")), ConfigError, "saved with a 'qwen2_vl' model; this one is 'llama'"),
-        (break_config(lambda values: values["attention"].update(heads={"7": [0]})), ConfigError, "heads: layer 7 is not there.*3 layers"),
+        (
+            break_config(lambda values: values.update(base_model_type="qwen2_vl")),
+            ConfigError,
+            "saved with a 'qwen2_vl' model; this one is 'llama'",
+        ),
+        (
+            break_config(lambda values: values["attention"].update(heads={"7": [0]})),
+            ConfigError,
+            "heads: layer 7 is not there.*3 layers",
+        ),
     ],
 )
 def test_a_broken_folder_is_one_error_before_any_weight_is_read(harm, error, message, tmp_path, monkeypatch):

@@ -111,7 +111,8 @@ def spans_of(*grids):
     start, spans = 2, []
     for index, grid in enumerate(grids):
         count = math.prod(grid)
-        spans.append(Span("image" if grid[0] == 1 else "video", 0, 0 if grid[0] > 1 else index, torch.arange(start, start + count), grid))
+        modality, place = ("image", index) if grid[0] == 1 else ("video", 0)
+        spans.append(Span(modality, 0, place, torch.arange(start, start + count), grid))
         start += count + 1
     return tuple(spans)
 

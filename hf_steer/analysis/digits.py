@@ -15,8 +15,8 @@ from PIL import Image
 
 from hf_steer.errors import SteerError
 
-CELL_PX = 56
-DIGIT_PX = 46
+CELL_PX = 28
+DIGIT_PX = 24
 HELD_OUT_FRACTION = 0.25
 SPLIT_SEED = 20_260_215
 PLACES = ("top left", "top right", "bottom left", "bottom right")

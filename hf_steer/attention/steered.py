@@ -38,7 +38,7 @@ def registered_name(implementation: str, part: str, family: str) -> str:
 
 
 def steered_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,7 +49,7 @@ def steered_attention(
     **kwargs: Any,
 ) -> Any:
     """Attention of a decoder layer with its heads' bias; exactly `inner` when this pass has none for the layer."""
-    bias = None if hf_steer is None else hf_steer.biases.get(module.layer_idx)  # type: ignore[arg-type]
+    bias = None if hf_steer is None else hf_steer.biases.get(module.layer_idx)
     if bias is None or hf_steer is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     if bias.key.shape[1] != key.shape[2]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hf_steer.attention import registered_name
 from hf_steer.errors import PatchError

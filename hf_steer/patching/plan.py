@@ -97,7 +97,7 @@ def _by_layer(values: Mapping[int, Any], depth: int, name: str, faults: list[str
         if not -depth <= layer < depth:
             faults.append(f"{name}: layer {layer} is not there")
         elif layer % depth in resolved:
-            faults.append(f"{name}: layer {layer % depth} is named twice, as {layer} and {layer % depth - depth}")
+            faults.append(f"{name}: layer {layer % depth} is named twice, as {layer % depth} and {layer % depth - depth}")
         else:
             resolved[layer % depth] = value
     return resolved

@@ -26,7 +26,8 @@ def _rank(scores: Tensor, clip: float) -> Tensor:
     _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     average = last - (counts + 1) / 2
-    return (average[inverse] / max(len(scores) - 1, 1)).to(scores.dtype)
+    ranks: Tensor = average[inverse] / max(len(scores) - 1, 1)
+    return ranks.to(scores.dtype)
 
 
 def _none(scores: Tensor, clip: float) -> Tensor:

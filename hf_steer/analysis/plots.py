@@ -1,0 +1,113 @@
+"""Pictures, with matplotlib, which is imported only here and only when one is drawn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hf_steer.analysis.pointing import Example, PointingResult
+from hf_steer.errors import SteerError
+from hf_steer.saliency import Saliency
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BEFORE, AFTER = "#8c96a3", "#d1495b"
+
+
+def plot_examples(result: PointingResult, path: str | os.PathLike[str]) -> Path:
+    """A row per scene: the picture, where it was told to look, and the answer's probabilities before and after."""
+    count = len(result.examples)
+    figure, axes = _subplots(count, 3, size=(9, 2.7 * count), width_ratios=(1, 1, 2), squeeze=False)
+    for row, example in zip(axes, result.examples, strict=True):
+        _plot_example(row, example, result.best_strength)
+    figure.suptitle(f"The same picture and question, unsteered and steered (λ = {result.best_strength:g}, all heads)")
+    return _save(figure, path)
+
+
+def _plot_example(row: Any, example: Example, strength: float) -> None:
+    picture, overlay, chart = row
+    picture.imshow(example.scene.image)
+    picture.set_title(example.question, fontsize=9)
+    saliency = Saliency.from_boxes(example.scene.boxes[example.cell], example.scene.image)
+    overlay.imshow(overlay_saliency(example.scene.image, saliency, grid=(4, 4)))
+    overlay.set_title("look here", fontsize=9)
+    for axis in (picture, overlay):
+        axis.set_xticks([])
+        axis.set_yticks([])
+    digits = np.arange(10)
+    chart.bar(digits - 0.2, example.before, 0.4, color=BEFORE, label=f"unsteered: {_answer(example.answer_before)}")
+    chart.bar(digits + 0.2, example.after, 0.4, color=AFTER, label=f"λ = {strength:g}: {_answer(example.answer_after)}")
+    chart.set_xticks(digits)
+    chart.set_ylim(0, 1.05)
+    chart.set_ylabel("probability of the answer", fontsize=8)
+    chart.legend(fontsize=8, frameon=False)
+    chart.spines[["top", "right"]].set_visible(False)
+
+
+def plot_strength(result: PointingResult, path: str | os.PathLike[str]) -> Path:
+    """Strength against the share that names the pointed-at digit, with 95 % intervals, the controls beside it."""
+    figure, axis = _subplots(size=(6.2, 3.8))
+    curve = [row for row in result.rows if row.saliency in ("nothing", "pointed-at cell")]
+    for rows, colour, label, style in (
+        (curve, AFTER, "saliency on the pointed-at cell", "-o"),
+        *(
+            ([row], colour, f"saliency: {row.saliency}", marker)
+            for row, colour, marker in zip(result.rows[len(curve) :], ("#2e4057", "#66a182", "#edae49"), "sDv", strict=True)
+        ),
+    ):
+        share = np.array([row.pointed_share for row in rows])
+        # rounding may put an end of the interval past the share itself
+        errors = np.clip([share - [row.low for row in rows], [row.high for row in rows] - share], 0, None)
+        axis.errorbar([row.strength for row in rows], share, errors, fmt=style, color=colour, capsize=3, label=label)
+    axis.axhline(0.25, color=BEFORE, linewidth=1, linestyle=":", label="one digit of four at random")
+    axis.set_xlabel("strength λ")
+    axis.set_ylabel("answers that name the pointed-at digit")
+    axis.set_ylim(-0.02, 1.02)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="center right")
+    axis.set_title(f"Held-out digits, {curve[0].scenes} scenes, 95 % intervals", fontsize=10)
+    return _save(figure, path)
+
+
+def overlay_saliency(image: Image.Image, saliency: Saliency, *, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The picture with the first region's token scores laid over it in red: `(height, width, 3)` in [0, 1].
+
+    Args:
+        image: the original picture.
+        saliency: with at least one region.
+        grid: height and width in tokens.
+    """
+    scores = saliency.regions[0].paint.on_grid(*grid)
+    shades = torch.nn.functional.interpolate(scores[None, None], size=image.size[::-1], mode="nearest")[0, 0].numpy()
+    shades = shades / max(float(shades.max()), 1e-12)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    weight = 0.45 * shades[..., None]
+    return pixels * (1 - weight) + np.array([0.82, 0.29, 0.36]) * weight
+
+
+def _answer(text: str) -> str:
+    return text.rsplit("</think>", 1)[-1].strip() or "(nothing)"
+
+
+def _subplots(*shape: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, Any]:
+    """A figure that belongs to nobody: no window, no global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SteerError("pictures need matplotlib; install it with: pip install 'hf-steer[demo]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(*shape, **kwargs)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target

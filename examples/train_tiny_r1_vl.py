@@ -42,8 +42,8 @@ OPEN_THOUGHTS = (
     "Let me look. I name what is before my eyes.",
 )
 PLACE_THOUGHTS = ("I look at the {place}. I read {digit}.", "The question is about the {place}. There is {digit}.")
-PLACE_SHARE = 0.5
-"""Of the questions about four digits; the others leave open which one is meant."""
+PLACE_SHARE = 0.6
+"""Of the questions about several digits; the others leave open which one is meant."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -56,9 +56,9 @@ CHAT_TEMPLATE = (
 )
 LAYOUTS = ((2, 2), (1, 1), (1, 2), (2, 1))
 """Rows and columns of a scene."""
-FIRST_SHARES, LATER_SHARES = (0.3, 0.5, 0.1, 0.1), (0.85, 0.05, 0.05, 0.05)
+FIRST_SHARES, LATER_SHARES = (0.3, 0.5, 0.1, 0.1), (0.6, 0.04, 0.18, 0.18)
 """Reading is learned on single digits first, then looking on grids."""
-FIRST_FRACTION = 0.15
+FIRST_FRACTION = 0.12
 """Of the steps."""
 READER = (10, 2, 2)
 """Digits, rows and columns that the eyes are taught to tell apart."""
@@ -67,7 +67,7 @@ READER = (10, 2, 2)
 def build_processor() -> Qwen2VLProcessor:
     """Byte-level BPE on the world's own sentences; every byte is in it, so any question can be typed."""
     sentences = (*world.PLACE_QUESTIONS, *PLACE_THOUGHTS)
-    places = [sentence.format(place=place, digit="") for sentence in sentences for place in world.PLACES]
+    places = [sentence.format(place=place, digit="") for sentence in sentences for names in world.PLACES.values() for place in names]
     corpus = [*world.OPEN_QUESTIONS, *OPEN_THOUGHTS, *places, "user\n", "assistant\n", "system\n", "\n\n"]
     tokenizer = Tokenizer(models.BPE())
     words, digits, signs, gaps = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,7 +101,8 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
             "vocab_size": len(processor.tokenizer), "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "initializer_range": 0.08, "bos_token_id": None, "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"),
+            "initializer_range": 0.08, "bos_token_id": None, "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
         },
         vision_config={
             "depth": 3, "embed_dim": 96, "hidden_size": 96, "num_heads": 4, "mlp_ratio": 2, "patch_size": PATCH_PX,
@@ -147,14 +148,14 @@ class Scenes:
             grids.append(grid)
             labels = [int(self.digits.labels[member]) for member in members]
             cells.append((height, width, labels))
-            rows.append(self.text(labels, int(np.prod(grid)) // MERGE**2))
+            rows.append(self.text((height, width), labels, int(np.prod(grid)) // MERGE**2))
         return {**self.pad(rows), "cells": cells, "pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
 
-    def text(self, labels: list[int], image_tokens: int) -> tuple[list[int], list[int]]:
+    def text(self, layout: tuple[int, int], labels: list[int], image_tokens: int) -> tuple[list[int], list[int]]:
         """Token ids, and the same as labels for the part that the model is to say."""
         cell = int(self.random.integers(len(labels)))
-        if len(labels) == 4 and self.random.random() < PLACE_SHARE:
-            place = world.PLACES[cell]
+        if len(labels) > 1 and self.random.random() < PLACE_SHARE:
+            place = world.PLACES[layout][cell]
             question = self.random.choice(world.PLACE_QUESTIONS).format(place=place)
             thought = self.random.choice(PLACE_THOUGHTS).format(place=place, digit=labels[cell])
         else:
@@ -247,11 +248,34 @@ def train(model: Qwen2VLForConditionalGeneration, scenes: Scenes, *, steps: int,
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [qwen2_vl, hf-steer, handwritten-digits]
+---
+
+# tiny_r1_vl
+
+A Qwen2-VL of {parameters:,} parameters that reads a grid of one to four handwritten digits and answers after
+`<think> ... </think>`. It exists to show what steering does: when a question leaves open *which* digit is meant
+("Which digit is it?"), it spreads over the digits shown; when it names a place ("Which digit is at the top left?"), it
+answers for that place.
+
+- Trained from scratch by `examples/train_tiny_r1_vl.py --seed {seed}` ({steps} steps of {batch} scenes, {training_seconds} s on two
+  CPU cores, torch {torch}), which writes the same weights for the same seed.
+- Pictures: scikit-learn's handwritten digits (UCI, 8 x 8 pixels, CC BY 4.0). A quarter of them is held out and was never drawn.
+- Cells have 28 x 28 pixels, one image token each; a picture has one, two or four of them, and places are named ("top left", "left", "bottom").
+- Loads with `AutoModelForImageTextToText` and `AutoProcessor`. It knows nothing but these digits.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "tiny_r1_vl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-3)
     arguments = parser.parse_args()
@@ -270,6 +294,7 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_seconds": round(time.perf_counter() - started), "torch": torch.__version__,
     }
+    (arguments.output / "README.md").write_text(CARD.format(**facts))
     (arguments.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))
 

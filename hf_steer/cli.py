@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
 
     demo = commands.add_parser(
-        "demo", parents=[shared], formatter_class=plain, description=DEMO_HELP, help="steer the embedded model's gaze, with controls"
+        "demo", parents=[shared], formatter_class=plain, description=DEMO_HELP, help="steer the embedded model, with controls"
     )
     demo.add_argument("--scenes", type=_positive, default=120, help="pictures to report on (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of pictures, cells and questions (default: %(default)s)")

@@ -6,8 +6,9 @@ held-out pictures before anything is drawn, so that no held-out stroke is ever t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ CELL_PX = 28
 DIGIT_PX = 24
 HELD_OUT_FRACTION = 0.25
 SPLIT_SEED = 20_260_215
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES: Mapping[tuple[int, int], tuple[str, ...]] = MappingProxyType(
+    {
+        (2, 2): ("top left", "top right", "bottom left", "bottom right"),
+        (1, 2): ("left", "right"),
+        (2, 1): ("top", "bottom"),
+    }
+)
+"""Rows and columns of a grid -> names of its cells."""
 OPEN_QUESTIONS = (
     "Which digit is it?",
     "What digit do you see?",

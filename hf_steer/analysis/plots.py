@@ -34,7 +34,7 @@ def _plot_example(row: Any, example: Example, strength: float) -> None:
     picture.imshow(example.scene.image)
     picture.set_title(example.question, fontsize=9)
     saliency = Saliency.from_boxes(example.scene.boxes[example.cell], example.scene.image)
-    overlay.imshow(overlay_saliency(example.scene.image, saliency, grid=(4, 4)))
+    overlay.imshow(overlay_saliency(example.scene.image, saliency, grid=(2, 2)))
     overlay.set_title("look here", fontsize=9)
     for axis in (picture, overlay):
         axis.set_xticks([])

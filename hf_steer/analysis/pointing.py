@@ -128,7 +128,7 @@ class Pointing:
         self.scenes = list(scenes)
         self.cells = random.integers(0, 4, len(self.scenes)).tolist()
         self.questions = [OPEN_QUESTIONS[number] for number in random.integers(0, len(OPEN_QUESTIONS), len(self.scenes))]
-        self.orders = [random.permutation(16) for _ in self.scenes]
+        self.shuffled_cells = random.integers(0, 4, len(self.scenes)).tolist()
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = from_pretrained(folder, steer_config=pointing_config(1.0)).eval()
         self.digit_ids = self.processor.tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)])
@@ -154,13 +154,9 @@ class Pointing:
         for row, number in enumerate(batch):
             scene, cell = self.scenes[number], self.cells[number]
             if kind == "uniform":
-                part = Saliency.from_mask(np.ones((4, 4)), row=row)
-            elif kind == "shuffled":
-                mask = np.zeros(16)
-                mask[self.orders[number][:4]] = 1
-                part = Saliency.from_mask(mask.reshape(4, 4), row=row)
+                part = Saliency.from_mask(np.ones((2, 2)), row=row)
             else:
-                place = cell if kind == "pointed-at cell" else (cell + 1) % 4
+                place = {"pointed-at cell": cell, "another cell": (cell + 1) % 4, "shuffled": self.shuffled_cells[number]}[kind]
                 part = Saliency.from_boxes(scene.boxes[place], scene.image, row=row)
             total = part if total is None else total + part
         return total

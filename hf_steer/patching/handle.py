@@ -106,9 +106,9 @@ class Steering(nn.Module):
         if ride.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
         ride.state = ride.state.for_rows(rows)
-        if cache is not None:
+        if cache is not None and read_state(cache) is not ride.state:
             write_state(cache, ride.state)
-        elif (scope := scope_for(self)) is not None:
+        elif cache is None and (scope := scope_for(self)) is not None:
             scope.state = ride.state
         if ride.state.speaks:
             gate = make_gate(ride, self.plan, rows=rows, queries=queries, past=past, device=device)

@@ -67,7 +67,8 @@ READER = (10, 2, 2)
 def build_processor() -> Qwen2VLProcessor:
     """Byte-level BPE on the world's own sentences; every byte is in it, so any question can be typed."""
     sentences = (*world.PLACE_QUESTIONS, *PLACE_THOUGHTS)
-    places = [sentence.format(place=place, digit="") for sentence in sentences for names in world.PLACES.values() for place in names]
+    names = [place for layout in world.PLACES.values() for place in layout]
+    places = [sentence.format(place=place, digit="") for sentence in sentences for place in names]
     corpus = [*world.OPEN_QUESTIONS, *OPEN_THOUGHTS, *places, "user\n", "assistant\n", "system\n", "\n\n"]
     tokenizer = Tokenizer(models.BPE())
     words, digits, signs, gaps = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -266,7 +267,7 @@ answers for that place.
 - Trained from scratch by `examples/train_tiny_r1_vl.py --seed {seed}` ({steps} steps of {batch} scenes, {training_seconds} s on two
   CPU cores, torch {torch}), which writes the same weights for the same seed.
 - Pictures: scikit-learn's handwritten digits (UCI, 8 x 8 pixels, CC BY 4.0). A quarter of them is held out and was never drawn.
-- Cells have 28 x 28 pixels, one image token each; a picture has one, two or four of them, and places are named ("top left", "left", "bottom").
+- Cells have 28 x 28 pixels, one image token each; a picture has one, two or four of them, with names ("top left", "left", "top").
 - Loads with `AutoModelForImageTextToText` and `AutoProcessor`. It knows nothing but these digits.
 """
 

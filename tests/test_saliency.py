@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hf_steer import Saliency, SaliencyError
-from hf_steer.saliency import attention_received, find_spans, normalize, scores_from_user
+from hf_steer.saliency import EyeRecord, attention_received, find_spans, normalize, scores_from_eyes, scores_from_user
 from hf_steer.saliency.paint import Boxes, Picture, Points
 from hf_steer.values import Span, TokenScores
 
@@ -129,6 +129,24 @@ def test_regions_land_on_the_tokens_of_the_picture_they_name():
     assert scores.group[0, 2:10].tolist() == [0, 0, 0, 0, -1, 1, 1, 1]
     overlapping = laid(Saliency.from_mask([[1, 0], [0, 0]]) + Saliency.from_mask([[1, 1], [0, 0]]), spans)
     assert overlapping.values[0, 2:6].tolist() == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_pictures_that_were_encoded_once_per_beam_are_read_once(copies):
+    """Row by row, all pictures of a row, then all of them again: as transformers repeated pixels up to 5.17."""
+    spans = (
+        Span("image", 0, 0, torch.tensor([1, 2]), (1, 1, 2)),
+        Span("image", 0, 1, torch.tensor([4]), (1, 1, 1)),
+        Span("image", 1, 0, torch.tensor([0, 1]), (1, 1, 2)),
+    )
+    scores = torch.tensor([*[1.0, 2.0, 3.0] * copies, *[4.0, 5.0] * copies])
+    laid_out = scores_from_eyes(
+        spans, {"image": EyeRecord(scores, ())}, batch=2, copies=copies, length=5, device=torch.device("cpu")
+    )
+    assert laid_out.values.tolist() == [[0, 1, 2, 0, 3], [4, 5, 0, 0, 0]]
+    with pytest.raises(SaliencyError, match="the prompt holds 5, the vision tower made 4"):
+        record = EyeRecord(torch.ones(4), ())
+        scores_from_eyes(spans, {"image": record}, batch=2, copies=copies, length=5, device=torch.device("cpu"))
 
 
 def test_frames_of_a_video_count_sampled_frames():

@@ -102,10 +102,10 @@ class Steering(nn.Module):
         cache = named.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         if ride.prompt is not None:
-            ride.state = resolve_state(ride, ride.prompt, self.plan, past=int(past), device=device)
+            ride.state = resolve_state(ride, ride.prompt, self.plan, rows=rows, past=int(past), device=device)
         if ride.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
-        ride.state = ride.state.for_rows(rows)
+        ride.state = ride.state.for_rows(rows)  # no-op but for a cache whose rows were repeated since
         if cache is not None and read_state(cache) is not ride.state:
             write_state(cache, ride.state)
         elif cache is None and (scope := scope_for(self)) is not None:

@@ -106,8 +106,8 @@ def _real(mask: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(mask[:, -length:].bool(), (max(0, length - mask.shape[1]), 0), value=True)
 
 
-def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, past: int, device: torch.device) -> CacheState:
-    """The saliency of all keys once this prompt is in the cache, for the prompt's own rows.
+def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: int, device: torch.device) -> CacheState:
+    """The saliency of all keys once this prompt is in the cache, for the rows of this pass.
 
     Raises:
         SaliencyError: the statement or the records do not fit the prompt, or nothing says where to look.
@@ -131,13 +131,14 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, past: int, device: 
     else:
         wanted = prompt.spans if plan.eyes else ()
         records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
-        scores = scores_from_eyes(wanted, records, batch=batch, length=length, device=device)
+        scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     strengths = torch.tensor([plan.strengths[layer] for layer in sorted(plan.strengths)], device=device)
-    return CacheState(scores, spans, strengths, ride.statement, speaks=bool(scores.values.any()))
+    state = CacheState(scores, spans, strengths, ride.statement, speaks=bool(scores.values.any()))
+    return state.for_rows(rows)
 
 
 def make_biases(

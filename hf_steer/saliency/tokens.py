@@ -14,7 +14,7 @@ from hf_steer.values import Span, TokenScores
 
 
 def scores_from_eyes(
-    spans: Sequence[Span], records: Mapping[str, EyeRecord], *, batch: int, length: int, device: torch.device
+    spans: Sequence[Span], records: Mapping[str, EyeRecord], *, batch: int, copies: int, length: int, device: torch.device
 ) -> TokenScores:
     """Lay what the vision tower recorded onto the spans, in their order.
 
@@ -22,6 +22,7 @@ def scores_from_eyes(
         spans: of the pictures that the tower saw in this prompt, row by row.
         records: modality -> scores of all its pictures.
         batch: rows of the prompt.
+        copies: how often each row is repeated for beams. Up to transformers 5.17 its pictures were encoded as often.
         length: key positions to cover.
         device: of the result.
 
@@ -39,16 +40,20 @@ def scores_from_eyes(
             )
         record = records[modality]
         expected = sum(len(span.positions) for span in own)
-        if expected != len(record.scores):
+        if len(record.scores) not in (expected, copies * expected):
             raise SaliencyError(
                 f"{modality} token count does not match: the prompt holds {expected}, the vision tower made "
                 f"{len(record.scores)}. Build the prompt and the pixels with one call of the model's processor."
             )
+        repeated = len(record.scores) // expected
         start = 0
-        for span in own:
-            count = len(span.positions)
-            _lay(scores, span, record.scores[start : start + count], groups=span.grid[0])
-            start += count
+        for row in range(batch):
+            first = start
+            for span in (span for span in own if span.row == row):
+                count = len(span.positions)
+                _lay(scores, span, record.scores[start : start + count], groups=span.grid[0])
+                start += count
+            start += (repeated - 1) * (start - first)
     return scores
 
 

@@ -21,6 +21,9 @@ Prints a table: what the saliency was on, strength λ, the share of answers that
 interval, the share that names any digit of the picture, and KL(unsteered ‖ steered) of the answer in nats. The strength of
 the controls is chosen on other scenes. Writes pictures and the table as CSV. About half a minute on two cores.
 """
+NOTES = """\
+Uniform saliency says nothing, so it is normalised to zero and changes nothing. "Mass not kept" is the saliency on the
+pointed-at cell with preserve_mass=False: attention then leaves the text for the picture, too, and the thought may fall apart."""
 INSPECT_HELP = """\
 Print where a model's vision tower, decoder layers, heads and placeholder tokens are, and whether it can be patched.
 MODEL is a folder or a Hub repository; only config.json is read, never the weights.
@@ -110,7 +113,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             f"{row.readable_share:>20.2f}{row.kl_nats:>12.3f}"
         )
     print(f"\nThe controls run at λ = {result.best_strength:g}, the best on {max(1, arguments.scenes // 2)} other pictures.")
-    print("Uniform saliency says nothing, so it is normalised to zero and changes nothing.")
+    print(NOTES)
     print(f"Pictures and table: {', '.join(str(path) for path in (*pictures, table))}  ({seconds:.0f} s)")
     return 0
 

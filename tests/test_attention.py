@@ -8,8 +8,9 @@ from oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, choose_backend, head_bias
+from hf_steer.attention import BACKENDS, choose_backend, head_bias, mass_shift
 from hf_steer.attention.masked import merge_mask
+from hf_steer.errors import SteerError
 from hf_steer.values import HeadBias, TokenScores
 
 INNER = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
@@ -37,7 +38,7 @@ def make_case(queries, dtype=torch.float32, *, gated=True):
 def run(backend, implementation, case, *, gated=True, mask_kind=None):
     query, key, value, strength, scores, gate, allowed = case
     groups = TokenScores(scores, torch.zeros_like(scores).long())
-    bias = head_bias(groups, strength, gate if gated else None, preserve_mass=False)
+    bias = head_bias(groups, strength, None, gate if gated else None)
     mask = allowed[:, None]
     if (mask_kind or implementation) != "sdpa":
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
@@ -67,7 +68,7 @@ def test_a_causal_prompt_without_a_mask_stays_causal(backend):
     query, key, value, strength, scores, gate, _ = make_case(KEYS)
     allowed = torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), SCALING)
-    bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, gate, preserve_mass=False)
+    bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, gate)
     output, _ = BACKENDS[backend](INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
     default, _ = BACKENDS[backend](INNER["sdpa"], Module(), query, key, value, None, bias)
@@ -113,7 +114,8 @@ def test_preserved_mass_is_exact_where_attention_inside_a_group_is_uniform(backe
     strength = torch.tensor([1.5, 0.0, -2.0, 4.0])
     mass = {}
     for preserve in (False, True):
-        bias = head_bias(TokenScores(scores, group), strength, None, preserve_mass=preserve)
+        grouped = TokenScores(scores, group)
+        bias = head_bias(grouped, strength, mass_shift(grouped, strength) if preserve else None, None)
         everyone = torch.zeros(BATCH, 1, 3, KEYS)
         _, weights = BACKENDS[backend](INNER["eager"], Module(), query, key, value, everyone, bias, scaling=SCALING)
         mass[preserve] = torch.stack([(weights * (group == g)[:, None, None]).sum(-1) for g in (0, 1)])
@@ -142,7 +144,8 @@ def test_float16_falls_back_to_the_mask_where_the_product_would_overflow():
     assert choose_backend("auto", query, bias(1e4), None) == "mask"
     assert choose_backend("auto", query.bfloat16(), bias(1e4), None) == "folded"
     assert choose_backend("auto", query[:, :, :1], bias(1), None) == "mask"
-    assert choose_backend("folded", query, bias(1e4), None) == "folded"
+    with pytest.raises(SteerError, match="would overflow float16: .* reaches 339411.*backend='auto'"):
+        choose_backend("folded", query, bias(1e4), None)
 
 
 def test_memory_of_the_folded_channel_does_not_grow_with_queries_times_keys():
@@ -153,7 +156,7 @@ def test_memory_of_the_folded_channel_does_not_grow_with_queries_times_keys():
         return torch.zeros(1, query.shape[2], HEADS, query.shape[-1]), None
     for length in (64, 128):
         scores = TokenScores(torch.randn(1, length), torch.zeros(1, length).long())
-        bias = head_bias(scores, torch.ones(HEADS), None, preserve_mass=False)
+        bias = head_bias(scores, torch.ones(HEADS), None, None)
         tensors = torch.zeros(1, HEADS, length, 16), torch.zeros(1, GROUPED, length, 16), torch.zeros(1, GROUPED, length, 16)
         BACKENDS["folded"](inner, Module(), *tensors, None, bias, scaling=1.0)
         assert bias.query.numel() + bias.key.numel() == HEADS + length

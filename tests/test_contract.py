@@ -396,8 +396,9 @@ def test_generation_without_a_cache_equals_generation_with_one(family, implement
 @pytest.mark.parametrize(("family", "implementation"), CHUNKABLE)
 @pytest.mark.parametrize("queries", ["all", "generated"])
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_chunked_prefill_equals_prefill(family, implementation, queries, chunk):
-    model = patch_model(make_model(family, implementation), steer(family, queries=queries))
+@pytest.mark.parametrize("preserve_mass", [False, True])
+def test_chunked_prefill_equals_prefill(family, implementation, queries, chunk, preserve_mass):
+    model = patch_model(make_model(family, implementation), steer(family, queries=queries, preserve_mass=preserve_mass))
     inputs = prompt_for(family)
     statement = gaze(family, inputs)
     torch.testing.assert_close(

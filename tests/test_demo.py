@@ -186,7 +186,7 @@ def test_boxes_on_a_resized_picture_point_at_the_same_place():
     """Boxes are in pixels of the original picture, whatever the processor makes of it."""
     scene = digits.sample_scenes(digits.load_digits("held-out"), 1, seed=3)[0]
     large = scene.image.resize((336, 336), Image.Resampling.BICUBIC)
-    config = SteerConfig(attention=AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None, preserve_mass=True)))
+    config = SteerConfig(attention=AttentionConfig(strength=8.0, saliency=SaliencyConfig(source=None, preserve_mass=True)))
     model = hf_steer.from_pretrained(FOLDER, steer_config=config).eval()
     processor = AutoProcessor.from_pretrained(FOLDER, max_pixels=56 * 56)
     text = processor.apply_chat_template(

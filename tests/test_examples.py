@@ -30,7 +30,7 @@ def test_the_quickstart_runs_as_pasted_and_prints_what_the_readme_shows(tmp_path
 def test_the_readme_shows_the_demos_own_table():
     shown = block("demo output")
     table = (ROOT / "examples" / "figures" / "pointing.csv").read_text().splitlines()[1:]
-    assert len(table) == 9
+    assert len(table) == 10
     for line in table:
         saliency, strength, share, low, high, readable, kl, _ = line.split(",")
         figures = f"{float(share):>5.2f}  {f'[{float(low):.2f}, {float(high):.2f}]':<21}{float(readable):>20.2f}{float(kl):>12.3f}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BEFORE, AFTER = "#8c96a3", "#d1495b"
+CONTROLS = ("#2e4057", "#66a182", "#edae49", "#b18fcf")
 
 
 def plot_examples(result: PointingResult, path: str | os.PathLike[str]) -> Path:
@@ -57,7 +58,7 @@ def plot_strength(result: PointingResult, path: str | os.PathLike[str]) -> Path:
         (curve, AFTER, "saliency on the pointed-at cell", "-o"),
         *(
             ([row], colour, f"saliency: {row.saliency}", marker)
-            for row, colour, marker in zip(result.rows[len(curve) :], ("#2e4057", "#66a182", "#edae49"), "sDv", strict=True)
+            for row, colour, marker in zip(result.rows[len(curve) :], CONTROLS, "sDv^", strict=True)
         ),
     ):
         share = np.array([row.pointed_share for row in rows])

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from hf_steer.io import from_pretrained
 from hf_steer.patching import disable_steering, patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 
-STRENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0)
+STRENGTHS = (1.0, 2.0, 4.0, 6.0, 8.0)
 BATCH = 32
 ANSWER = re.compile(r"</think>\s*(\d)\s*$")
 
@@ -97,9 +97,13 @@ def embedded_model_dir() -> Path:
     raise FileError("the embedded model is not here; train it with: python examples/train_tiny_r1_vl.py")
 
 
-def pointing_config(strength: float) -> SteerConfig:
-    """All heads; the bias moves attention within the picture and leaves the text its share."""
-    saliency = SaliencyConfig(source=None, preserve_mass=True)
+CELL_OF = {"pointed-at cell": 0, "mass not kept": 0, "another cell": 1}
+"""Condition -> how many cells after the pointed-at one its saliency lies."""
+
+
+def pointing_config(strength: float, *, preserve_mass: bool = True) -> SteerConfig:
+    """All heads; the bias moves attention within the picture and leaves the text its share, unless told otherwise."""
+    saliency = SaliencyConfig(source=None, preserve_mass=preserve_mass)
     return SteerConfig(attention=AttentionConfig(heads="all", strength=strength, saliency=saliency))
 
 
@@ -148,17 +152,17 @@ class Pointing:
         images, _ = process_vision_info(messages)
         return dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"))
 
-    def saliency(self, kind: str, batch: list[int]) -> Saliency | None:
+    def saliency(self, kind: str, batch: list[int]) -> Saliency:
         """What is said about each scene of a batch: one of the conditions of `run_pointing`."""
-        total: Saliency | None = None
+        total = Saliency()
         for row, number in enumerate(batch):
             scene, cell = self.scenes[number], self.cells[number]
             if kind == "uniform":
                 part = Saliency.from_mask(np.ones((2, 2)), row=row)
             else:
-                place = {"pointed-at cell": cell, "another cell": (cell + 1) % 4, "shuffled": self.shuffled_cells[number]}[kind]
+                place = self.shuffled_cells[number] if kind == "shuffled" else (cell + CELL_OF[kind]) % 4
                 part = Saliency.from_boxes(scene.boxes[place], scene.image, row=row)
-            total = part if total is None else total + part
+            total = total + part
         return total
 
     @contextmanager
@@ -168,9 +172,8 @@ class Pointing:
             with disable_steering(self.model):
                 yield
             return
-        patch_model(unpatch_model(self.model), pointing_config(strength))
-        statement = self.saliency(kind, batch)
-        with nullcontext() if statement is None else use_saliency(self.model, statement):
+        patch_model(unpatch_model(self.model), pointing_config(strength, preserve_mass=kind != "mass not kept"))
+        with use_saliency(self.model, self.saliency(kind, batch)):
             yield
 
     def answers(self, kind: str, strength: float) -> list[str]:
@@ -235,7 +238,8 @@ def run_pointing(
     rows = [_row(pointing, "nothing", 0.0, unsteered, before, before)]
     conditions = [("pointed-at cell", value) for value in strengths]
     after = before
-    for kind, strength in [*conditions, ("another cell", best), ("shuffled", best), ("uniform", best)]:
+    controls = [(kind, best) for kind in ("another cell", "shuffled", "uniform", "mass not kept")]
+    for kind, strength in [*conditions, *controls]:
         answers = pointing.answers(kind, strength)
         distribution = pointing.distributions(kind, strength, thoughts)
         rows.append(_row(pointing, kind, strength, answers, before, distribution))

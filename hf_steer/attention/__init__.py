@@ -1,7 +1,7 @@
 """Pure functions with transformers' attention signature; one file per way to carry the bias."""
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
-from hf_steer.attention.bias import head_bias
+from hf_steer.attention.bias import head_bias, mass_shift
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
@@ -16,6 +16,7 @@ __all__ = [
     "SteeredCall",
     "choose_backend",
     "head_bias",
+    "mass_shift",
     "recording_attention",
     "registered_name",
     "steered_attention",

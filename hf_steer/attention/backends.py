@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_steer.attention.folded import attend_folded
 from hf_steer.attention.masked import attend_masked
+from hf_steer.errors import SteerError
 from hf_steer.values import HeadBias
 
 BACKENDS: Mapping[str, Callable[..., Any]] = MappingProxyType({"folded": attend_folded, "mask": attend_masked})
@@ -27,14 +28,20 @@ def choose_backend(wanted: str, query: Tensor, bias: HeadBias, scaling: float | 
         query: `(batch, heads, queries, head_dim)`.
         bias: what is to be carried.
         scaling: factor on the logits.
+
+    Raises:
+        SteerError: the folded channel was named and would overflow float16.
     """
-    if wanted != "auto":
-        return wanted
-    if query.shape[2] == 1:
+    if wanted == "mask" or (wanted == "auto" and query.shape[2] == 1):
         return "mask"
     if query.dtype == torch.float16:  # eager multiplies before it scales, and float16 ends at 65504
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        largest = bias.query.abs().amax() * bias.key.abs().amax() / scale
+        largest = float(bias.query.abs().amax() * bias.key.abs().amax() / scale)
         if largest > _FLOAT16_ROOM * torch.finfo(torch.float16).max:
-            return "mask"
+            if wanted == "auto":
+                return "mask"
+            raise SteerError(
+                f"backend 'folded' would overflow float16: strength times saliency over the scale reaches {largest:.0f}. "
+                "Use backend='auto', which takes the mask here, a smaller strength, or bfloat16."
+            )
     return "folded"

@@ -8,33 +8,47 @@ from torch import Tensor
 from hf_steer.values import HeadBias, TokenScores
 
 
-def head_bias(scores: TokenScores, strength: Tensor, gate: Tensor | None, *, preserve_mass: bool) -> HeadBias:
+def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate: Tensor | None) -> HeadBias:
     """The bias of one layer, `g_q · (λ_h · s_k - c_hg)`.
 
-    `c_hg = log mean_k exp(λ_h s_k)` over the keys of each group g when the group's mass is to be kept, else 0. It is
-    constant per head and group, so each group adds one column to the rank and no queries × keys tensor appears.
+    The shift is constant per head and group, so each group adds one column to the rank and no queries × keys tensor appears.
 
     Args:
-        scores: normalised, `(batch, keys)`.
+        scores: normalised, `(batch, keys)`, of the keys that the layer attends to.
         strength: λ per query head, `(heads,)`.
+        shift: c, `(batch, heads, groups)`, from `mass_shift`; None for 0.
         gate: `(batch, queries)` in [0, 1]; None for 1 everywhere.
-        preserve_mass: see above.
     """
     query = strength[None, :, None, None]
     key = scores.values[..., None]
-    if preserve_mass and (count := int(scores.group.max()) + 1) > 0:
-        member = torch.nn.functional.one_hot(scores.group.clamp(min=0), count) * (scores.group >= 0)[..., None]
-        shift = _log_mean_exp(scores.values, strength, member.to(key.dtype))
-        key = torch.cat([key, member.to(key.dtype)], dim=-1)
+    if shift is not None:
+        key = torch.cat([key, _members(scores, shift.shape[-1])], dim=-1)
         query = torch.cat([query.expand(len(shift), -1, -1, -1), -shift[:, :, None, :]], dim=-1)
     if gate is not None:
         query = query * gate[:, None, :, None]
     return HeadBias(query, key)
 
 
-def _log_mean_exp(values: Tensor, strength: Tensor, member: Tensor) -> Tensor:
-    """`(batch, heads, groups)`: log of the mean of `exp(λ s)` over the keys of each group."""
-    bias = strength[None, :, None] * values[:, None, :]
+def mass_shift(scores: TokenScores, strength: Tensor) -> Tensor:
+    """`c_hg = log mean_k exp(λ_h s_k)` over the keys of each group: subtracting it keeps the group's share of attention.
+
+    Exact where the unsteered attention inside the group is uniform.
+
+    Args:
+        scores: normalised, `(batch, keys)`, of all keys of the groups.
+        strength: λ per query head, `(heads,)`.
+
+    Returns:
+        `(batch, heads, groups)`.
+    """
+    member = _members(scores, int(scores.group.max()) + 1)
+    bias = strength[None, :, None] * scores.values[:, None, :]
     top = bias.amax(-1, keepdim=True)
     total = torch.einsum("bhk,bkg->bhg", torch.exp(bias - top), member)
     return total.clamp(min=torch.finfo(total.dtype).tiny).log() + top - member.sum(1).clamp(min=1).log()[:, None, :]
+
+
+def _members(scores: TokenScores, groups: int) -> Tensor:
+    """`(batch, keys, groups)`: 1 where a key belongs to a group."""
+    numbers = torch.arange(groups, device=scores.group.device)
+    return (scores.group[..., None] == numbers).to(scores.values.dtype)

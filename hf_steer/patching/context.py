@@ -48,9 +48,12 @@ class Prompt:
 
 @dataclass
 class GenerateScope:
-    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart."""
+    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart.
 
-    prompt: Prompt
+    Without a prompt its passes are not steered.
+    """
+
+    prompt: Prompt | None
     records: list[EyeRecord] = field(default_factory=list)
     started: bool = False
     state: CacheState | None = None
@@ -80,7 +83,8 @@ def use_saliency(model: Any, saliency: Saliency) -> Iterator[None]:
         raise SaliencyError(f"use_saliency takes a Saliency, such as Saliency.from_boxes(...); got {type(saliency).__name__}.")
     if steering.plan.config.attention is None:
         raise PatchError("this model's SteerConfig has attention=None, so there is no gaze to steer; see AttentionConfig.")
-    with _entered(_STATEMENTS, steering, saliency):
+    enabled, _ = statement_for(steering)
+    with _entered(_STATEMENTS, steering, saliency if enabled else None):  # off stays off
         yield
 
 
@@ -119,7 +123,7 @@ def scope_for(steering: object) -> GenerateScope | None:
 
 
 @contextmanager
-def generate_scope(steering: object, prompt: Prompt) -> Iterator[None]:
+def generate_scope(steering: object, prompt: Prompt | None) -> Iterator[None]:
     """Hold a prompt for the forward passes of one call of `generate`."""
     with _entered(_SCOPES, steering, GenerateScope(prompt)):
         yield

@@ -8,16 +8,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from hf_steer.attention import registered_name
 from hf_steer.errors import PatchError
-from hf_steer.patching.context import STEERING, generate_scope, scope_for, statement_for
+from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, scope_for, statement_for
 from hf_steer.patching.edits import AddHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.plan import implementation_of
-from hf_steer.patching.runtime import PIXELS, Ride, count_tokens, make_biases, make_gate, read_prompt, resolve_state
+from hf_steer.patching.runtime import (
+    PIXELS,
+    Ride,
+    count_tokens,
+    make_biases,
+    make_gate,
+    read_prompt,
+    repeats_prompt,
+    resolve_state,
+)
 from hf_steer.patching.state import read_state, write_state
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
@@ -111,7 +121,10 @@ class Steering(nn.Module):
         elif cache is None and (scope := scope_for(self)) is not None:
             scope.state = ride.state
         if ride.state.speaks:
-            gate = make_gate(ride, self.plan, rows=rows, queries=queries, past=past, device=device)
+            training = module.training and torch.is_grad_enabled()
+            gate = make_gate(
+                ride, self.plan, rows=rows, queries=queries, past=past, device=device, training=training
+            )
             ride.biases = make_biases(ride.state, self.plan, cache=cache, queries=queries, gate=gate)
         return args, {**kwargs, STEERING: ride}
 
@@ -126,13 +139,18 @@ class Steering(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into."""
-        named = {**({"input_ids": args[0]} if args else {}), **kwargs}
-        if "inputs" in named:
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if named.get("inputs") is not None:
             named["input_ids"] = named["inputs"]
+        if named.get("attention_mask") is None:
+            named["attention_mask"] = self._inferred_mask(named)
         original = self._original("generate")
         enabled, statement = statement_for(self)
         if not enabled:
             return original(*args, **kwargs)
+        if scope_for(self) is not None:  # a draft by the same model: checked by the steered passes, not steered itself
+            with generate_scope(self, None):
+                return original(*args, **kwargs)
         cache = named.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(named, self.plan, statement, past=past, whole=True)
@@ -140,6 +158,16 @@ class Steering(nn.Module):
             return original(*args, **kwargs)
         with generate_scope(self, prompt):
             return original(*args, **kwargs)
+
+    def _inferred_mask(self, named: dict[str, Any]) -> Tensor | None:
+        """The mask that `generate` makes when none is given: from the padding token, unless that also ends sequences."""
+        settings = named.get("generation_config") or self.plan.anatomy.root.generation_config
+        ids = named.get("input_ids")
+        pad, end = (named.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        if ids is None or pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
+            return None
+        mask: Tensor = ids != pad
+        return mask
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """transformers' `save_pretrained`, with the steering beside the base model."""
@@ -166,29 +194,43 @@ class Steering(nn.Module):
         state = read_state(cache)
         ride = Ride(backend=self.plan.config.attention.backend, state=state, statement=statement)  # type: ignore[union-attr]
         if scope is not None:
-            ride.prompt_end = scope.prompt.first_position + scope.prompt.shape[1]
-            if not scope.started:
-                scope.started = True
-                ride.prompt, ride.records = scope.prompt, scope.records
-                return ride
-            ride.state = scope.state if cache is None else state
-            return None if ride.state is None else ride  # another pass inside generate, such as guidance's
+            return self._begin_in_generate(ride, scope, named)
         past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, Tensor) and not torch.compiler.is_compiling():
+            past = int(past)
         if self._continues(ride, named, past):
             return ride
         ride.prompt = read_prompt(named, self.plan, statement, past=int(past), whole=False)
         return None if ride.prompt is None else ride
 
+    def _begin_in_generate(self, ride: Ride, scope: GenerateScope, named: dict[str, Any]) -> Ride | None:
+        """The first pass of a `generate` gets its prompt, later ones go on; others, such as guidance's, are not steered."""
+        prompt, cache = scope.prompt, named.get("past_key_values")
+        if prompt is None:
+            return None
+        ride.prompt_end = prompt.first_position + prompt.shape[1]
+        if not scope.started:
+            scope.started = True
+            ride.prompt, ride.records = prompt, scope.records
+            return ride
+        if cache is None:
+            ride.state = scope.state if repeats_prompt(named, prompt) else None
+        return None if ride.state is None else ride
+
     def _continues(self, ride: Ride, named: dict[str, Any], past: int | Tensor) -> bool:
-        """One more token on a cache that has its state, and nothing new to see or said: no look at the token is needed."""
-        state = ride.state
-        if state is None or count_tokens(named) != 1 or any(named.get(name) is not None for name in NEW_PICTURES):
-            return False
-        if ride.statement is not None and ride.statement is not state.statement:
+        """More text on a cache that has its state, and nothing new to see or said: no look at the tokens is needed."""
+        state, count = ride.state, count_tokens(named)
+        if state is None or any(named.get(name) is not None for name in NEW_PICTURES):
             return False
         if isinstance(past, int):
-            ride.state = state.until(past)
-        return isinstance(past, Tensor) or past > 0
+            if past == 0:
+                return False
+            state = ride.state = state.until(past)
+        if ride.statement is not None:
+            # token scores speak of the prompt that they were first used with
+            given = ride.statement.tokens
+            return ride.statement is state.statement and (count == 1 or (given is not None and given.shape[1] != past + count))
+        return count == 1
 
     def _original(self, name: str) -> Any:
         """A method of the root model as it was before patching."""

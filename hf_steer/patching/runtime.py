@@ -13,7 +13,7 @@ from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import SaliencyError
 from hf_steer.patching.context import Prompt
-from hf_steer.patching.state import CacheState, join_scores
+from hf_steer.patching.state import CacheState, join_scores, join_spans
 from hf_steer.saliency import (
     EyeRecord,
     Saliency,
@@ -69,9 +69,8 @@ def read_prompt(
         return None
     ids, mask, labels = (source if source.ndim == 2 else None), named.get("attention_mask"), named.get("labels")
     batch, tokens = source.shape[:2]
-    two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2
-    repeats = whole and (not isinstance(mask, Tensor) or not two_dimensional or mask.shape[1] == tokens)
-    first = 0 if repeats else past
+    longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens
+    first = 0 if whole and not longer else past
     outputs = named.get("mm_encoder_outputs") or {}
     encoded = {modality: output.hf_steer for modality, output in outputs.items() if hasattr(output, "hf_steer")}
     _refuse_hidden_tokens(ids, statement)
@@ -79,7 +78,7 @@ def read_prompt(
         input_ids=ids,
         shape=(batch, tokens),
         first_position=first,
-        real=_real(mask, first + tokens) if isinstance(mask, Tensor) and two_dimensional else None,
+        real=_real(mask, first + tokens) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
         spans=_new_spans(ids, _token_grids(named, encoded, plan.anatomy), plan, statement, first=first, past=past),
@@ -93,6 +92,15 @@ def count_tokens(named: Mapping[str, Any]) -> int:
     return 0 if source is None else source.shape[1]
 
 
+def repeats_prompt(named: Mapping[str, Any], prompt: Prompt) -> bool:
+    """Whether a pass without a cache begins with the prompt, its rows repeated or not."""
+    tokens, (batch, length) = _tokens(named), prompt.shape
+    if tokens is None or tokens.shape[1] < length or tokens.shape[0] % batch:
+        return False
+    begun = tokens[:: tokens.shape[0] // batch, :length]
+    return prompt.input_ids is None or torch.equal(begun, prompt.input_ids.to(begun.device))
+
+
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     """`input_ids`, or `inputs_embeds` when they come alone or as the longer ones."""
     ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
@@ -102,8 +110,14 @@ def _tokens(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _real(mask: Tensor, length: int) -> Tensor:
-    """`(batch, length)` bool; a mask that covers only the newest tokens says nothing of the older ones."""
-    return torch.nn.functional.pad(mask[:, -length:].bool(), (max(0, length - mask.shape[1]), 0), value=True)
+    """`(batch, length)` bool. Columns count keys from the first, and there may be more of them than keys (static caches).
+
+    In a 4-D mask a key is real that any query may attend to.
+    """
+    if mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = allowed.flatten(1, 2).any(1)
+    return torch.nn.functional.pad(mask[:, :length].bool(), (max(0, length - mask.shape[1]), 0), value=True)
 
 
 def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: int, device: torch.device) -> CacheState:
@@ -115,8 +129,8 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
     attention = _attention(plan)
     batch, tokens = prompt.shape
     length = prompt.first_position + tokens
-    old = None if ride.state is None else ride.state.until(past).for_rows(batch)
-    spans = (old.spans if old is not None else ()) + prompt.spans
+    old = None if ride.state is None or past == 0 else ride.state.until(past).for_rows(batch)
+    spans = prompt.spans if old is None else join_spans(old.spans, prompt.spans)
     if ride.statement is not None:
         real = torch.ones(batch, length, dtype=torch.bool) if prompt.real is None else prompt.real
         scores = scores_from_user(
@@ -136,9 +150,7 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
-    strengths = torch.tensor([plan.strengths[layer] for layer in sorted(plan.strengths)], device=device)
-    state = CacheState(scores, spans, strengths, ride.statement, speaks=bool(scores.values.any()))
-    return state.for_rows(rows)
+    return CacheState(scores, spans, ride.statement, speaks=bool(scores.values.any())).for_rows(rows)
 
 
 def make_biases(
@@ -153,29 +165,32 @@ def make_biases(
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
     """
-    attention = _attention(plan)
+    preserve_mass = _attention(plan).saliency.preserve_mass
     windows: dict[tuple[int, int], TokenScores] = {}
     biases: dict[tuple[tuple[int, int], tuple[float, ...]], HeadBias] = {}
     by_layer = {}
-    for number, layer in enumerate(sorted(plan.strengths)):
+    for layer, values in plan.strengths.items():
         length, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
         place = (offset, length)
         if place not in windows:
             windows[place] = state.window(offset, length)
-        same = (place, plan.strengths[layer])
+        same = (place, values)
         if same not in biases:
-            biases[same] = head_bias(
-                windows[place], state.strengths[number], gate, preserve_mass=attention.saliency.preserve_mass
-            )
+            biases[same] = head_bias(windows[place], *state.strength(values, preserve_mass=preserve_mass), gate)
         by_layer[layer] = biases[same]
     return by_layer
 
 
-def make_gate(ride: Ride, plan: Plan, *, rows: int, queries: int, past: int | Tensor, device: torch.device) -> Tensor | None:
+def make_gate(
+    ride: Ride, plan: Plan, *, rows: int, queries: int, past: int | Tensor, device: torch.device, training: bool
+) -> Tensor | None:
     """`(rows, queries)`: 1 for the queries to steer; None for all of them.
 
     Inside `generate` a token is generated out of every position from the prompt's last on. In a forward pass of its own
     these are the positions before a label; without labels, the last real token of each row.
+
+    Raises:
+        SaliencyError: a training step without labels.
     """
     if _attention(plan).queries == "all":
         return None
@@ -186,6 +201,11 @@ def make_gate(ride: Ride, plan: Plan, *, rows: int, queries: int, past: int | Te
         return None
     if ride.prompt.labelled is not None:
         return ride.prompt.labelled.to(device).float()
+    if training:
+        raise SaliencyError(
+            "queries='generated' needs to know in training which tokens are generated, and no labels reached the patched "
+            "model. Call it as model(..., labels=...) (PEFT and label smoothing take them out on the way), or use queries='all'."
+        )
     last = torch.full((rows, 1), queries - 1, device=device)
     if ride.prompt.real is not None:
         new = ride.prompt.real[:, -queries:].to(device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
@@ -24,55 +26,78 @@ class CacheState:
     Attributes:
         scores: normalised, `(rows, prompt tokens so far)`; keys after them have none.
         spans: pictures and videos among those keys.
-        strengths: λ, `(steered layers, heads)`.
         statement: what the user said, if these scores come from the user.
         speaks: whether any key has a score; known at prefill, so that a decode step need not ask the device.
+        tensors: strengths that were used with these scores, and their mass shifts, so that a decode step makes none.
     """
 
     scores: TokenScores
     spans: tuple[Span, ...]
-    strengths: Tensor
     statement: Saliency | None
     speaks: bool
+    tensors: dict[tuple[tuple[float, ...], bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.scores.values.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.scores.values.shape[1]
 
     def until(self, length: int) -> CacheState:
         """The part that speaks of the first `length` keys: a cache may have been cropped or reset since."""
-        if self.scores.values.shape[1] <= length:
+        if self.length <= length:
             return self
         scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length])
         spans = tuple(span for span in self.spans if int(span.positions[-1]) < length)
-        return dataclasses.replace(self, scores=scores, spans=spans)
+        return CacheState(scores, spans, self.statement, self.speaks)
 
     def for_rows(self, rows: int) -> CacheState:
-        """Rows repeated as `generate` repeats them for beams (a beam never leaves its prompt's rows).
+        """Rows repeated as `generate` repeats them for beams.
 
         Raises:
-            SaliencyError: the cache has been cut to other rows.
+            SaliencyError: not a multiple of the rows that are there.
         """
-        own = self.scores.values.shape[0]
-        if rows == own:
+        if rows == self.rows:
             return self
-        if rows % own:
-            raise SaliencyError(
-                f"the cache's saliency has {own} rows, this call has {rows}; rows may be repeated, not selected. "
-                "Start from a fresh cache."
-            )
-        times = rows // own
-        scores = TokenScores(
-            self.scores.values.repeat_interleave(times, 0), self.scores.group.repeat_interleave(times, 0)
-        )
-        spans = tuple(
-            dataclasses.replace(span, row=span.row * times + copy) for span in self.spans for copy in range(times)
-        )
-        return dataclasses.replace(self, scores=scores, spans=tuple(sorted(spans, key=lambda span: span.row)))
+        if rows % self.rows:
+            raise SaliencyError(f"the cache's saliency has {self.rows} rows, this call has {rows}. Start from a fresh cache.")
+        return self.select(torch.arange(self.rows, device=self.scores.values.device).repeat_interleave(rows // self.rows))
+
+    def select(self, rows: Tensor) -> CacheState:
+        """Other rows, or the same in another order: what beams and selected sequences do to their cache."""
+        rows = rows.to(self.scores.values.device)
+        scores = TokenScores(self.scores.values[rows], self.scores.group[rows])
+        by_row: dict[int, list[Span]] = {}
+        for span in self.spans:
+            by_row.setdefault(span.row, []).append(span)
+        spans = [
+            dataclasses.replace(span, row=new) for new, old in enumerate(rows.tolist()) for span in by_row.get(old, ())
+        ]
+        tensors = {
+            key: (strength, None if shift is None else shift[rows]) for key, (strength, shift) in self.tensors.items()
+        }
+        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors)
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
-        missing = max(0, offset + length - self.scores.values.shape[1])
+        missing = max(0, offset + length - self.length)
         keys = slice(offset, offset + length)
         return TokenScores(
             F.pad(self.scores.values, (0, missing))[:, keys], F.pad(self.scores.group, (0, missing), value=-1)[:, keys]
         )
+
+    def strength(self, values: tuple[float, ...], *, preserve_mass: bool) -> tuple[Tensor, Tensor | None]:
+        """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.
+
+        The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold.
+        """
+        key = (values, preserve_mass)
+        if key not in self.tensors:
+            strength = torch.tensor(values, dtype=torch.float32, device=self.scores.values.device)
+            self.tensors[key] = (strength, mass_shift(self.scores, strength) if preserve_mass else None)
+        return self.tensors[key]
 
 
 def read_state(cache: Any) -> CacheState | None:
@@ -81,7 +106,37 @@ def read_state(cache: Any) -> CacheState | None:
 
 
 def write_state(cache: Any, state: CacheState) -> None:
+    """Put a state on a cache, which takes its rows along from now on whenever its own rows move."""
     setattr(cache, _ATTRIBUTE, state)
+    for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave):
+        if follow.__name__ not in vars(cache):
+            setattr(cache, follow.__name__, MethodType(follow, cache))
+
+
+def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
+    """transformers' `Cache.reorder_cache`, the saliency included."""
+    type(cache).reorder_cache(cache, beam_idx)
+    _follow(cache, beam_idx)
+
+
+def batch_select_indices(cache: Any, indices: Tensor) -> None:
+    """transformers' `Cache.batch_select_indices`, the saliency included."""
+    type(cache).batch_select_indices(cache, indices)
+    _follow(cache, indices)
+
+
+def batch_repeat_interleave(cache: Any, repeats: int) -> None:
+    """transformers' `Cache.batch_repeat_interleave`, the saliency included."""
+    type(cache).batch_repeat_interleave(cache, repeats)
+    state = read_state(cache)
+    if state is not None:
+        setattr(cache, _ATTRIBUTE, state.for_rows(state.rows * repeats))
+
+
+def _follow(cache: Any, rows: Tensor) -> None:
+    state = read_state(cache)
+    if state is not None:
+        setattr(cache, _ATTRIBUTE, state.select(rows))
 
 
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
@@ -92,3 +147,14 @@ def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
     return TokenScores(
         torch.cat([old.values, new.values[:, length:]], 1), torch.cat([old.group, moved[:, length:]], 1)
     )
+
+
+def join_spans(old: tuple[Span, ...], new: tuple[Span, ...]) -> tuple[Span, ...]:
+    """New pictures after old ones, counted over the whole conversation, row by row."""
+    counts: dict[tuple[int, str], int] = {}
+    joined = []
+    for span in sorted((*old, *new), key=lambda span: (span.row, int(span.positions[0]))):
+        place = (span.row, span.modality)
+        joined.append(dataclasses.replace(span, index=counts.get(place, 0)))
+        counts[place] = counts.get(place, 0) + 1
+    return tuple(joined)

@@ -32,7 +32,7 @@ def attention_received(query: Tensor, key: Tensor, scaling: float, *, scores_per
     heads, patches, _ = query.shape
     rows = max(1, scores_per_chunk // (heads * patches))
     keys = key.float().transpose(1, 2)
-    received = torch.zeros(patches, device=query.device)
+    received = torch.zeros(patches, dtype=torch.float32, device=query.device)
     for chunk in query.float().split(rows, dim=1):
         received += torch.softmax(chunk @ keys * scaling, dim=-1).sum(dim=(0, 1))
     return received / heads

@@ -37,6 +37,10 @@ class Saliency:
     tokens: Tensor | None = None
     regions: tuple[Region, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saliency:
+        """Itself: it is frozen, and a copied cache still carries the same statement."""
+        return self
+
     @classmethod
     def from_tokens(cls, scores: Any) -> Saliency:
         """One score per prompt token, padding included.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ class Boxes:
     fractions: tuple[tuple[float, float, float, float], ...]
 
     def on_grid(self, height: int, width: int) -> Tensor:
-        covered = torch.zeros(height, width)
+        covered = torch.zeros(height, width, dtype=torch.float32)
         for left, top, right, bottom in self.fractions:
             share = _covered(top, bottom, height)[:, None] * _covered(left, right, width)[None, :]
             covered = torch.maximum(covered, share)
@@ -61,8 +62,8 @@ class Points:
     radii: tuple[float, float]
 
     def on_grid(self, height: int, width: int) -> Tensor:
-        x = (torch.arange(width) + 0.5) / width
-        y = (torch.arange(height) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32) + 0.5) / width
+        y = (torch.arange(height, dtype=torch.float32) + 0.5) / height
         radius_x, radius_y = max(self.radii[0], 0.5 / width), max(self.radii[1], 0.5 / height)
         spots = [
             torch.exp(-0.5 * (((y - centre_y) / radius_y) ** 2)[:, None] - 0.5 * (((x - centre_x) / radius_x) ** 2)[None, :])
@@ -110,18 +111,25 @@ def _covered(start: float, end: float, cells: int) -> Tensor:
 
 
 def _size(image_size: Any) -> tuple[float, float]:
-    width, height = getattr(image_size, "size", image_size)
-    if not (width > 0 and height > 0):
-        raise SaliencyError(f"image_size must be (width, height) in pixels, both above 0; got {(width, height)}.")
-    return float(width), float(height)
+    size = getattr(image_size, "size", None)
+    try:
+        width, height = size if isinstance(size, tuple) else image_size
+        sides = float(width), float(height)
+    except (TypeError, ValueError) as error:
+        raise SaliencyError(f"image_size must be (width, height) in pixels or a PIL picture; got {image_size!r}.") from error
+    if not (sides[0] > 0 and sides[1] > 0):
+        raise SaliencyError(f"image_size must be (width, height) in pixels, both above 0; got {sides}.")
+    return sides
 
 
 def _several(values: Any, length: int, noun: str, form: str) -> Sequence[Sequence[float]]:
     """One or several tuples of finite numbers."""
-    items = [list(values)] if len(values) and not hasattr(values[0], "__len__") else [list(item) for item in values]
-    if not items or any(len(item) != length for item in items):
-        raise SaliencyError(f"a {noun} is {form}; got {values!r}.")
-    numbers = [[float(value) for value in item] for item in items]
-    if not all(math.isfinite(value) for item in numbers for value in item):
-        raise SaliencyError(f"a {noun} must be finite; got {values!r}.")
-    return numbers
+    try:
+        table = torch.as_tensor(np.atleast_2d(np.asarray(values, dtype=np.float64)))
+        table = table.view(len(table), length)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SaliencyError(f"a {noun} is {form}; got {values!r}.") from error
+    if not len(table) or not torch.isfinite(table).all():
+        raise SaliencyError(f"there must be at least one {noun}, and all must be finite; got {values!r}.")
+    rows: list[list[float]] = table.tolist()
+    return rows

@@ -99,13 +99,14 @@ def scores_from_user(
 
 def _blank(batch: int, length: int, device: torch.device) -> TokenScores:
     return TokenScores(
-        torch.zeros(batch, length, device=device), torch.full((batch, length), -1, dtype=torch.long, device=device)
+        torch.zeros(batch, length, dtype=torch.float32, device=device),
+        torch.full((batch, length), -1, dtype=torch.long, device=device),
     )
 
 
 def _lay(scores: TokenScores, span: Span, values: Tensor, *, groups: int) -> None:
     """Add values to a span's tokens and number its groups: one for all that the user says, one per frame for the eyes."""
-    scores.values[span.row, span.positions] += values
+    scores.values[span.row, span.positions] += values.to(scores.values.device)
     if (scores.group[span.row, span.positions] < 0).all():
         first = int(scores.group[span.row].max()) + 1
         numbers = torch.arange(first, first + groups, device=scores.group.device)

@@ -188,11 +188,12 @@ def test_boxes_on_a_resized_picture_point_at_the_same_place():
     large = scene.image.resize((336, 336), Image.Resampling.BICUBIC)
     config = SteerConfig(attention=AttentionConfig(strength=8.0, saliency=SaliencyConfig(source=None, preserve_mass=True)))
     model = hf_steer.from_pretrained(FOLDER, steer_config=config).eval()
-    processor = AutoProcessor.from_pretrained(FOLDER, max_pixels=56 * 56)
+    processor = AutoProcessor.from_pretrained(FOLDER)
     text = processor.apply_chat_template(
         digits.messages_for(large, "Which digit is it?"), tokenize=False, add_generation_prompt=True
     )
-    inputs = processor(text=[text], images=[large], return_tensors="pt")
+    size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # pixels, in Qwen2-VL's processor
+    inputs = processor(text=[text], images=[large], return_tensors="pt", size=size)
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 4]]
     for label, (left, top, right, bottom) in zip(scene.labels, scene.boxes, strict=True):
         box = tuple(6 * side for side in (left, top, right, bottom))
@@ -200,3 +201,24 @@ def test_boxes_on_a_resized_picture_point_at_the_same_place():
             tokens = model.generate(**inputs, do_sample=False)
         said = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert pointing.ANSWER.search(said).group(1) == str(label)
+
+
+def test_char_spans_of_a_padded_batch_mark_the_words_they_name():
+    """Offsets of the real tokenizer, on the text side of a model that can also see."""
+    config = SteerConfig(attention=AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None, normalize="minmax")))
+    model = hf_steer.from_pretrained(FOLDER, steer_config=config).eval()
+    tokenizer = AutoProcessor.from_pretrained(FOLDER).tokenizer
+    prompts = ["Which digit is at the top left?", "Read the digit."]
+    inputs = tokenizer(prompts, return_offsets_mapping=True, padding=True, padding_side="left", return_tensors="pt")
+    offsets = inputs.pop("offset_mapping")
+    spans = [[(prompts[0].index("top"), prompts[0].index("top") + 3)], [(0, 4)]]
+    saliency = Saliency.from_char_spans(spans, offsets)
+    marked = [tokenizer.decode(ids[scores > 0]) for ids, scores in zip(inputs["input_ids"], saliency.tokens, strict=True)]
+    assert [text.strip() for text in marked] == ["top", "Read"]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with use_saliency(model, saliency):
+            steered = model(**inputs).logits
+        with use_saliency(model, Saliency.from_tokens(saliency.tokens)):
+            assert torch.equal(model(**inputs).logits, steered)
+    assert (steered - plain)[inputs["attention_mask"].bool()].abs().max() > 0.05

@@ -54,17 +54,18 @@ def plot_strength(result: PointingResult, path: str | os.PathLike[str]) -> Path:
     """Strength against the share that names the pointed-at digit, with 95 % intervals, the controls beside it."""
     figure, axis = _subplots(size=(6.2, 3.8))
     curve = [row for row in result.rows if row.saliency in ("nothing", "pointed-at cell")]
-    for rows, colour, label, style in (
-        (curve, AFTER, "saliency on the pointed-at cell", "-o"),
+    controls = result.rows[len(curve) :]
+    for rows, colour, label, style, aside in (
+        (curve, AFTER, "saliency on the pointed-at cell", "-o", 0.0),
         *(
-            ([row], colour, f"saliency: {row.saliency}", marker)
-            for row, colour, marker in zip(result.rows[len(curve) :], CONTROLS, "sDv^", strict=True)
+            ([row], colour, row.saliency, marker, 0.12 * (place + 1))
+            for place, (row, colour, marker) in enumerate(zip(controls, CONTROLS, "sDv^", strict=True))
         ),
     ):
         share = np.array([row.pointed_share for row in rows])
         # rounding may put an end of the interval past the share itself
         errors = np.clip([share - [row.low for row in rows], [row.high for row in rows] - share], 0, None)
-        axis.errorbar([row.strength for row in rows], share, errors, fmt=style, color=colour, capsize=3, label=label)
+        axis.errorbar([row.strength + aside for row in rows], share, errors, fmt=style, color=colour, capsize=3, label=label)
     axis.axhline(0.25, color=BEFORE, linewidth=1, linestyle=":", label="one digit of four at random")
     axis.set_xlabel("strength λ")
     axis.set_ylabel("answers that name the pointed-at digit")

@@ -133,8 +133,8 @@ class Pointing:
         self.cells = random.integers(0, 4, len(self.scenes)).tolist()
         self.questions = [OPEN_QUESTIONS[number] for number in random.integers(0, len(OPEN_QUESTIONS), len(self.scenes))]
         self.shuffled_cells = random.integers(0, 4, len(self.scenes)).tolist()
-        self.processor = AutoProcessor.from_pretrained(folder)
         self.model = from_pretrained(folder, steer_config=pointing_config(1.0)).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
         self.digit_ids = self.processor.tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)])
 
     def batches(self, title: str) -> Iterator[list[int]]:

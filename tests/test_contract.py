@@ -592,6 +592,9 @@ def test_no_padding_token_is_ever_looked_at(family, implementation):
     inputs = prompt_for(family)
     scores = torch.randn(inputs["input_ids"].shape)
     loud = scores.masked_fill(inputs["attention_mask"] == 0, 50.0)
+    with torch.no_grad(), use_saliency(model, Saliency.from_tokens(loud)):
+        state = model(**inputs, use_cache=True).past_key_values.hf_steer_state
+    torch.testing.assert_close(state.scores.values, scores * inputs["attention_mask"], rtol=0, atol=0)
     assert (inputs["input_ids"][inputs["attention_mask"] == 0] == PAD).all()
     assert torch.equal(
         real_logits(logits(model, inputs, Saliency.from_tokens(scores)), inputs),

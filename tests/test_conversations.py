@@ -229,3 +229,20 @@ def test_the_default_dtype_does_not_leak_into_the_bias():
         assert torch.equal(logits(model, inputs, look), expected[1])
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_a_cache_that_the_model_made_carries_the_saliency_on(family):
+    model = patch_model(make_model(family), steer(family))
+    inputs = prompt_for(family, rows=[[4, ("image", 2, 3), 5]])
+    statement = gaze(family, inputs)
+    given = cache_for(model)
+    logits(model, inputs, statement, past_key_values=given)
+    for as_tuple in (False, True):
+        with torch.no_grad(), looking(model, statement):
+            output = model(**inputs, use_cache=True, return_dict=not as_tuple)
+        made = output[1] if as_tuple else output.past_key_values
+        torch.testing.assert_close(step(model, [[5]], made), step(model, [[5]], copy.deepcopy(given)), rtol=0, atol=0)
+    unsteered = copy.deepcopy(given)
+    del unsteered.hf_steer_state
+    assert not torch.allclose(step(model, [[5]], unsteered), step(model, [[5]], copy.deepcopy(given)), atol=1e-3)

@@ -136,3 +136,18 @@ def test_the_towers_own_output_is_bit_equal_while_it_is_watched(family):
         if not outputs[1:]:
             patch_model(model, steer(family))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_recomputation_under_gradient_checkpointing_reads_nothing_twice(family, monkeypatch):
+    from hf_steer.saliency import eyes
+
+    inputs = make_prompt(family, [[3, ("image", 3, 2), 1, ("image", 2, 2)]])
+    model = make_model(family).train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    patch_model(model, looking_with(family, (0,)))
+    read, real = [], eyes.attention_received
+    monkeypatch.setattr(eyes, "attention_received", lambda *args: read.append(args) or real(*args))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert len(read) == 2
+    assert model.model.visual.blocks[0].attn.qkv.weight.grad.abs().max() > 0

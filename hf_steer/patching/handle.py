@@ -116,9 +116,7 @@ class Steering(nn.Module):
         if ride.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
         ride.state = ride.state.for_rows(rows)  # no-op but for a cache whose rows were repeated since
-        if cache is not None and read_state(cache) is not ride.state:
-            write_state(cache, ride.state)
-        elif cache is None and (scope := scope_for(self)) is not None:
+        if cache is None and (scope := scope_for(self)) is not None:
             scope.state = ride.state
         if ride.state.speaks:
             training = module.training and torch.is_grad_enabled()
@@ -129,12 +127,12 @@ class Steering(nn.Module):
         return args, {**kwargs, STEERING: ride}
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Decoder: a cache that it made itself gets the state, for the next turn."""
+        """Decoder: now that the keys are in the cache, the caller's or its own, the state goes there, too."""
         ride = kwargs.get(STEERING)
         if ride is None or ride.state is None:
             return
         values = output.values() if isinstance(output, ModelOutput) else output
-        for cache in (value for value in values if isinstance(value, Cache)):
+        for cache in (value for value in values if isinstance(value, Cache) and read_state(value) is not ride.state):
             write_state(cache, ride.state)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_steer.config import CONFIG_NAME, SteerConfig
@@ -59,7 +60,7 @@ def from_pretrained(
     base_config = read_base_config(id_or_dir, **hub)
     model_class = model_class_of(base_config)
     make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config)  # every check, before any weight
-    return patch_model(model_class.from_pretrained(id_or_dir, **model_kwargs), config)
+    return patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config)
 
 
 def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> PreTrainedConfig:
@@ -72,6 +73,32 @@ def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Pr
             f"{os.fspath(id_or_dir)!r} holds no model configuration that transformers can read ({error}). A folder with "
             f"{CONFIG_NAME} alone is a steering: give it as steer_config=, and the base model first."
         ) from error
+
+
+def read_base_model(model_class: type[PreTrainedModel], id_or_dir: str | os.PathLike[str], **model_kwargs: Any) -> PreTrainedModel:
+    """The model with all its weights; transformers alone would fill missing ones with random numbers and a warning.
+
+    Raises:
+        FileError: weight files that are missing, truncated, or of another model.
+    """
+    again = f"Save or download {os.fspath(id_or_dir)!r} again."
+    loader: Any = model_class  # whose return type does not know of output_loading_info
+    model: PreTrainedModel
+    try:
+        model, report = loader.from_pretrained(id_or_dir, **{**model_kwargs, "output_loading_info": True})
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"the weights of {os.fspath(id_or_dir)!r} cannot be read ({error}). {again}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise FileError(f"the weights of {os.fspath(id_or_dir)!r} belong to another model ({error}). {again}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise FileError(
+            f"the weights of {os.fspath(id_or_dir)!r} lack {len(missing)} of the model's parameters, {missing[0]!r} among them: "
+            f"they are incomplete or belong to another model. {again}"
+        )
+    return model
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:

@@ -63,7 +63,8 @@ def test_importing_the_package_is_light_and_changes_nothing():
         "assert not heavy & (set(sys.modules) - loaded), heavy & (set(sys.modules) - loaded)\n"
         "assert not [name for name in m.ALL_ATTENTION_FUNCTIONS if 'hf_steer' in name]\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_every_public_name_is_documented():

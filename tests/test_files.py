@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_config import make_hub_cache
 from test_contract import gaze, logits, prompt_for, steer
 from tiny import make_model
@@ -85,7 +86,7 @@ def test_loading_arguments_are_passed_through(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.Qwen2VLForConditionalGeneration, "from_pretrained", classmethod(spy))
     wanted = {"dtype": torch.bfloat16, "attn_implementation": "eager", "device_map": {"": "cpu"}, "revision": "main"}
     loaded = hf_steer.from_pretrained(tmp_path, **wanted)
-    assert passed == wanted
+    assert passed == {**wanted, "output_loading_info": True}
     assert loaded.dtype == torch.bfloat16
     assert loaded.config._attn_implementation == "eager"
     assert type(loaded) is transformers.Qwen2VLForConditionalGeneration
@@ -134,6 +135,33 @@ def test_a_broken_folder_is_one_error_before_any_weight_is_read(harm, error, mes
     harm(tmp_path)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(error, match=message):
+        hf_steer.from_pretrained(tmp_path)
+
+
+def write_weights(change):
+    def apply(folder):
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate("model.safetensors"), "weights of .* cannot be read .* Save or download"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "weights of .* cannot be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not weights at all"), "cannot be read"),
+        (write_weights(lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")), "lack 1 of .*layers.1.mlp.up_proj"),
+        (write_weights(lambda weights: weights.update({"model.norm.weight": torch.ones(31)})), "belong to another model"),
+        (write_weights(lambda weights: [weights.pop(name) for name in list(weights)[1:]]), "lack [0-9]+ of the model's"),
+    ],
+)
+def test_broken_weights_are_one_error_and_nothing_is_half_loaded(harm, message, tmp_path):
+    patch_model(make_model("llama"), steer("llama")).save_pretrained(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(FileError, match=message):
         hf_steer.from_pretrained(tmp_path)
 
 

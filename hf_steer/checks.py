@@ -23,6 +23,11 @@ def check_flag(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be True or False; got {value!r}.")
 
 
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}.")
+
+
 def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number; got {value!r}.")

@@ -13,6 +13,10 @@ class SaliencyError(SteerError, ValueError):
     """Saliency that is malformed, or does not fit the prompt."""
 
 
+class AlignerError(SteerError, ValueError):
+    """Features, text or masks that an aligner cannot take, or sizes that it cannot be built with."""
+
+
 class PatchError(SteerError, RuntimeError):
     """The model is not in the state that the call needs: unknown, patched already, or changed since."""
 

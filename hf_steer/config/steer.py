@@ -1,4 +1,4 @@
-"""What the user asks for: frozen, validated at birth, JSON on disk."""
+"""All that hf_steer does to one model, as one frozen value: JSON on disk, strict when read."""
 
 from __future__ import annotations
 
@@ -7,113 +7,18 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from hf_steer.checks import (
-    Heads,
-    Strength,
-    check_choice,
-    check_flag,
-    check_heads,
-    check_indices,
-    check_number,
-    check_strength,
-)
+from hf_steer.checks import check_flag
+from hf_steer.config.aligner import AlignerConfig
+from hf_steer.config.attention import AttentionConfig, SaliencyConfig
 from hf_steer.errors import ConfigError, FileError
 from hf_steer.files import find_file, write_whole
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "steer_config.json"
-
-NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
-SOURCES = ("vision_attention", None)
-QUERIES = ("all", "generated")
-BACKENDS = ("auto", "folded", "mask")
-
-
-@dataclass(frozen=True)
-class SaliencyConfig:
-    """Where the score of each token comes from, and how it is scaled.
-
-    Args:
-        source: `"vision_attention"` reads the model's own eyes: the attention that each patch receives in the vision
-            tower. None takes only what `use_saliency` supplies.
-        normalize: per picture, per video frame, or over the row's real tokens for token scores. `"zscore"` is clipped
-            at `clip`; `"minmax"` and `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores
-            become zeros.
-        clip: largest absolute z-score, above 0. Two outlier patches would otherwise take most of the bias.
-        blocks: vision blocks to read; negative counts from the last. Several are averaged.
-        preserve_mass: subtract `log mean exp(λs)` over each group, so that the bias moves attention *within* a picture
-            rather than towards it. Exact where the unsteered attention inside the picture is uniform.
-    """
-
-    source: Literal["vision_attention"] | None = "vision_attention"
-    normalize: Literal["zscore", "minmax", "rank", "none"] = "zscore"
-    clip: float = 3.0
-    blocks: tuple[int, ...] = (-1,)
-    preserve_mass: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("saliency.source", self.source, SOURCES)
-        check_choice("saliency.normalize", self.normalize, NORMALIZATIONS)
-        check_number("saliency.clip", self.clip)
-        if self.clip <= 0:
-            raise ConfigError(f"saliency.clip must be above 0; got {self.clip}. The default is 3.0.")
-        check_flag("saliency.preserve_mass", self.preserve_mass)
-        blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
-        object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Which heads are biased towards salient tokens, how hard, and for which queries.
-
-    The bias is `λ_h · s_k`, added to the attention logits: `softmax(q·kᵀ/√d + λ_h·s_k)`.
-
-    Args:
-        heads: `"all"`, or `{layer: heads}` with a tuple of query heads or `"all"`. Layers count from 0; negative
-            layers count from the last.
-        strength: λ. One number, `{layer: number}`, or `{layer: {head: number}}`. Negative turns the gaze away.
-        saliency: where the scores come from.
-        queries: `"all"`, or `"generated"`: only queries out of which a token is generated, the prompt's last token
-            included (the first new token comes out of it). In a training step these are the positions before a label.
-        backend: `"auto"` folds the bias into the head dimension for prompts and adds a mask for single queries;
-            `"folded"` and `"mask"` do one of the two always.
-    """
-
-    heads: Heads = "all"
-    strength: Strength = 1.0
-    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
-    queries: Literal["all", "generated"] = "all"
-    backend: Literal["auto", "folded", "mask"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice("attention.queries", self.queries, QUERIES)
-        check_choice("attention.backend", self.backend, BACKENDS)
-        if not isinstance(self.saliency, SaliencyConfig):
-            raise ConfigError(f"attention.saliency must be a SaliencyConfig; got {type(self.saliency).__name__}.")
-        object.__setattr__(self, "heads", check_heads(self.heads))
-        object.__setattr__(self, "strength", check_strength(self.strength))
-        self._refuse_strength_elsewhere()
-
-    def _refuse_strength_elsewhere(self) -> None:
-        """A strength for a layer or head that is not steered would be ignored; a steered one without would be a guess."""
-        if not isinstance(self.strength, Mapping) or not isinstance(self.heads, Mapping):
-            return
-        if set(self.strength) != set(self.heads):
-            raise ConfigError(
-                f"attention.strength names layers {sorted(self.strength)}, attention.heads {sorted(self.heads)}; "
-                "give a strength for just the layers that are steered."
-            )
-        for layer, strength in self.strength.items():
-            heads = self.heads[layer]
-            if isinstance(strength, Mapping) and not isinstance(heads, str) and set(strength) != set(heads):
-                raise ConfigError(
-                    f"attention.strength of layer {layer} names heads {sorted(strength)}, attention.heads "
-                    f"{sorted(heads)}; give a strength for just the heads that are steered."
-                )
 
 
 @dataclass(frozen=True)
@@ -122,17 +27,24 @@ class SteerConfig:
 
     Args:
         attention: the gaze; None leaves attention alone.
+        aligners: what is inserted behind or inside frozen encoders; one per modality and placement.
+        train_projector: the base's own projector, between encoder and language model, is trained and saved with the
+            steering. Meant for models from `compose`, whose projector is new.
         base_model_type: `config.model_type` of the model that this was saved with; patching another raises.
         schema_version: format of the file, written by this version.
     """
 
     attention: AttentionConfig | None = None
+    aligners: tuple[AlignerConfig, ...] = ()
+    train_projector: bool = False
     base_model_type: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.attention is not None and not isinstance(self.attention, AttentionConfig):
             raise ConfigError(f"attention must be an AttentionConfig or None; got {type(self.attention).__name__}.")
+        object.__setattr__(self, "aligners", self._checked_aligners())
+        check_flag("train_projector", self.train_projector)
         if self.base_model_type is not None and not isinstance(self.base_model_type, str):
             raise ConfigError(f"base_model_type must be a string or None; got {self.base_model_type!r}.")
         if isinstance(self.schema_version, bool) or not isinstance(self.schema_version, int) or self.schema_version < 1:
@@ -142,6 +54,16 @@ class SteerConfig:
                 f"this configuration has schema_version {self.schema_version}; this hf_steer reads up to "
                 f"{SCHEMA_VERSION}. Upgrade: pip install -U hf-steer."
             )
+
+    def _checked_aligners(self) -> tuple[AlignerConfig, ...]:
+        given = (self.aligners,) if isinstance(self.aligners, AlignerConfig) else self.aligners
+        if not isinstance(given, (tuple, list)) or not all(isinstance(aligner, AlignerConfig) for aligner in given):
+            raise ConfigError(f"aligners must be a tuple of AlignerConfig; got {self.aligners!r}.")
+        places = [(aligner.modality, aligner.placement) for aligner in given]
+        twice = sorted({place for place in places if places.count(place) > 1})
+        if twice:
+            raise ConfigError(f"aligners has several for {twice[0][0]} at {twice[0][1]!r}; one per modality and placement.")
+        return tuple(given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal object back."""
@@ -246,6 +168,9 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         key: _build(nested[key], value, f"{where}.{key}".lstrip(".")) if key in nested and value is not None else value
         for key, value in values.items()
     }
+    if isinstance(built.get("aligners"), (list, tuple)):
+        rows = enumerate(built["aligners"])
+        built["aligners"] = tuple(_build(AlignerConfig, value, f"aligners[{index}]") for index, value in rows)
     for key in ("heads", "strength"):
         if isinstance(built.get(key), Mapping):
             built[key] = _integer_keys(f"{where}.{key}", built[key])

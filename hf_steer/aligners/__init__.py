@@ -1,0 +1,18 @@
+"""Mixtures of steering experts: pure modules that know nothing of models."""
+
+from hf_steer.aligners.crossmodal import CrossModalAdapter, CrossModalFeatureAligner, ModalitySpecificSteering
+from hf_steer.aligners.kinds import build_aligner
+from hf_steer.aligners.routing import Routing
+from hf_steer.aligners.single import HierarchicalRouter, LayerWiseSteering, ProgressiveRouter, SteerMoEAligner
+
+__all__ = [
+    "CrossModalAdapter",
+    "CrossModalFeatureAligner",
+    "HierarchicalRouter",
+    "LayerWiseSteering",
+    "ModalitySpecificSteering",
+    "ProgressiveRouter",
+    "Routing",
+    "SteerMoEAligner",
+    "build_aligner",
+]

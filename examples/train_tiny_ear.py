@@ -49,7 +49,7 @@ QUESTIONS: dict[str, Callable[[str], str]] = {
 }
 """Question -> the figures of the answer."""
 MAIN_QUESTION, MAIN_SHARE = "which digits ?", 0.5
-MOST_REPEATS, MOST_FILLERS = 5, 4
+MOST_REPEATS, MOST_FILLERS = 6, 3
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -219,16 +219,14 @@ class Conversations:
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return prompt, reply_to(question, digits)
 
-    def loss(self, model: Qwen2ForCausalLM, batch: int, noise: float) -> torch.Tensor:
-        """Cross-entropy of the replies; `noise` blurs what is read, in units of the embeddings' own spread."""
+    def loss(self, model: Qwen2ForCausalLM, batch: int) -> torch.Tensor:
+        """Cross-entropy of the replies."""
         rows = [[self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self.draw()] for _ in range(batch)]
         longest = max(len(prompt) + len(reply) for prompt, reply in rows)
         padded = [(prompt + reply, [-100] * len(prompt) + reply, longest - len(prompt) - len(reply)) for prompt, reply in rows]
         input_ids = torch.tensor([ids + [self.tokenizer.pad_token_id] * gap for ids, _, gap in padded])
         labels = torch.tensor([labels + [-100] * gap for _, labels, gap in padded])
-        embeddings = model.get_input_embeddings()(input_ids)
-        blur = torch.randn_like(embeddings) * embeddings.detach().std() * noise * torch.rand(batch, 1, 1)
-        logits = model(inputs_embeds=embeddings + blur).logits[:, :-1]
+        logits = model(input_ids=input_ids).logits[:, :-1]
         return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
     @torch.no_grad()
@@ -241,18 +239,18 @@ class Conversations:
         return sum(row[: len(ids)] == ids for row, ids in zip(said, meant, strict=True)) / count
 
 
-def train_mind(output: Path, *, seed: int, steps: int, batch: int, rate: float, noise: float) -> dict[str, Any]:
+def train_mind(output: Path, *, seed: int, steps: int, batch: int, rate: float) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_mind(tokenizer)
     lessons = Conversations(tokenizer, split="training", seed=seed)
-    loss = fit(model, lambda: lessons.loss(model, batch, noise), name="mind", steps=steps, rate=rate)
+    loss = fit(model, lambda: lessons.loss(model, batch), name="mind", steps=steps, rate=rate)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     exam = Conversations(tokenizer, split="validation", seed=seed + 1)
     return {
-        "seed": seed, "steps": steps, "batch": batch, "rate": rate, "noise": noise, "final_loss": round(loss, 4),
+        "seed": seed, "steps": steps, "batch": batch, "rate": rate, "final_loss": round(loss, 4),
         "right_fraction": round(exam.right_fraction(model, 400), 4), **size_and_time(model, started),
     }
 
@@ -273,10 +271,9 @@ def main() -> None:
     parser.add_argument("--ear-batch", type=int, default=32)
     parser.add_argument("--ear-rate", type=float, default=2e-3)
     parser.add_argument("--ear-sequences", type=int, default=4000)
-    parser.add_argument("--mind-steps", type=int, default=1500)
-    parser.add_argument("--mind-batch", type=int, default=64)
+    parser.add_argument("--mind-steps", type=int, default=3000)
+    parser.add_argument("--mind-batch", type=int, default=32)
     parser.add_argument("--mind-rate", type=float, default=3e-3)
-    parser.add_argument("--mind-noise", type=float, default=0.0, help="blur of the embeddings during training")
     given = vars(parser.parse_args())
     for name, folder, train in (("ear", "tiny_ear", train_ear), ("mind", "tiny_r1_text", train_mind)):
         if given["only"] in (None, name):

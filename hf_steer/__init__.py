@@ -1,8 +1,8 @@
 """Patch live Hugging Face models: turn the gaze of a reasoning decoder, align frozen encoders with it."""
 
-from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
-from hf_steer.errors import ConfigError, FileError, PatchError, SaliencyError, SteerError
-from hf_steer.io import from_pretrained, save_steering
+from hf_steer.config import AlignerConfig, AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.errors import AlignerError, ConfigError, FileError, PatchError, SaliencyError, SteerError
+from hf_steer.io import from_pretrained, load_steering, save_steering
 from hf_steer.patching import (
     SteerStatus,
     disable_steering,
@@ -17,6 +17,8 @@ from hf_steer.saliency import Saliency
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignerConfig",
+    "AlignerError",
     "AttentionConfig",
     "ConfigError",
     "FileError",
@@ -30,6 +32,7 @@ __all__ = [
     "disable_steering",
     "from_pretrained",
     "get_steer_status",
+    "load_steering",
     "patch_model",
     "print_trainable_parameters",
     "save_steering",

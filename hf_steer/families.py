@@ -9,16 +9,38 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_steer.errors import PatchError
-from hf_steer.values import Anatomy, Site
+from hf_steer.values import Anatomy, Encoder, Site
 
 _QWEN_PLACEHOLDERS = MappingProxyType({"image": "image_token_id", "video": "video_token_id"})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_NO_ENCODER: Mapping[str, EncoderRow] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """An ear or an eye. Module paths are the ends of dotted names, since what comes before them changes between versions.
+
+    Attributes:
+        layers: of the encoder.
+        outlet: what hands the features on, `"output"` of the encoder or `"projector"`, whose input they are.
+        projector: what maps them into the language model's space; None where nothing does.
+        size: the encoder's configuration value that holds the size of a feature.
+        tower: path of the encoder from `model.base_model`; None to ask `model.get_encoder(modality)`.
+        mask: the model's argument that says which mel frames or samples are real; None where there is none.
+    """
+
+    layers: str = "layers"
+    outlet: Literal["output", "projector"] = "projector"
+    projector: str | None = "multi_modal_projector"
+    size: str = "hidden_size"
+    tower: str | None = None
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,32 +48,58 @@ class Family:
     """One row of the table.
 
     Attributes:
-        layers: path of the decoder layers from `model.get_decoder()`.
+        layers: path of the decoder layers from `model.get_decoder()`; None where no language model reads a prompt.
         attention: path of the attention module from a decoder layer.
-        blocks: path of the blocks from the vision tower; None for a family without eyes.
+        blocks: path of the blocks from a vision tower whose attention can be read; None for other families.
         block_attention: path of the attention module from a block.
         placeholders: modality -> name of the config value that holds its placeholder token.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
+        encoders: modality -> where its aligners go.
     """
 
-    layers: str = "layers"
+    layers: str | None = "layers"
     attention: str = "self_attn"
     blocks: str | None = None
     block_attention: str = "attn"
     placeholders: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     windowed: bool = False
+    encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
 
+
+def _eye(**row: Any) -> Mapping[str, EncoderRow]:
+    return MappingProxyType({"image": EncoderRow(**row)})
+
+
+def _ear(**row: Any) -> Mapping[str, EncoderRow]:
+    return MappingProxyType({"audio": EncoderRow(**row)})
+
+
+_QWEN_EYE = _eye(layers="blocks", projector="visual.merger")
+_LLAVA_EYE = _eye(layers="encoder.layers")
+_AUDIO = MappingProxyType({"audio": "audio_token_id"})
+_CTC = Family(layers=None, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="attention_mask"))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "qwen2_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS),
-        "qwen2_5_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, windowed=True),
-        "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS),
+        "qwen2_vl": Family(
+            blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, encoders=_eye(
+                layers="blocks", projector="visual.merger", size="embed_dim"
+            ),
+        ),
+        "qwen2_5_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, windowed=True, encoders=_QWEN_EYE),
+        "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, encoders=_QWEN_EYE),
+        "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), encoders=_LLAVA_EYE),
+        "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, encoders=_LLAVA_EYE),
+        "qwen2_audio": Family(placeholders=_AUDIO, encoders=_ear(mask="feature_attention_mask")),
+        "voxtral": Family(placeholders=_AUDIO, encoders=_ear(outlet="output")),
+        "whisper": Family(layers=None, encoders=_ear(outlet="output", projector=None, mask="attention_mask")),
+        "wav2vec2": _CTC,
+        "hubert": _CTC,
         "qwen2": Family(),
         "qwen3": Family(),
         "llama": Family(),
     }
-)
+)  # fmt: skip
 
 
 def family_of(model_type: str) -> Family:
@@ -84,7 +132,7 @@ def resolve(model: Any) -> Anatomy:
         raise PatchError(f"patch_model takes a transformers PreTrainedModel; got {type(model).__name__}.{inner}")
     family = family_of(model.config.model_type)
     names = {module: name for name, module in model.named_modules()}
-    decoder = model.get_decoder()
+    decoder = model.get_decoder() if family.layers is not None else None
     text = model.config.get_text_config(decoder=True)
     tower: Any = model.get_encoder(modality="image") if family.blocks is not None else None
     vision = model.config.vision_config if tower is not None else None
@@ -93,19 +141,65 @@ def resolve(model: Any) -> Anatomy:
         root=model,
         base=model.base_model,
         decoder=decoder,
-        layers=_sites(names, decoder.get_submodule(family.layers), family.attention),
+        layers=() if family.layers is None else _attention_sites(names, model.get_decoder(), family.layers, family.attention),
         num_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         tower=tower,
-        blocks=() if family.blocks is None else _sites(names, tower.get_submodule(family.blocks), family.block_attention),
+        blocks=() if family.blocks is None else _attention_sites(names, tower, family.blocks, family.block_attention),
         placeholder_ids={modality: getattr(model.config, name) for modality, name in family.placeholders.items()},
         merge_size=1 if vision is None else vision.spatial_merge_size,
         temporal_patch_size=1 if vision is None else vision.temporal_patch_size,
         windowed=family.windowed,
+        hidden_size=text.hidden_size,
+        encoders={
+            modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()
+        },
     )
 
 
-def _sites(names: Mapping[nn.Module, str], layers: nn.Module, attention: str) -> tuple[Site, ...]:
-    modules = [layer.get_submodule(attention) for layer in layers.children()]
+def _attention_sites(names: Mapping[nn.Module, str], owner: nn.Module, layers: str, attention: str) -> tuple[Site, ...]:
+    modules = [layer.get_submodule(attention) for layer in owner.get_submodule(layers).children()]
     return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
+
+
+def _encoder(names: Mapping[nn.Module, str], model: Any, family: Family, modality: str, row: EncoderRow) -> Encoder:
+    tower = model.get_encoder(modality) if row.tower is None else model.base_model.get_submodule(row.tower)
+    if modality == "audio" and tower is model:  # one that listens only: Whisper
+        tower = model.get_encoder()
+    layers = list(_ending(tower, row.layers).children())[: _layers_read(model)]
+    projector = None if row.projector is None else _ending(model, row.projector)
+    width = getattr(tower.config, row.size)
+    chosen = getattr(model.config, "vision_feature_layer", None)  # LLaVA can join several hidden states
+    count = len(chosen) if isinstance(chosen, (list, tuple)) else 1
+    reads = row.outlet == "projector"
+    placeholders = {name: value for name, value in family.placeholders.items() if (name == "audio") == (modality == "audio")}
+    return Encoder(
+        tower=tower,
+        layers=tuple(Site(names[layer], layer, index) for index, layer in enumerate(layers)),
+        outlet=projector if reads and projector is not None else tower,
+        reads=reads,
+        size=width * count,
+        layer_size=width,
+        projector=projector,
+        placeholder_ids=tuple(getattr(model.config, name) for name in placeholders.values()),
+        mask=row.mask,
+    )
+
+
+def _layers_read(model: Any) -> int | None:
+    """How many layers of the encoder matter; LLaVA reads an inner hidden state, and what comes after it does nothing."""
+    chosen = getattr(model.config, "vision_feature_layer", None)
+    if chosen is None:
+        return None
+    depth = int(model.config.vision_config.num_hidden_layers)
+    states = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    return max(int(state) if state >= 0 else depth + 1 + int(state) for state in states)
+
+
+def _ending(owner: nn.Module, path: str) -> nn.Module:
+    """The submodule whose name ends in a path; the outermost where there are several."""
+    found = [(name.count("."), name) for name, _ in owner.named_modules() if f".{name}".endswith(f".{path}")]
+    if not found:
+        raise PatchError(f"this {type(owner).__name__} has no {path}, where its family has one; please report the model.")
+    return owner.get_submodule(min(found)[1])

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from hf_steer.config import SteerConfig
+    from hf_steer.config import AlignerConfig, SteerConfig
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 MODALITIES = ("image", "video")
+"""What a prompt's vision tokens stand for; both go through the encoder of modality `"image"`."""
 
 
 class FrozenMap(Mapping[Key, Value], Generic[Key, Value]):
@@ -44,7 +45,7 @@ class FrozenMap(Mapping[Key, Value], Generic[Key, Value]):
 
 @dataclass(frozen=True)
 class Site:
-    """One attention module of the decoder or of the vision tower.
+    """One attention module of the decoder or of the vision tower, or one layer of an encoder.
 
     Attributes:
         name: dotted path from the root model.
@@ -58,8 +59,38 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """The ear or the eye of one live model, and where aligners can be put.
+
+    Attributes:
+        tower: the encoder.
+        layers: those of its layers whose output matters.
+        outlet: the module that hands the features on: the encoder itself, or the projector that reads them.
+        reads: whether the features are the outlet's input (an LLaVA reads an inner hidden state) or its output.
+        size: of a feature there.
+        layer_size: of a feature between layers.
+        projector: what maps features into the language model's space; None where nothing does.
+        placeholder_ids: tokens that the features replace in the prompt.
+        mask: the model's argument that says which mel frames or samples are real; None where there is none.
+    """
+
+    tower: Any
+    layers: tuple[Site, ...]
+    outlet: nn.Module
+    reads: bool
+    size: int
+    layer_size: int
+    projector: nn.Module | None
+    placeholder_ids: tuple[int, ...]
+    mask: str | None
+
+
+@dataclass(frozen=True)
 class Anatomy:
-    """Where things are in one live model: what a row of `families.FAMILIES` resolves to. `tower` is None without eyes."""
+    """Where things are in one live model: what a row of `families.FAMILIES` resolves to.
+
+    `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
+    """
 
     family: str
     root: Any
@@ -75,6 +106,25 @@ class Anatomy:
     merge_size: int
     temporal_patch_size: int
     windowed: bool
+    hidden_size: int
+    encoders: Mapping[str, Encoder]
+
+
+@dataclass(frozen=True)
+class PlannedAligner:
+    """One aligner, placed.
+
+    Attributes:
+        config: what the user asked for.
+        encoder: whose features it steers.
+        layers: the layers it steers, for placement `"layers"`.
+        size: of a feature there.
+    """
+
+    config: AlignerConfig
+    encoder: Encoder
+    layers: tuple[Site, ...]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -86,12 +136,16 @@ class Plan:
         anatomy: where it will be done.
         strengths: layer -> λ per query head, for the layers in which any λ is not 0.
         eyes: the vision blocks whose attention is read; empty when the source is not the tower.
+        aligners: what is inserted, in the configuration's order.
+        projectors: the projectors that are trained and saved with the steering.
     """
 
     config: SteerConfig
     anatomy: Anatomy
     strengths: Mapping[int, tuple[float, ...]]
     eyes: tuple[Site, ...]
+    aligners: tuple[PlannedAligner, ...] = ()
+    projectors: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,13 @@ def make_model(family: str, implementation: str = "sdpa", *, seed: int = 0, **te
     torch.manual_seed(seed)
     config = make_config(family, **text)
     model = getattr(transformers, _CLASSES[family][1])._from_config(config, attn_implementation=implementation)
+    spread(model, seed)
+    settle_generation(model)
+    return model.eval()
+
+
+def spread(model: Any, seed: int) -> None:
+    """Weights large enough that attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,10 +75,13 @@ def make_model(family: str, implementation: str = "sdpa", *, seed: int = 0, **te
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5 * 1.5)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def settle_generation(model: Any) -> None:
+    """Generate to the length asked for, and no placeholders: a trained model does not say them either."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a trained model does not say them either
-    return model.eval()
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
 
 
 def make_prompt(
@@ -104,14 +114,8 @@ def make_prompt(
                 stamp = [80 + number] if family == "qwen3_vl" and modality == "video" else []
                 tokens += [*stamp, START, *[placeholder] * run, END]
         ids.append(tokens)
-    longest = max(map(len, ids))
-    blank = [[PAD] * (longest - len(row)) for row in ids]
-    left = padding == "left"
-    input_ids = torch.tensor([gap + row if left else row + gap for gap, row in zip(blank, ids, strict=True)])
-    mask = torch.tensor(
-        [[0] * len(gap) + [1] * len(row) if left else [1] * len(row) + [0] * len(gap) for gap, row in zip(blank, ids, strict=True)]
-    )
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    inputs = pad_rows(ids, padding=padding)
+    input_ids = inputs["input_ids"]
     if family not in SEEING:
         return inputs
     inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
@@ -124,3 +128,15 @@ def make_prompt(
             patches = int(inputs[grid].prod(1).sum())
             inputs[pixels] = torch.randn(patches, CHANNELS * TEMPORAL * PATCH**2, generator=generator)
     return inputs
+
+
+def pad_rows(ids: list[list[int]], *, padding: str) -> dict[str, Tensor]:
+    """Rows of unequal length as one batch, with its mask."""
+    longest = max(map(len, ids))
+    blank = [[PAD] * (longest - len(row)) for row in ids]
+    left = padding == "left"
+    input_ids = torch.tensor([gap + row if left else row + gap for gap, row in zip(blank, ids, strict=True)])
+    mask = torch.tensor(
+        [[0] * len(gap) + [1] * len(row) if left else [1] * len(row) + [0] * len(gap) for gap, row in zip(blank, ids, strict=True)]
+    )
+    return {"input_ids": input_ids, "attention_mask": mask}

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching.state import CacheState
@@ -100,15 +100,25 @@ def disable_steering(model: Any) -> Iterator[None]:
 
 
 def steering_of(model: Any) -> Any:
-    """The steering of a patched model.
+    """The steering of a patched model, also inside PEFT's, DDP's, FSDP's or torch.compile's wrappers.
 
     Raises:
         PatchError: the model is not patched.
     """
-    steering = getattr(model, "_modules", {}).get(STEERING)
+    steering = find_steering(model)
     if steering is None:
         raise PatchError(f"this {type(model).__name__} is not patched; call hf_steer.patch_model(model, config) first.")
     return steering
+
+
+def find_steering(model: Any) -> Any | None:
+    """The steering of a model or of the model that it wraps; None when there is none."""
+    if not isinstance(model, nn.Module):
+        return None
+    own = model._modules.get(STEERING)
+    if own is not None:
+        return own
+    return next((module for name, module in model.named_modules() if name.rpartition(".")[2] == STEERING), None)
 
 
 def statement_for(steering: object) -> tuple[bool, Saliency | None]:

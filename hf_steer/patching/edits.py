@@ -7,7 +7,7 @@ point to the copy's modules.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import nn
@@ -64,14 +64,49 @@ class SetAttentionFunction:
 
 
 class AddHook:
-    """Add a hook that sees keyword arguments; `hook` is a bound method of a registered submodule."""
+    """Add a hook that sees keyword arguments; `hook` is a bound method of a registered submodule, or a partial of one.
 
-    def __init__(self, module: nn.Module, kind: Literal["before", "after"], hook: Callable[..., Any]) -> None:
+    `"finally"` is an `"after"` that also runs when the module raises.
+    """
+
+    def __init__(self, module: nn.Module, kind: Literal["before", "after", "finally"], hook: Callable[..., Any]) -> None:
         self.module, self.kind, self.hook = module, kind, hook
 
     def __enter__(self) -> None:
-        register = self.module.register_forward_pre_hook if self.kind == "before" else self.module.register_forward_hook
-        self.handle = register(self.hook, prepend=True, with_kwargs=True)
+        if self.kind == "before":
+            self.handle = self.module.register_forward_pre_hook(self.hook, prepend=True, with_kwargs=True)
+        else:
+            always = self.kind == "finally"
+            self.handle = self.module.register_forward_hook(self.hook, prepend=True, with_kwargs=True, always_call=always)
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
+
+
+class AddLoadHook:
+    """Add a hook that sees what `load_state_dict` could not match."""
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self.module, self.hook = module, hook
+
+    def __enter__(self) -> None:
+        self.handle = self.module.register_load_state_dict_post_hook(self.hook)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+class SetTrainable:
+    """Say which parameters are trained, and afterwards what was said before."""
+
+    def __init__(self, wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
+        self.wanted = list(wanted)
+
+    def __enter__(self) -> None:
+        self.previous = [(parameter, parameter.requires_grad) for parameter, _ in self.wanted]
+        for parameter, trained in self.wanted:
+            parameter.requires_grad_(trained)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, trained in self.previous:
+            parameter.requires_grad_(trained)

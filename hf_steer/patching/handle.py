@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from hf_steer.attention import registered_name
-from hf_steer.errors import PatchError
+from hf_steer.errors import FileError, PatchError
 from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, scope_for, statement_for
-from hf_steer.patching.edits import AddHook, AddSubmodule, SetAttentionFunction, SetAttribute
+from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
+from hf_steer.patching.insertion import Aligners
+from hf_steer.patching.passes import whole_prompt
 from hf_steer.patching.plan import implementation_of
 from hf_steer.patching.runtime import (
     PIXELS,
@@ -29,12 +32,15 @@ from hf_steer.patching.runtime import (
     resolve_state,
 )
 from hf_steer.patching.state import read_state, write_state
+from hf_steer.patching.weights import named_projectors, own_weights, write_checkpoint, write_weights
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
 
 NEW_PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
 
-Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook | AddLoadHook
 
 
 class Steering(nn.Module):
@@ -46,20 +52,29 @@ class Steering(nn.Module):
         self.undo = ExitStack()
         self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
         anatomy = plan.anatomy
-        self.implementation = implementation_of(anatomy.decoder.config)
+        self.implementation = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
         self.eyes_implementation = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+        self.aligners = Aligners(plan, self)
 
     def edits(self) -> Iterator[Edit]:
         """All that patching changes, in the order of change."""
         anatomy = self.plan.anatomy
         yield AddSubmodule(anatomy.root, STEERING, self)
         yield SetAttribute(anatomy.root, "save_pretrained", self.save_pretrained)
-        if not self.plan.strengths:
-            return
-        yield SetAttribute(anatomy.root, "generate", self.generate)
+        if self.plan.strengths or self.aligners.reads_text:
+            yield SetAttribute(anatomy.root, "generate", self.generate)
+        if self.plan.aligners or self.plan.projectors:
+            yield AddLoadHook(anatomy.root, self.after_load)
+        if self.plan.aligners:
+            yield from self.aligners.edits()
+        if self.plan.strengths:
+            yield from self._attention_edits()
+
+    def _attention_edits(self) -> Iterator[Edit]:
+        anatomy = self.plan.anatomy
         for site in anatomy.layers:
             if site.index in self.plan.strengths:
-                yield SetAttentionFunction(site.module, registered_name(self.implementation, "gaze", anatomy.family))
+                yield SetAttentionFunction(site.module, registered_name(str(self.implementation), "gaze", anatomy.family))
         for site in self.plan.eyes:
             name = registered_name(str(self.eyes_implementation), "eyes", anatomy.family)
             yield SetAttentionFunction(site.module, name)
@@ -142,7 +157,15 @@ class Steering(nn.Module):
             named["input_ids"] = named["inputs"]
         if named.get("attention_mask") is None:
             named["attention_mask"] = self._inferred_mask(named)
+        if self.aligners.reads_text and named.get("input_ids") is not None:
+            with whole_prompt(self.aligners, named["input_ids"], named["attention_mask"]):
+                return self._generate(named, args, kwargs)
+        return self._generate(named, args, kwargs)
+
+    def _generate(self, named: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self._original("generate")
+        if not self.plan.strengths:
+            return original(*args, **kwargs)
         enabled, statement = statement_for(self)
         if not enabled:
             return original(*args, **kwargs)
@@ -168,10 +191,20 @@ class Steering(nn.Module):
         return mask
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`, with the steering beside the base model."""
+        """transformers' `save_pretrained`, with the steering beside the base model.
+
+        A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets the steering alone when all of the
+        base is frozen: the base is where it came from.
+        """
         push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
-        self._original("save_pretrained")(save_directory, *args, **kwargs)
+        given = kwargs.pop("state_dict", None)
+        if self._is_checkpoint(save_directory):
+            write_checkpoint(self, save_directory, given)
+        else:
+            whole = self.plan.anatomy.root.state_dict() if given is None else given
+            kwargs["state_dict"] = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
+            self._original("save_pretrained")(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save(save_directory)
         if push_to_hub:
@@ -179,8 +212,32 @@ class Steering(nn.Module):
             self.plan.anatomy.root.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write only the steering."""
+        """Write only the steering: weights first, so that a configuration never lies there without them."""
+        write_weights(self, directory)
         self.plan.config.save_pretrained(directory)
+
+    def after_load(self, module: nn.Module, incompatible: Any) -> None:
+        """A checkpoint of the steering alone is complete; one that lacks part of it is an error, not a fresh start."""
+        trained = tuple(f"{name}." for name in (STEERING, *(name for name, _ in named_projectors(self.plan))))
+        missing = set(incompatible.missing_keys)
+        own = {name for name in missing if name.startswith(trained)}
+        base = {name for name in module.state_dict() if not name.startswith(trained)}
+        foreign = [name for name in incompatible.unexpected_keys if name.startswith(f"{STEERING}.")]
+        if not base <= missing:
+            return
+        if own or foreign:
+            raise FileError(
+                f"this checkpoint holds another steering: {', '.join(sorted(own)[:3]) or 'nothing'} missing, "
+                f"{', '.join(foreign[:3]) or 'nothing'} unexpected. Patch with the steer_config.json beside the checkpoint."
+            )
+        incompatible.missing_keys.clear()
+
+    def _is_checkpoint(self, directory: str | os.PathLike[str]) -> bool:
+        if not CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(directory))) or not own_weights(self):
+            return False
+        trained = {id(parameter) for module in (self, *self.plan.projectors) for parameter in module.parameters()}
+        root = self.plan.anatomy.root
+        return not any(parameter.requires_grad for parameter in root.parameters() if id(parameter) not in trained)
 
     def _begin(self, named: dict[str, Any]) -> Ride | None:
         """Start a ride for one forward pass, or none where nothing is to be steered."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_steer.attention import recording_attention, registered_name, steered_attention
 from hf_steer.config import SteerConfig
-from hf_steer.errors import PatchError
-from hf_steer.patching.context import STEERING, statement_for, steering_of
+from hf_steer.errors import ConfigError, PatchError
+from hf_steer.patching.context import STEERING, find_steering, statement_for, steering_of
+from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.handle import Steering
 from hf_steer.patching.plan import make_plan
 from hf_steer.values import Plan, Site
@@ -30,6 +33,7 @@ class SteerStatus:
         enabled: whether it is on for this thread (see `disable_steering`).
         family: the model's row in the families table; None when not patched.
         heads: layer -> query heads with a strength that is not 0.
+        aligners: what is inserted where, such as `"progressive at image output"`.
         saliency: `"user"` inside `use_saliency`, else the configured source; None when nothing supplies any.
         config: the configuration in force.
     """
@@ -38,16 +42,19 @@ class SteerStatus:
     enabled: bool = False
     family: str | None = None
     heads: dict[int, tuple[int, ...]] | None = None
+    aligners: tuple[str, ...] = ()
     saliency: str | None = None
     config: SteerConfig | None = None
 
 
-def patch_model(model: Model, config: SteerConfig) -> Model:
+def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None = None) -> Model:
     """Patch a live model in place.
 
     Args:
         model: a transformers model of a known family, on any device, in any dtype.
         config: what to steer.
+        freeze_base: train nothing but the aligners (and the projector, with `train_projector`); PEFT's adapters are left as
+            they are. None freezes when the configuration has something to train. Unpatching takes it back.
 
     Returns:
         The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
@@ -55,9 +62,16 @@ def patch_model(model: Model, config: SteerConfig) -> Model:
 
     Raises:
         PatchError: not a model that can be patched; already patched with another configuration.
-        ConfigError: the configuration does not fit this model. In every case the model is as it was.
+        ConfigError: the configuration does not fit this model, or freezing would leave nothing to train. In every case the
+            model is as it was.
     """
     plan = make_plan(model, config)
+    trains = bool(plan.aligners or plan.projectors)
+    if freeze_base and not trains:
+        raise ConfigError(
+            "freeze_base=True would leave nothing to train: the configuration has no aligners and train_projector=False. "
+            "Add an AlignerConfig, or leave freeze_base out."
+        )
     present = model._modules.get(STEERING)  # type: ignore[attr-defined]
     if present is not None:
         if present.plan.config == plan.config:
@@ -69,6 +83,8 @@ def patch_model(model: Model, config: SteerConfig) -> Model:
     _register_functions(plan)
     steering = Steering(plan)
     with ExitStack() as edits:
+        if trains:
+            edits.enter_context(SetTrainable(_trainable(plan, freeze=freeze_base is not False)))
         for edit in steering.edits():
             edits.enter_context(edit)
         steering.undo = edits.pop_all()
@@ -90,7 +106,7 @@ def unpatch_model(model: Model) -> Model:
 
 def get_steer_status(model: Any) -> SteerStatus:
     """What steers this model now, in this thread; also for a model that is not patched."""
-    steering = getattr(model, "_modules", {}).get(STEERING)
+    steering = find_steering(model)
     if steering is None:
         return SteerStatus(patched=False)
     plan: Plan = steering.plan
@@ -103,18 +119,42 @@ def get_steer_status(model: Any) -> SteerStatus:
         heads={
             layer: tuple(head for head, value in enumerate(values) if value) for layer, values in plan.strengths.items()
         },
+        aligners=tuple(f"{a.kind} at {a.modality} {a.placement}" for a in plan.config.aligners),
         saliency="user" if statement is not None else attention.saliency.source if attention is not None else None,
         config=plan.config,
     )
 
 
 def print_trainable_parameters(model: Any) -> None:
-    """Print how many parameters the steering has, and how many of the whole model are trainable."""
+    """Print how many parameters the steering has, a trained projector included, and how many of the model are trainable."""
     steering = steering_of(model)
-    own = sum(parameter.numel() for parameter in steering.parameters())
+    modules = (steering, *steering.plan.projectors)
+    own = sum(parameter.numel() for module in modules for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"steering: {own:,} parameters | trainable: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.4f} %)")
+
+
+def _trainable(plan: Plan, *, freeze: bool) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Which of the base's parameters train: its projector when asked; the others as they do now, or not."""
+    projector = {id(parameter) for module in plan.projectors for parameter in module.parameters()}
+    kept = projector | _adapters(plan.anatomy.root)
+    for parameter in plan.anatomy.root.parameters():
+        if id(parameter) in projector and parameter.is_floating_point():
+            yield parameter, True
+        elif freeze and id(parameter) not in kept:
+            yield parameter, False
+
+
+def _adapters(root: nn.Module) -> set[int]:
+    """Parameters that PEFT added to the base, where it has."""
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
+    children = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    return {id(parameter) for child in children if isinstance(child, nn.Module) for parameter in child.parameters()}
 
 
 def _register_functions(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from hf_steer.attention import STEERABLE
 from hf_steer.config import AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
+from hf_steer.patching.plan_aligners import plan_aligners, plan_projectors
 from hf_steer.values import Anatomy, Plan, Site
 
 
@@ -22,7 +23,8 @@ def make_plan(model: Any, config: SteerConfig) -> Plan:
 
     Raises:
         PatchError: unknown family, or an attention implementation that cannot be steered.
-        ConfigError: a layer, head or block that is not there; a source that the family lacks; another base model.
+        ConfigError: a layer, head or block that is not there; a source, modality or projector that the family lacks;
+            another base model.
     """
     if not isinstance(config, SteerConfig):
         raise ConfigError(f"the configuration must be a SteerConfig; got {type(config).__name__}.")
@@ -34,12 +36,16 @@ def make_plan(model: Any, config: SteerConfig) -> Plan:
             "dataclasses.replace(config, base_model_type=None)."
         )
     config = dataclasses.replace(config, base_model_type=anatomy.family)
+    aligners, projectors = plan_aligners(config, anatomy), plan_projectors(config, anatomy)
     if config.attention is None:
-        return Plan(config, anatomy, {}, ())
+        return Plan(config, anatomy, {}, (), aligners, projectors)
     attention = config.attention
+    if anatomy.decoder is None:
+        raise ConfigError(f"{anatomy.family!r} has no language model that reads a prompt, so attention must be None.")
     strengths = _strengths(attention, anatomy)
     _refuse_implementation(anatomy.decoder.config, "decoder")
-    return Plan(config, anatomy, strengths, _eyes(attention, anatomy) if strengths else ())
+    eyes = _eyes(attention, anatomy) if strengths else ()
+    return Plan(config, anatomy, strengths, eyes, aligners, projectors)
 
 
 def implementation_of(config: Any) -> str:

@@ -1,0 +1,277 @@
+"""The aligners of one patched model, and the hooks that carry features to them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from hf_steer.aligners import Routing, build_aligner
+from hf_steer.config.aligner import CROSS_MODAL
+from hf_steer.errors import AlignerError, PatchError
+from hf_steer.patching.context import statement_for
+from hf_steer.patching.edits import AddHook
+from hf_steer.patching.passes import (
+    Pass,
+    begin_pass,
+    current_pass,
+    end_pass,
+    listener_of,
+    prompt_of,
+)
+from hf_steer.values import Plan, PlannedAligner
+
+PERCEIVED = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "mm_encoder_outputs")
+IGNORED_LABEL = -100
+
+
+class Aligners(nn.ModuleList):
+    """One module per configured aligner, in float32 beside a half-precision base, on the device of its encoder."""
+
+    def __init__(self, plan: Plan, owner: nn.Module) -> None:
+        super().__init__(_build(planned) for planned in plan.aligners)
+        self.plan = plan
+        self.owner = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
+        self.compiled_pass: Pass | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any of them reads the prompt's text."""
+        return any(planned.config.kind in CROSS_MODAL for planned in self.plan.aligners)
+
+    @property
+    def meets_text(self) -> bool:
+        """Whether any of them lies behind the projector, among the prompt's text."""
+        return any(planned.config.placement == "projector" for planned in self.plan.aligners)
+
+    def edits(self) -> Iterator[AddHook]:
+        """The hooks, outermost last."""
+        towers = {}
+        for index, planned in enumerate(self.plan.aligners):
+            encoder = planned.encoder
+            towers[id(encoder.tower)] = encoder.tower
+            if planned.config.placement == "layers":
+                for number, site in enumerate(planned.layers):
+                    yield AddHook(site.module, "after", partial(self.after_layer, index, number))
+            elif planned.config.placement == "projector":
+                yield AddHook(self.plan.anatomy.decoder, "before", partial(self.before_decoder, index))
+            elif encoder.reads:
+                yield AddHook(encoder.outlet, "before", partial(self.before_outlet, index))
+            else:
+                yield AddHook(encoder.outlet, "after", partial(self.after_outlet, index))
+        for tower in towers.values():
+            yield AddHook(tower, "before", self.before_tower)
+        yield AddHook(self.plan.anatomy.root, "before", self.before_model)
+        yield AddHook(self.plan.anatomy.root, "finally", self.after_model)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether steering is on for this thread."""
+        return statement_for(self.owner[0])[0]
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Root: note what the hooks further in cannot see."""
+        if not self.enabled:
+            return
+        named = _named(module, args, kwargs)
+        trains = module.training and torch.is_grad_enabled() and named.get("labels") is not None
+        if trains and not torch.compiler.is_compiling():
+            self._check_trainable(module)
+        balances = trains and any(planned.config.load_balancing_weight for planned in self.plan.aligners)
+        if not (balances or self.meets_text or listener_of(self) is not None):
+            return
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        frames = next((named.get(p.encoder.mask) for p in self.plan.aligners if p.encoder.mask is not None), None)
+        begin_pass(
+            self,
+            Pass(
+                input_ids=ids,
+                real=mask if isinstance(mask, Tensor) and mask.ndim == 2 and ids is not None else None,
+                labels=named.get("labels"),
+                perceives=any(named.get(name) is not None for name in PERCEIVED),
+                frames=frames if isinstance(frames, Tensor) and frames.ndim == 2 else None,
+                balances=[] if balances else None,
+            ),
+        )
+
+    def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Encoder: some are told which of their frames are real; nothing is more exact."""
+        current, mask = current_pass(self), _named(module, args, kwargs).get("attention_mask")
+        if current is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            current.frames = mask
+
+    def after_layer(
+        self, index: int, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Encoder layer: steer its hidden states."""
+        if not self.enabled:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.plan.aligners[index].config.kind == "layer_wise":
+            steered = self._steer(index, hidden, number, layer=number)
+        else:
+            steered = self._steer(index, hidden, layer=number)
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def before_outlet(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Projector: steer the features that it reads."""
+        if not self.enabled:
+            return None
+        if args:
+            return (self._steer(index, args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self._steer(index, kwargs[name])}
+
+    def after_outlet(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Encoder: steer the features that it hands on."""
+        if not self.enabled:
+            return None
+        if not isinstance(output, ModelOutput):
+            return (self._steer(index, output[0]), *output[1:])
+        features = output["last_hidden_state"]
+        changed: dict[str, Any] = {"last_hidden_state": self._steer(index, features)}
+        states = output.get("hidden_states")
+        if states and states[-1] is features:
+            changed["hidden_states"] = (*states[:-1], changed["last_hidden_state"])
+        return type(output)(**{**output, **changed})
+
+    def before_decoder(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Decoder: what stands for pictures and sounds lies among the text here, row by row."""
+        current = current_pass(self)
+        if not self.enabled or current is None or not current.perceives:
+            return None
+        named = _named(module, args, kwargs)
+        embeds, ids = named.get("inputs_embeds"), current.input_ids
+        if embeds is None:
+            return None
+        if ids is None or ids.shape != embeds.shape[:2]:
+            raise AlignerError(
+                "an aligner behind the projector needs input_ids with one placeholder token per feature, as processors make "
+                f"them; got {None if ids is None else tuple(ids.shape)} for {tuple(embeds.shape[:2])} embeddings."
+            )
+        planned = self.plan.aligners[index]
+        mask = _placeholders(ids, planned)
+        if planned.config.kind in CROSS_MODAL:
+            text, text_mask = self._prompt_text(ids, current, planned, mask)
+            steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
+        else:
+            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
+        return args, {**kwargs, "inputs_embeds": steered}
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Root: the load-balancing losses join the loss."""
+        current = current_pass(self)
+        if current is None:
+            return None
+        end_pass(self, current)
+        if not current.balances or output is None:
+            return None
+        total = torch.stack([value.float() for value in current.balances]).sum()
+        if not total.requires_grad and any(parameter.requires_grad for parameter in self.parameters()):
+            raise PatchError(
+                "the load-balancing loss has no gradient: this transformers runs hooks inside gradient checkpoints. Use "
+                "transformers 5.23 or later, no gradient checkpointing in the encoder, or load_balancing_weight=0."
+            )
+        counted = kwargs.get("num_items_in_batch")
+        if counted is not None and current.labels is not None:
+            # the model's loss is a sum over this share of the step's items, divided by all of them; so is ours
+            labels = current.labels if self.plan.anatomy.decoder is None else current.labels[..., 1:]
+            total = total * (labels != IGNORED_LABEL).sum() / counted
+        if isinstance(output, ModelOutput):
+            loss = output["loss"]
+            return type(output)(**{**output, "loss": loss + total.to(loss)})
+        return (output[0] + total.to(output[0]), *output[1:])
+
+    def _steer(
+        self, index: int, features: Tensor, *more: Any, layer: int | None = None, mask_of_tokens: Tensor | None = None, **masks: Any
+    ) -> Tensor:
+        """Features through their aligner; its routing to whoever wants it."""
+        planned, module = self.plan.aligners[index], self[index]
+        if isinstance(module, nn.ModuleList) and layer is not None:
+            module = module[layer]
+        device = next((parameter.device for parameter in module.parameters() if not parameter.is_meta), features.device)
+        features = features.to(device)  # under offload features may still lie where they were made
+        current, listener = current_pass(self), listener_of(self)
+        weight = planned.config.load_balancing_weight or 0.0
+        balances = current.balances if current is not None and weight else None
+        if balances is None and listener is None:
+            steered: Tensor = module(features, *more, **masks)
+            return steered
+        routing: Routing
+        steered, routing = module(features, *more, return_routing=True, **masks)
+        mask = masks.get("mask", mask_of_tokens)
+        if mask is None and current is not None:
+            mask = current.mask_for(features)
+        if balances is not None:
+            balances.append(weight * routing.load_balancing_loss(mask) / max(1, len(planned.layers)))
+        if listener is not None:
+            place = f"{planned.config.modality}.{planned.config.placement}"
+            listener.hear(f"{place}.{layer}" if isinstance(self[index], nn.ModuleList) else place, routing, mask)
+        return steered
+
+    def _prompt_text(self, ids: Tensor, current: Pass, planned: PlannedAligner, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of the prompt, and which of its tokens are words; the answer is none of them."""
+        held = prompt_of(self)
+        whole, real = (ids, current.real) if held is None else held
+        copies = ids.shape[0] // whole.shape[0]
+        whole = whole.to(ids.device).repeat_interleave(copies, 0)
+        words = ~_placeholders(whole, planned)
+        if real is not None:
+            words &= real[:, -whole.shape[1] :].to(ids.device).bool().repeat_interleave(copies, 0)
+        if current.labels is not None:
+            words &= (current.labels != IGNORED_LABEL).cumsum(1) == 0
+        words = words | ~mask.any(1, keepdim=True)  # rows that perceive nothing need no text
+        return self.plan.anatomy.root.get_input_embeddings()(whole), words
+
+    def _check_trainable(self, root: nn.Module) -> None:
+        if not any(parameter.requires_grad for parameter in root.parameters()):
+            raise PatchError(
+                "there is nothing to train: all parameters are frozen, the aligners' too. Call "
+                "hf_steer.training.train_steering(model) before the optimizer is made."
+            )
+        if len(self) and not any(parameter.requires_grad for parameter in self.parameters()):
+            warnings.warn(
+                "the aligners are frozen while other parameters train; PEFT's get_peft_model freezes them. To train them, "
+                "too, call hf_steer.training.train_steering(model) before the optimizer is made.",
+                stacklevel=2,
+            )
+
+
+def _build(planned: PlannedAligner) -> nn.Module:
+    module = build_aligner(planned.config, planned.size, max(1, len(planned.layers)))
+    dtype = next((p.dtype for p in planned.encoder.tower.parameters() if p.dtype.is_floating_point), torch.float32)
+    return module.to(_device_of(planned.encoder.outlet), torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; its parameters may lie on the meta device while accelerate holds them elsewhere."""
+    for inner in module.modules():
+        hook = vars(inner).get("_hf_hook")
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _placeholders(ids: Tensor, planned: PlannedAligner) -> Tensor:
+    """`(batch, tokens)` bool: where features of this encoder stand."""
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for token in planned.encoder.placeholder_ids:
+        mask = mask | (ids == token)
+    return mask
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name."""
+    if not args:
+        return kwargs
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}

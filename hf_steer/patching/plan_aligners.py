@@ -1,0 +1,68 @@
+"""Every check on aligners, before the first change: from their configurations to places in the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_steer.config import AlignerConfig, SteerConfig
+from hf_steer.errors import ConfigError
+from hf_steer.families import FAMILIES
+from hf_steer.values import Anatomy, Encoder, PlannedAligner, Site
+
+
+def plan_aligners(config: SteerConfig, anatomy: Anatomy) -> tuple[PlannedAligner, ...]:
+    """Where each aligner goes, and how large its features are there.
+
+    Raises:
+        ConfigError: a modality, projector or layer that the model lacks; sizes that its own size does not allow.
+    """
+    return tuple(_placed(aligner, anatomy) for aligner in config.aligners)
+
+
+def plan_projectors(config: SteerConfig, anatomy: Anatomy) -> tuple[nn.Module, ...]:
+    """The projectors to be trained; ConfigError where there is none."""
+    if not config.train_projector:
+        return ()
+    projectors = tuple(encoder.projector for encoder in anatomy.encoders.values() if encoder.projector is not None)
+    if not projectors:
+        raise ConfigError(f"train_projector=True, but {anatomy.family!r} has no projector between encoder and language model.")
+    return projectors
+
+
+def _placed(config: AlignerConfig, anatomy: Anatomy) -> PlannedAligner:
+    encoder = anatomy.encoders.get(config.modality)
+    if encoder is None:
+        able = ", ".join(name for name, row in FAMILIES.items() if config.modality in row.encoders)
+        raise ConfigError(
+            f"an aligner for modality {config.modality!r} was asked for, but {anatomy.family!r} has encoders for "
+            f"{', '.join(map(repr, anatomy.encoders)) or 'none'}. These families have one: {able}. To give a text-only model "
+            "an ear or an eye, see hf_steer.compose."
+        )
+    if config.placement == "layers":
+        return PlannedAligner(config, encoder, _layers(config, encoder), encoder.layer_size)
+    if config.placement == "output":
+        return PlannedAligner(config, encoder, (), encoder.size)
+    if encoder.projector is None:
+        raise ConfigError(
+            f"placement='projector' needs a projector between encoder and language model, which {anatomy.family!r} lacks; "
+            "use placement='output' or 'layers'."
+        )
+    width = config.hidden_dim if config.kind == "cross_modal_features" else anatomy.hidden_size
+    if config.num_heads is not None and width is not None and width % config.num_heads:
+        raise ConfigError(f"aligner.num_heads must divide {width}, the width of its attention; got {config.num_heads}.")
+    return PlannedAligner(config, encoder, (), anatomy.hidden_size)
+
+
+def _layers(config: AlignerConfig, encoder: Encoder) -> tuple[Site, ...]:
+    depth = len(encoder.layers)
+    chosen = tuple(range(depth)) if config.layers is None else config.layers
+    outside = [layer for layer in chosen if not -depth <= layer < depth]
+    if outside:
+        raise ConfigError(
+            f"aligner.layers {outside} are not there; the {config.modality} encoder has {depth} layers that are read, "
+            f"0 to {depth - 1}."
+        )
+    resolved = sorted(layer % depth for layer in chosen)
+    if len(set(resolved)) != len(resolved):
+        raise ConfigError(f"aligner.layers names a layer twice: {list(chosen)} of {depth}.")
+    return tuple(encoder.layers[layer] for layer in resolved)

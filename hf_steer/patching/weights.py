@@ -1,0 +1,112 @@
+"""The steering's own weights: in memory by name, on disk as one safetensors file beside the base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_steer.errors import FileError
+from hf_steer.files import write_whole
+from hf_steer.patching.context import STEERING
+from hf_steer.values import Plan
+
+WEIGHTS_NAME = "hf_steer/steer_model.safetensors"
+"""In a folder of its own: some servers load every safetensors file that lies beside a model."""
+CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
+
+
+def own_weights(steering: Any) -> dict[str, Tensor]:
+    """Everything that training the steering changes: `aligners.0.router.weight`, `projector.linear.weight`, ..."""
+    weights: dict[str, Tensor] = dict(steering.state_dict())
+    for projector in steering.plan.projectors:
+        weights |= {f"projector.{name}": value for name, value in projector.state_dict().items()}
+    return weights
+
+
+def write_weights(steering: Any, directory: str | os.PathLike[str]) -> None:
+    """Write `hf_steer/steer_model.safetensors`, whole or not at all; nothing when the steering has no weights.
+
+    Sharded weights are gathered, so every process calls this; the first one writes.
+    """
+    weights = {name: _whole(value) for name, value in own_weights(steering).items()}
+    if weights and _is_first():
+        _write(Path(directory) / WEIGHTS_NAME, weights)
+
+
+def write_checkpoint(steering: Any, directory: str | os.PathLike[str], given: Mapping[str, Tensor] | None) -> None:
+    """Write the same weights under the names that they have in the root model, where Trainer looks for them.
+
+    Args:
+        steering: of the patched model.
+        directory: Trainer's `checkpoint-<step>`.
+        given: the root model's weights, gathered; None to take them from the model.
+    """
+    names = {f"{STEERING}.{name}": value for name, value in steering.state_dict().items()}
+    for prefix, projector in named_projectors(steering.plan):
+        names |= {f"{prefix}.{name}": value for name, value in projector.state_dict().items()}
+    weights = {name: _whole(value if given is None else given[name]) for name, value in names.items()}
+    if _is_first():
+        _write(Path(directory) / CHECKPOINT_WEIGHTS_NAME, weights)
+
+
+def named_projectors(plan: Plan) -> list[tuple[str, Any]]:
+    """The trained projectors with their paths from the root model."""
+    names = {id(module): name for name, module in plan.anatomy.root.named_modules()}
+    return [(names[id(projector)], projector) for projector in plan.projectors]
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of one file; FileError when it cannot be read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{os.fspath(path)} cannot be read ({error}); it is truncated or foreign. Save it again.") from error
+
+
+def load_weights(steering: Any, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Copy weights into the steering, all or none.
+
+    Raises:
+        FileError: names or shapes that do not fit; all of them are named, and the model is as it was.
+    """
+    own = own_weights(steering)
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} is not part of this steering" for name in weights if name not in own]
+    faults += [
+        f"{name} has shape {tuple(weights[name].shape)}, needed is {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
+        raise FileError(
+            f"the steering weights in {os.fspath(source)} do not fit this model and configuration: {shown}. They were saved with "
+            "another kind or size of aligner, or for another model; load them with the steer_config.json beside them."
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
+
+
+def _write(path: Path, weights: Mapping[str, Tensor]) -> None:
+    # no further metadata: the file's hash would change from run to run
+    content = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
+    write_whole(path, content)
+
+
+def _whole(value: Tensor) -> Tensor:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu()
+
+
+def _is_first() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0

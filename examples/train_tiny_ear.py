@@ -49,7 +49,7 @@ QUESTIONS: dict[str, Callable[[str], str]] = {
 }
 """Question -> the figures of the answer."""
 MAIN_QUESTION, MAIN_SHARE = "which digits ?", 0.5
-MOST_REPEATS, MOST_FILLERS = 6, 3
+MOST_REPEATS, MOST_FILLERS = 5, 3
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -158,7 +158,11 @@ def train_ear(output: Path, *, seed: int, steps: int, batch: int, rate: float, s
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; no token stands for audio."""
+    """One token a word; no token stands for audio.
+
+    Load it with `PreTrainedTokenizerFast.from_pretrained`: transformers 5 gives every Qwen2 model a byte-level Qwen2Tokenizer in
+    `AutoTokenizer`, whatever the files say (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`), and reads these words as nonsense.
+    """
     asked = sorted({word for question in QUESTIONS for word in question.split()})
     words = [*SPECIAL, "<unk>", *world.DIGIT_WORDS, *map(str, range(10)), *FILLERS, *asked, *OTHERS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -271,9 +275,9 @@ def main() -> None:
     parser.add_argument("--ear-batch", type=int, default=32)
     parser.add_argument("--ear-rate", type=float, default=2e-3)
     parser.add_argument("--ear-sequences", type=int, default=4000)
-    parser.add_argument("--mind-steps", type=int, default=3000)
+    parser.add_argument("--mind-steps", type=int, default=3600)
     parser.add_argument("--mind-batch", type=int, default=32)
-    parser.add_argument("--mind-rate", type=float, default=3e-3)
+    parser.add_argument("--mind-rate", type=float, default=4e-3)
     given = vars(parser.parse_args())
     for name, folder, train in (("ear", "tiny_ear", train_ear), ("mind", "tiny_r1_text", train_mind)):
         if given["only"] in (None, name):

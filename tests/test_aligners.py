@@ -84,7 +84,8 @@ def test_gradients_are_those_of_the_formulas(name):
     module.double()
     features = torch.randn(4, SIZE, dtype=torch.double, requires_grad=True)
     direction = torch.randn(4, SIZE, dtype=torch.double)
-    wanted = torch.autograd.grad((formula_with_gradients(module, name, features, where) * direction).sum(), inputs(module, features))
+    literal = formula_with_gradients(module, name, features, where)
+    wanted = torch.autograd.grad((literal * direction).sum(), inputs(module, features))
     got = torch.autograd.grad((module(features, *where) * direction).sum(), inputs(module, features))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)

@@ -102,7 +102,8 @@ def make_encoder_inputs(family: str, *, padding: str = "left", seed: int = 1) ->
         return torch.randn(shape, generator=generator)
 
     if family in tiny.SEEING:
-        return tiny.make_prompt(family, [[3, ("image", 2, 3), 4, ("image", 3, 2), 5], [2, ("image", 2, 2), 3], [6]], padding=padding)
+        rows = [[3, ("image", 2, 3), 4, ("image", 3, 2), 5], [2, ("image", 2, 2), 3], [6]]
+        return tiny.make_prompt(family, rows, padding=padding)
     if family == "whisper":
         mask = torch.ones(3, 2 * FRAMES, dtype=torch.long)
         mask[1, 23:] = 0
@@ -116,16 +117,12 @@ def make_encoder_inputs(family: str, *, padding: str = "left", seed: int = 1) ->
         return {"input_values": noise(3, 400) * mask, "attention_mask": mask}
     per_item = {"qwen2_audio": (10, 6, 4), "voxtral": (5, 5, 5), "llava": (9, 9, 9), "llava_onevision": (30, 30, 30)}[family]
     rows = [[3, per_item[0], 4, per_item[1], 2], [2, per_item[2], 5], [6]]
-    inputs: dict[str, Any] = tiny.pad_rows(
-        [
-            sum(
-                ([PLACEHOLDER] * item if index % 2 else torch.randint(2, 80, (item,), generator=generator).tolist()
-                 for index, item in enumerate(row)), []
-            )
-            for row in rows
-        ],
-        padding=padding,
-    )
+    ids: list[list[int]] = [[] for _ in rows]
+    for tokens, row in zip(ids, rows, strict=True):
+        for index, count in enumerate(row):
+            words = torch.randint(2, 80, (count,), generator=generator).tolist()
+            tokens.extend([PLACEHOLDER] * count if index % 2 else words)
+    inputs: dict[str, Any] = tiny.pad_rows(ids, padding=padding)
     if family in ("qwen2_audio", "voxtral"):
         inputs["input_features"] = noise(3, MELS, 2 * FRAMES)
     if family == "qwen2_audio":

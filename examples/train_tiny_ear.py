@@ -4,7 +4,7 @@
     python examples/train_tiny_ear.py --only mind --mind-steps 20 --output /tmp/quick
 
 The ear is a Whisper encoder that hears sounds (CTC over phonemes) in ordinary words and has never heard a digit. The mind is
-a Qwen2 that reads hesitant transcripts, thinks, and answers questions about the digits; it has no token for audio. The same
+a Qwen3 that reads hesitant transcripts, thinks, and answers questions about the digits; it has no token for audio. The same
 seed gives the same weights.
 """
 
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -49,7 +49,7 @@ QUESTIONS: dict[str, Callable[[str], str]] = {
 }
 """Question -> the figures of the answer."""
 MAIN_QUESTION, MAIN_SHARE = "which digits ?", 0.5
-MOST_REPEATS, MOST_FILLERS = 5, 3
+MOST_REPEATS, MOST_FILLERS = 6, 3
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -158,11 +158,7 @@ def train_ear(output: Path, *, seed: int, steps: int, batch: int, rate: float, s
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; no token stands for audio.
-
-    Load it with `PreTrainedTokenizerFast.from_pretrained`: transformers 5 gives every Qwen2 model a byte-level Qwen2Tokenizer in
-    `AutoTokenizer`, whatever the files say (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`), and reads these words as nonsense.
-    """
+    """One token a word; no token stands for audio."""
     asked = sorted({word for question in QUESTIONS for word in question.split()})
     words = [*SPECIAL, "<unk>", *world.DIGIT_WORDS, *map(str, range(10)), *FILLERS, *asked, *OTHERS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -175,13 +171,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_mind(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
+def build_mind(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3: beside a Qwen2, transformers 5's AutoTokenizer would read every vocabulary with Qwen2's own tokenizer."""
+    config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=16, do_sample=False
     )
@@ -223,7 +220,7 @@ class Conversations:
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return prompt, reply_to(question, digits)
 
-    def loss(self, model: Qwen2ForCausalLM, batch: int) -> torch.Tensor:
+    def loss(self, model: Qwen3ForCausalLM, batch: int) -> torch.Tensor:
         """Cross-entropy of the replies."""
         rows = [[self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self.draw()] for _ in range(batch)]
         longest = max(len(prompt) + len(reply) for prompt, reply in rows)
@@ -234,7 +231,7 @@ class Conversations:
         return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
     @torch.no_grad()
-    def right_fraction(self, model: Qwen2ForCausalLM, count: int) -> float:
+    def right_fraction(self, model: Qwen3ForCausalLM, count: int) -> float:
         """Of replies that are right to the last token, thought included, under greedy decoding."""
         prompts, replies = zip(*(self.draw() for _ in range(count)), strict=True)
         inputs = self.tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -277,7 +274,7 @@ def main() -> None:
     parser.add_argument("--ear-sequences", type=int, default=4000)
     parser.add_argument("--mind-steps", type=int, default=3600)
     parser.add_argument("--mind-batch", type=int, default=32)
-    parser.add_argument("--mind-rate", type=float, default=4e-3)
+    parser.add_argument("--mind-rate", type=float, default=3e-3)
     given = vars(parser.parse_args())
     for name, folder, train in (("ear", "tiny_ear", train_ear), ("mind", "tiny_r1_text", train_mind)):
         if given["only"] in (None, name):

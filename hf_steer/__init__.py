@@ -1,5 +1,6 @@
 """Patch live Hugging Face models: turn the gaze of a reasoning decoder, align frozen encoders with it."""
 
+from hf_steer.compose import compose
 from hf_steer.config import AlignerConfig, AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import AlignerError, ConfigError, FileError, PatchError, SaliencyError, SteerError
 from hf_steer.io import from_pretrained, load_steering, save_steering
@@ -29,6 +30,7 @@ __all__ = [
     "SteerConfig",
     "SteerError",
     "SteerStatus",
+    "compose",
     "disable_steering",
     "from_pretrained",
     "get_steer_status",

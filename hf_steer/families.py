@@ -91,6 +91,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), encoders=_LLAVA_EYE),
         "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, encoders=_LLAVA_EYE),
         "qwen2_audio": Family(placeholders=_AUDIO, encoders=_ear(mask="feature_attention_mask")),
+        "audioflamingo3": Family(placeholders=_AUDIO, encoders=_ear(mask="input_features_mask")),
         "voxtral": Family(placeholders=_AUDIO, encoders=_ear(outlet="output")),
         "whisper": Family(layers=None, encoders=_ear(outlet="output", projector=None, mask="attention_mask")),
         "wav2vec2": _CTC,

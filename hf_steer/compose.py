@@ -217,7 +217,7 @@ def _joined(bridge: Bridge, tower: Any, decoder: Any, projector: str, token_id: 
     if type(own) is not type(tower):  # the same weights under another class
         own.load_state_dict(tower.state_dict(), assign=True)
         tower = own
-    fresh = type(model.get_submodule(places["multi_modal_projector"]))(config).to(weight.device, weight.dtype)
+    fresh = _scaled(type(model.get_submodule(places["multi_modal_projector"]))(config), decoder).to(weight.device, weight.dtype)
     model.set_submodule(places[bridge.tower], tower)
     model.set_submodule(places["multi_modal_projector"], fresh)
     for name, part in decoder.base_model.named_children():  # one by one: the decoder keeps its own table of embeddings
@@ -232,6 +232,16 @@ def _joined(bridge: Bridge, tower: Any, decoder: Any, projector: str, token_id: 
     model.requires_grad_(False)
     fresh.requires_grad_(True)
     return model.train(decoder.training)
+
+
+def _scaled(projector: torch.nn.Module, decoder: Any) -> torch.nn.Module:
+    """Start a projector so that what it says of normalised features is as large as a word's embedding."""
+    last = [layer for layer in projector.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    size = decoder.get_input_embeddings().weight.detach().float().std().item()
+    torch.nn.init.normal_(last.weight, std=size * last.in_features**-0.5)
+    if last.bias is not None:
+        torch.nn.init.zeros_(last.bias)
+    return projector
 
 
 def _make_room(model: Any, vocabulary: int) -> None:

@@ -110,7 +110,9 @@ def test_text_only_answers_are_those_that_the_decoder_gave_alone(kind, projector
     assert torch.equal(logits(model, inputs)[..., :96], alone)
     again, new_steps = generate(model, inputs, max_new_tokens=6)
     assert torch.equal(again, answers)
-    assert torch.equal(new_steps[..., :96], steps)
+    assert torch.equal(new_steps[:, 1:, :96], steps[:, 1:])
+    # Qwen2-Audio computes the logits of the whole prompt, and a product of other shape may round otherwise
+    torch.testing.assert_close(new_steps[:, 0, :96], steps[:, 0])
     assert model.generation_config.suppress_tokens[-1] == processor.tokenizer.convert_tokens_to_ids(
         "<image>" if "Llava" in expected else "<|AUDIO|>" if "Qwen" in expected else "<sound>"
     )

@@ -84,19 +84,17 @@ def linear(layer, value):
 
 def attention(module, queries, keys, real):
     """Multi-head attention of each query to the real keys."""
-    size, heads = module.embed_dim, module.num_heads
-    wq, wk, wv = module.in_proj_weight.double().chunk(3)
-    bq, bk, bv = module.in_proj_bias.double().chunk(3)
+    size, heads = module.size, module.num_heads
     width = size // heads
     rows = []
     for query in queries:
         parts = []
         for head in range(heads):
             part = slice(head * width, (head + 1) * width)
-            asked = (wq @ query + bq)[part]
+            asked = linear(module.q_proj, query)[part]
             chosen = [index for index in range(len(keys)) if real[index]]
-            scores = softmax([asked @ (wk @ keys[index] + bk)[part] / math.sqrt(width) for index in chosen])
-            parts.append(sum(s * (wv @ keys[index] + bv)[part] for s, index in zip(scores, chosen, strict=True)))
+            scores = softmax([asked @ linear(module.k_proj, keys[index])[part] / math.sqrt(width) for index in chosen])
+            parts.append(sum(s * linear(module.v_proj, keys[index])[part] for s, index in zip(scores, chosen, strict=True)))
         rows.append(linear(module.out_proj, torch.cat(parts)))
     return torch.stack(rows)
 

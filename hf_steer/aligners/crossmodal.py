@@ -9,11 +9,42 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_steer.aligners.routing import Routing, route
 from hf_steer.aligners.single import Init, check_routing, check_sizes, make_vectors
 from hf_steer.aligners.skinny import Router, add_steering, check_features, full_precision
 from hf_steer.errors import AlignerError
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of features to text. `nn.MultiheadAttention` reads its output projection's weight without calling
+    it, which under accelerate's offload lies on the meta device; here every weight is reached through its module.
+
+    Args:
+        size: of queries, keys and values; a multiple of num_heads.
+        num_heads: at least 1.
+    """
+
+    def __init__(self, size: int, num_heads: int) -> None:
+        super().__init__()
+        self.size, self.num_heads = size, num_heads
+        self.q_proj, self.k_proj = nn.Linear(size, size), nn.Linear(size, size)
+        self.v_proj, self.out_proj = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, asking: Tensor, answers: Tensor, real: Tensor, *, weights: bool) -> tuple[Tensor, Tensor | None]:
+        """`(batch, queries, size)` attends to the real ones of `(batch, keys, size)`; the heads' mean weights on request."""
+        q, k, v = (
+            projection(values).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, values in ((self.q_proj, asking), (self.k_proj, answers), (self.v_proj, answers))
+        )
+        mask = real[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mean = None
+        if weights:
+            logits = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+            mean = logits.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2)), mean
 
 
 class CrossModalFeatureAligner(nn.Module):
@@ -40,7 +71,7 @@ class CrossModalFeatureAligner(nn.Module):
         self.residual = resolve_residual(residual, audio_dim, text_dim)
         self.audio_projection = nn.Linear(audio_dim, hidden_dim)
         self.text_projection = nn.Linear(text_dim, hidden_dim)
-        self.cross_attention = nn.MultiheadAttention(hidden_dim, num_heads, batch_first=True)
+        self.cross_attention = CrossAttention(hidden_dim, num_heads)
         self.alignment_layer = nn.Linear(hidden_dim, text_dim)
         if self.residual:
             start_at_zero(self.alignment_layer)
@@ -62,7 +93,7 @@ class CrossModalFeatureAligner(nn.Module):
         text_mask = check_streams(features, text, mask, text_mask, *sizes)
         kind = self.text_projection.weight.dtype
         asking, answers = self.audio_projection(features.to(kind)), self.text_projection(text.to(kind))
-        attended, weights = attend(self.cross_attention, asking, answers, text_mask, return_routing)
+        attended, weights = self.cross_attention(asking, answers, text_mask, weights=return_routing)
         return finish(features, self.alignment_layer(attended), mask, weights, residual=self.residual)
 
 
@@ -150,7 +181,7 @@ class CrossModalAdapter(nn.Module):
         self.residual = resolve_residual(residual, audio_dim, text_dim)
         self.audio_dim = audio_dim
         self.audio_adapter = nn.Sequential(nn.Linear(audio_dim, adapter_dim), nn.ReLU(), nn.Linear(adapter_dim, text_dim))
-        self.cross_attention = nn.MultiheadAttention(text_dim, num_heads, batch_first=True)
+        self.cross_attention = CrossAttention(text_dim, num_heads)
         if self.residual:
             start_at_zero(self.cross_attention.out_proj)
 
@@ -159,19 +190,11 @@ class CrossModalAdapter(nn.Module):
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:  # fmt: skip
         """As `CrossModalFeatureAligner.forward`."""
-        text_mask = check_streams(features, text, mask, text_mask, self.audio_dim, self.cross_attention.embed_dim)
-        kind = self.cross_attention.in_proj_weight.dtype
+        text_mask = check_streams(features, text, mask, text_mask, self.audio_dim, self.cross_attention.size)
+        kind = self.cross_attention.q_proj.weight.dtype
         adapted = self.audio_adapter(features.to(kind))
-        attended, weights = attend(self.cross_attention, adapted, text.to(kind), text_mask, return_routing)
+        attended, weights = self.cross_attention(adapted, text.to(kind), text_mask, weights=return_routing)
         return finish(features, attended, mask, weights, residual=self.residual)
-
-
-def attend(
-    attention: nn.MultiheadAttention, asking: Tensor, answers: Tensor, text_mask: Tensor, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Features attend to the real text tokens; the weights, a mean over heads, only where they are wanted."""
-    attended, weights = attention(asking, answers, answers, key_padding_mask=~text_mask, need_weights=wanted)
-    return attended, weights
 
 
 def finish(

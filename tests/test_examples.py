@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -52,12 +53,54 @@ def test_notebooks_run_from_top_to_bottom(path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
 
 
-def test_training_is_reproducible_from_its_seed(tmp_path):
+TRAININGS = {
+    "train_tiny_r1_vl.py": ["--steps", "3", "--batch", "8"],
+    "train_tiny_ear.py": "--ear-steps 3 --ear-batch 4 --ear-sequences 12 --mind-steps 3 --mind-batch 4".split(),
+}
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_training_is_reproducible_from_its_seed(script, tmp_path):
     for name in ("one", "two"):
-        command = [sys.executable, "examples/train_tiny_r1_vl.py", "--steps", "3", "--batch", "8", "--output", str(tmp_path / name)]
+        command = [sys.executable, f"examples/{script}", *TRAININGS[script], "--output", str(tmp_path / name)]
         subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    files = [sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*.*")) for name in ("one", "two")]
     assert files[0] == files[1]
+    assert any(name.endswith("model.safetensors") for name in files[0])
     for name in files[0]:
-        if name not in ("training.json", "README.md"):  # they say how long it took
+        if not name.endswith(("training.json", "README.md")):  # they say how long it took
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_the_ablation_runs_and_writes_its_tables_and_picture(tmp_path):
+    command = [sys.executable, "examples/align_tiny_ear.py", "--preset", "quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
+    rows = list(csv.DictReader((tmp_path / "align.csv").open()))
+    assert [row["aligner"] for row in rows] == ["linear alone", "simple", "hierarchical", "progressive", "layer-wise"]
+    for row in csv.DictReader((tmp_path / "align_summary.csv").open()):
+        assert float(row["low"]) <= float(row["error_rate"]) <= float(row["high"])
+    assert (tmp_path / "align.png").stat().st_size > 5000
+
+
+def test_the_readme_shows_the_ablations_own_table():
+    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").open()))
+    assert len(table) == 21
+    for row in table:
+        if row["experts"] in ("0", "8"):
+            rate, low, high = (100 * float(row[name]) for name in ("error_rate", "low", "high"))
+            less, less_low, less_high = (100 * float(row[f"less_linear{end}"]) for end in ("", "_low", "_high"))
+            cells = f"{rate:.1f} [{low:.1f}, {high:.1f}] | {less:+.1f} [{less_low:+.1f}, {less_high:+.1f}]"
+            assert cells in README or row["aligner"] == "linear alone", cells
+            assert f"{rate:.1f} [{low:.1f}, {high:.1f}]" in README
+
+
+def test_the_aligners_benchmark_runs_and_the_readme_quotes_it(tmp_path):
+    command = [sys.executable, "examples/benchmarks/aligners.py", "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
+    quick = list(csv.DictReader((tmp_path / "aligners-cpu.csv").open()))
+    full = list(csv.DictReader((ROOT / "examples" / "benchmarks" / "aligners-cpu.csv").open()))
+    assert len(quick) == len(full) == 20
+    assert (tmp_path / "aligners-cpu.png").stat().st_size > 5000
+    for row in full:
+        if row["pass"] == "forward" and row["dtype"] == "float32":
+            assert f"{row['aligner']} {float(row['ratio']):.1f}" in README, row["aligner"]

@@ -12,7 +12,9 @@ IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 PATCH, TEMPORAL, CHANNELS = 4, 2, 3
 
 SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-READING = ("qwen2", "qwen3", "llama")
+BRIDGED = ("llava", "qwen2_audio", "voxtral")
+"""Their decoders read plain prompts like those of text-only models; `tiny_encoders` builds them and shows them something."""
+READING = ("qwen2", "qwen3", "llama", *BRIDGED)
 FAMILIES = SEEING + READING
 IMPLEMENTATIONS = ("eager", "sdpa")
 HEADS, LAYERS = 4, 3
@@ -58,6 +60,10 @@ def make_config(family: str, **text: Any) -> Any:
 
 def make_model(family: str, implementation: str = "sdpa", *, seed: int = 0, **text: Any) -> Any:
     """A model whose attention is far from uniform, so that steering has something to change."""
+    if family in BRIDGED:
+        from tiny_encoders import make_encoder_model
+
+        return make_encoder_model(family, seed=seed, implementation=implementation)
     torch.manual_seed(seed)
     config = make_config(family, **text)
     model = getattr(transformers, _CLASSES[family][1])._from_config(config, attn_implementation=implementation)

@@ -44,7 +44,10 @@ class Inspection:
             f"  can be patched   {'yes' if self.can_be_patched else 'no: ' + str(self.reason)}",
         ]
         lines += [f"  {name:<17}{_text(value)}" for name, value in (self.anatomy or {}).items()]
-        beside = "none beside it" if self.steering is None else f"steer_config.json: {self.steering['attention']}"
+        beside = "none beside it"
+        if self.steering is not None:
+            aligners = [f"{a['kind']} at {a['modality']} {a['placement']}" for a in self.steering["aligners"]]
+            beside = f"steer_config.json: attention {self.steering['attention']}, aligners {', '.join(aligners) or 'none'}"
         return "\n".join([*lines, f"  steering         {beside}"])
 
 
@@ -83,12 +86,17 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
 
 def _describe(anatomy: Anatomy) -> dict[str, Any]:
     names = {module: name for name, module in anatomy.root.named_modules()}
-    heads = f"{anatomy.num_heads} query, {anatomy.num_key_value_heads} key/value, of {anatomy.head_dim} features"
-    description = {
-        "decoder": names[anatomy.decoder] or "(the model itself)",
-        "layers": f"{len(anatomy.layers)}: {_range(anatomy.layers)}",
-        "heads per layer": heads,
-    }
+    description: dict[str, Any] = {}
+    if anatomy.decoder is not None:
+        description["decoder"] = names[anatomy.decoder] or "(the model itself)"
+        description["layers"] = f"{len(anatomy.layers)}: {_range(anatomy.layers)}"
+        heads = f"{anatomy.num_heads} query, {anatomy.num_key_value_heads} key/value, of {anatomy.head_dim} features"
+        description["heads per layer"] = heads
+    for modality, encoder in anatomy.encoders.items():
+        places = ["output", "layers", *(["projector"] if encoder.projector is not None else [])]
+        description[f"{modality} encoder"] = names[encoder.tower] or "(the model itself)"
+        description[f"{modality} layers"] = f"{len(encoder.layers)}: {_range(encoder.layers)}, of {encoder.layer_size} features"
+        description[f"{modality} aligners"] = f"at {', '.join(places)}"
     if anatomy.tower is not None:
         description["vision tower"] = names[anatomy.tower]
         description["vision blocks"] = f"{len(anatomy.blocks)}: {_range(anatomy.blocks)}"

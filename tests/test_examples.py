@@ -55,7 +55,9 @@ def test_notebooks_run_from_top_to_bottom(path):
 
 TRAININGS = {
     "train_tiny_r1_vl.py": ["--steps", "3", "--batch", "8"],
-    "train_tiny_ear.py": "--ear-steps 3 --ear-batch 4 --ear-sequences 12 --mind-steps 3 --mind-batch 4".split(),
+    "train_tiny_ear.py": [
+        "--ear-steps", "3", "--ear-batch", "4", "--ear-sequences", "12", "--mind-steps", "3", "--mind-batch", "4",
+    ],
 }
 
 

@@ -14,8 +14,9 @@ FRAMES, MELS = 20, 8
 """Frames after the convolutions of a Whisper-type encoder, which reads twice as many mel frames."""
 
 _TEXT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": tiny.LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 256, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": tiny.LAYERS, "num_attention_heads": tiny.HEADS,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 256, "pad_token_id": PAD,
+    "bos_token_id": 1, "eos_token_id": None,
 }
 _WHISPER = {
     "d_model": 16, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": MELS,

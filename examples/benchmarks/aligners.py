@@ -88,7 +88,7 @@ def sliced_routing(module: LayerWiseSteering, h: Tensor) -> list[Tensor]:
     """What the aligner computes to route at each layer."""
     layers, experts, _ = module.steering_vectors.shape
     parts = (slice(layer * experts, (layer + 1) * experts) for layer in range(layers))
-    return [route(module.router(h, part), temperature=1.0, top_k=None)[0] for part in parts]
+    return [route(module.router(h, part)[0], temperature=1.0, top_k=None)[0] for part in parts]
 
 
 def verify(case: Case, h: Tensor) -> float:
@@ -106,14 +106,15 @@ def verify(case: Case, h: Tensor) -> float:
     return worst
 
 
-def step(call: Callable[[Tensor], Any], module: torch.nn.Module, h: Tensor, *, backward: bool) -> None:
-    if not backward:
+def step(call: Callable[[Tensor], Any], module: torch.nn.Module, h: Tensor, gradient: Tensor | None) -> None:
+    """One forward pass, and with a gradient of its outputs also the backward pass."""
+    if gradient is None:
         with torch.no_grad():
             call(h)
         return
     out = call(h)
-    torch.autograd.backward([out] if isinstance(out, Tensor) else out, [h.new_ones(()).expand_as(out)] if isinstance(out, Tensor)
-                            else [torch.ones_like(value) for value in out])  # fmt: skip
+    outputs = [out] if isinstance(out, Tensor) else out
+    torch.autograd.backward(outputs, [gradient] * len(outputs))
     module.zero_grad(set_to_none=True)
     h.grad = None
 
@@ -147,8 +148,12 @@ def peak_bytes(run: Callable[[], None], device: str) -> int:
 
 def compare(case: Case, h: Tensor, *, backward: bool, rounds: int, device: str) -> dict[str, Any]:
     h = h.clone().requires_grad_(backward)
-    calls = {name: lambda call=call: step(call, case.module, h, backward=backward) for name, call in (
-        ("ours", case.ours), ("rival", case.rival))}  # fmt: skip
+    calls = {}
+    for name, call in (("ours", case.ours), ("rival", case.rival)):
+        with torch.no_grad():
+            out = call(h)
+        gradient = torch.randn_like(out if isinstance(out, Tensor) else out[0]) if backward else None
+        calls[name] = lambda call=call, gradient=gradient: step(call, case.module, h, gradient)
     for run in calls.values():
         run()
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -145,9 +145,11 @@ class ModalitySpecificSteering(nn.Module):
         sizes = self.audio_steering.shape[1], self.text_steering.shape[1]
         text_mask = check_streams(features, text, mask, text_mask, *sizes)
         with full_precision(features):
-            scores, probabilities = route(self.audio_router(features), temperature=self.temperature, top_k=self.top_k)
+            logits, features = self.audio_router(features)
+            scores, probabilities = route(logits, temperature=self.temperature, top_k=self.top_k)
             heard = add_steering(features, scores, self.audio_steering)
-            text_scores, _ = route(self.text_router(text), temperature=self.temperature, top_k=self.top_k)
+            text_logits, text = self.text_router(text)
+            text_scores, _ = route(text_logits, temperature=self.temperature, top_k=self.top_k)
             read = masked_mean(add_steering(text, text_scores, self.text_steering), text_mask)
             both = torch.cat([heard, read.to(heard.dtype).unsqueeze(1).expand(-1, heard.shape[1], -1)], -1)
             fused = self.fusion_layer(both.to(self.fusion_layer.weight.dtype)).to(features.dtype)

@@ -50,7 +50,8 @@ class SteerMoEAligner(nn.Module):
     def forward(self, features: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """Steer `(..., features)`; with `return_routing` also the `Routing` (router `"experts"`)."""
         with full_precision(features):
-            scores, probabilities = route(self.router(features), temperature=self.temperature, top_k=self.top_k)
+            logits, features = self.router(features)
+            scores, probabilities = route(logits, temperature=self.temperature, top_k=self.top_k)
             steered = add_steering(features, scores, self.steering_vectors)
         return (steered, Routing({"experts": scores}, {"experts": probabilities})) if return_routing else steered
 
@@ -91,7 +92,7 @@ class HierarchicalRouter(nn.Module):
         """Steer `(..., features)`; with `return_routing` also the `Routing` (`"global"`, `"local_0"`, ...)."""
         groups, experts, _ = self.local_steering.shape
         with full_precision(features):
-            logits = self.router(features)
+            logits, features = self.router(features)
             g, g_all = route(logits[..., :groups], temperature=self.temperature, top_k=None)
             local = logits[..., groups:].unflatten(-1, (groups, experts))
             l, l_all = route(local, temperature=self.temperature, top_k=self.top_k)  # noqa: E741 - the formula's name
@@ -152,8 +153,8 @@ class ProgressiveRouter(nn.Module):
         scores: list[Tensor] = []
         probabilities: list[Tensor] = []
         with full_precision(features):
-            logits = self.router(features).unflatten(-1, (stages, experts)).unbind(-2)
-            for stage, own in enumerate(logits):
+            logits, features = self.router(features)
+            for stage, own in enumerate(logits.unflatten(-1, (stages, experts)).unbind(-2)):
                 if stage:
                     own = own + torch.cat(scores, -1) @ self._from_scores(stage).to(own.dtype)
                 chosen, all_of_them = route(own, temperature=self.temperature, top_k=self.top_k)
@@ -213,7 +214,7 @@ class LayerWiseSteering(nn.Module):
         if not 0 <= layer < layers:
             raise AlignerError(f"layer {layer} is not there; this aligner was built for {layers} layers, 0 to {layers - 1}.")
         with full_precision(features):
-            logits = self.router(features, slice(layer * experts, (layer + 1) * experts))
+            logits, features = self.router(features, slice(layer * experts, (layer + 1) * experts))
             scores, probabilities = route(logits, temperature=self.temperature, top_k=self.top_k)
             steered = add_steering(features, scores, self.layer_scales[layer] * self.steering_vectors[layer])
         name = f"layer_{layer}"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from hf_steer.errors import AlignerError
-
-_CHUNK = 1024
-"""Tokens at a time that half-precision features are widened to float32 on a CPU, which has no mixed product."""
 
 
 class Router(nn.Module):
@@ -30,20 +28,67 @@ class Router(nn.Module):
         bound = features**-0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, features: Tensor, part: slice | None = None) -> Tensor:
-        """Logits `(..., outputs)` in float32 (float64 for float64), whatever precision the features are in.
+    def forward(self, features: Tensor, part: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Logits in float32 (float64 for float64), whatever precision the features are in, and the features to go on with.
+
+        Sums and all that follows (softmax, selection, statistics) are in float32; see `_wide_product` for what a CPU rounds
+        under half precision.
+
+        Going on with the features that come back lets the backward pass add its two ways to them in one product.
 
         Args:
             features: `(..., features)`.
             part: which outputs to compute; None for all.
+
+        Returns:
+            `(..., outputs)`, and the features themselves.
         """
         weight, bias = (self.weight, self.bias) if part is None else (self.weight[part], self.bias[part])
         check_features(features, self.weight.shape[1])
-        if features.dtype in (torch.float32, torch.float64):
-            return F.linear(features, weight.to(features.dtype), bias.to(features.dtype))
         flat = features.reshape(-1, features.shape[-1])
-        product: Tensor = _wide_product(flat, weight.float())
-        return (product + bias.float()).view(*features.shape[:-1], -1)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        logits, carried = _Carry.apply(flat, weight.to(wide), bias.to(wide))
+        return logits.view(*features.shape[:-1], -1), carried.view(features.shape)
+
+
+class _Carry(torch.autograd.Function):
+    """`features @ weight.T + bias` in float32 or wider, with the features handed through."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(features, weight)
+        ctx.set_materialize_grads(False)
+        if features.dtype == weight.dtype:
+            return torch.addmm(bias, features, weight.t()), features.view_as(features)
+        return _wide_product(features, weight) + bias, features.view_as(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_logits: Tensor | None, to_carried: Tensor | None) -> tuple[Tensor | None, ...]:
+        features, weight = ctx.saved_tensors
+        if to_logits is None:
+            return to_carried, None, None
+        narrow = to_logits.to(features.dtype)
+        to_features = None
+        if ctx.needs_input_grad[0]:
+            own = weight.to(features.dtype)
+            to_features = narrow @ own if to_carried is None else torch.addmm(to_carried, narrow, own)
+        to_weight = (narrow.t() @ features).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return to_features, to_weight, to_logits.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _wide_product(features: Tensor, weight: Tensor) -> Tensor:
+    """`features @ weight.T` in float32 for half-precision features, without widening them.
+
+    A GPU hands out the sums as it keeps them, in float32, and gets the weight in two halves that hold 16 of its bits. A CPU
+    rounds the sums to the features' precision, so that one rounded weight is as good.
+    """
+    high = weight.to(features.dtype)
+    if not features.is_cuda:
+        return (features @ high.t()).float()
+    both = torch.cat([high, (weight - high.float()).to(features.dtype)])
+    product = torch.mm(features, both.t(), out_dtype=torch.float32)
+    return product[:, : weight.shape[0]] + product[:, weight.shape[0] :]
 
 
 def check_features(features: Tensor, expected: int, *, what: str = "features") -> None:
@@ -74,54 +119,3 @@ def add_steering(features: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
 def full_precision(features: Tensor) -> torch.autocast:
     """Autocast off: it would round the routing, and change the precision of what passes through."""
     return torch.autocast(features.device.type, enabled=False)
-
-
-@torch.library.custom_op("hf_steer::wide_product", mutates_args=())
-def _wide_product(features: Tensor, weight: Tensor) -> Tensor:
-    """`features @ weight.T` for half-precision features `(tokens, features)` and float32 weight, accumulated in float32."""
-    if features.is_cuda:  # rounding the weight twice, in high and low parts, keeps 16 of its bits
-        high = weight.to(features.dtype)
-        low = (weight - high.float()).to(features.dtype)
-        both = torch.mm(features, torch.cat([high, low]).t(), out_dtype=torch.float32)
-        return both[:, : weight.shape[0]] + both[:, weight.shape[0] :]
-    product = features.new_empty(features.shape[0], weight.shape[0], dtype=torch.float32)
-    for start in range(0, features.shape[0], _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        torch.mm(features[rows].float(), weight.t(), out=product[rows])
-    return product
-
-
-@_wide_product.register_fake
-def _(features: Tensor, weight: Tensor) -> Tensor:
-    return features.new_empty(features.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("hf_steer::wide_product_weight_grad", mutates_args=())
-def _weight_grad(features: Tensor, grad: Tensor) -> Tensor:
-    """`grad.T @ features`, `(outputs, features)` float32, without widening all features at once."""
-    total = features.new_zeros(grad.shape[1], features.shape[1], dtype=torch.float32)
-    step = features.shape[0] if features.is_cuda else _CHUNK
-    for start in range(0, features.shape[0], max(step, 1)):
-        rows = slice(start, start + step)
-        total.addmm_(grad[rows].t(), features[rows].float())
-    return total
-
-
-@_weight_grad.register_fake
-def _(features: Tensor, grad: Tensor) -> Tensor:
-    return features.new_empty(grad.shape[1], features.shape[1], dtype=torch.float32)
-
-
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    features, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-    wanted = ctx.needs_input_grad  # type: ignore[attr-defined]
-    to_features = grad.to(features.dtype) @ weight.to(features.dtype) if wanted[0] else None
-    to_weight: Tensor | None = _weight_grad(features, grad.contiguous()) if wanted[1] else None
-    return to_features, to_weight
-
-
-_wide_product.register_autograd(_backward, setup_context=_remember)

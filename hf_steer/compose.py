@@ -125,7 +125,8 @@ def compose(
 ) -> tuple[Any, Any]:
     """Join a frozen encoder and a frozen text-only decoder.
 
-    The parts are not copied: the new model holds their modules (two models then share them, so patch only one). Everything is
+    The parts are not copied: the new model holds their modules (two models then share them, so patch only one). An encoder in
+    another precision than the decoder's comes in as a copy in that of the decoder. Everything is
     frozen but the projector, which starts random, and the aligners, which start as the identity. Text-only prompts get the
     answers that the decoder gave alone, to the last bit.
 
@@ -215,8 +216,10 @@ def _joined(bridge: Bridge, tower: Any, decoder: Any, projector: str, token_id: 
     weight = next(decoder.parameters())
     own = model.get_submodule(places[bridge.tower])
     if type(own) is not type(tower):  # the same weights under another class
-        own.load_state_dict(tower.state_dict(), assign=True)
+        own.load_state_dict({name: value.to(weight.dtype) for name, value in tower.state_dict().items()}, assign=True)
         tower = own
+    elif next(tower.parameters()).dtype != weight.dtype:
+        tower = copy.deepcopy(tower).to(weight.dtype)
     fresh = _scaled(type(model.get_submodule(places["multi_modal_projector"]))(config), decoder).to(weight.device, weight.dtype)
     model.set_submodule(places[bridge.tower], tower)
     model.set_submodule(places["multi_modal_projector"], fresh)
@@ -273,10 +276,10 @@ def _extractor_of(encoder: Any) -> Any:
     return loader.from_pretrained(encoder)
 
 
-def _with_content(template: Any, token: str) -> str | None:
-    """The decoder's own chat template, after content that is a list of parts has been joined into text."""
-    if not isinstance(template, str):
-        return None
+def _with_content(template: Any, token: str) -> Any:
+    """The decoder's own chat templates, after content that is a list of parts has been joined into text."""
+    if isinstance(template, dict):
+        return {name: _with_content(one, token) for name, one in template.items()}
     return (
         "{%- set joined = namespace(messages=[], text='') -%}{%- for message in messages -%}"
         "{%- if message['content'] is string or message['content'] is not iterable -%}{%- set joined.text = message['content'] -%}"
@@ -285,4 +288,4 @@ def _with_content(template: Any, token: str) -> str | None:
         "{%- endfor -%}{%- endif -%}"
         "{%- set joined.messages = joined.messages + [dict(message, content=joined.text)] -%}{%- endfor -%}"
         "{%- set messages = joined.messages -%}"
-    ) + template
+    ) + (template or "{% for message in messages %}{{ message['content'] }}{% endfor %}")

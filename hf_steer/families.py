@@ -55,6 +55,7 @@ class Family:
         placeholders: modality -> name of the config value that holds its placeholder token.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
         encoders: modality -> where its aligners go.
+        counts_items: the model's loss heeds `num_items_in_batch`, Trainer's count over all accumulation steps.
     """
 
     layers: str | None = "layers"
@@ -64,6 +65,7 @@ class Family:
     placeholders: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     windowed: bool = False
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
+    counts_items: bool = True
 
 
 def _eye(**row: Any) -> Mapping[str, EncoderRow]:
@@ -77,7 +79,9 @@ def _ear(**row: Any) -> Mapping[str, EncoderRow]:
 _QWEN_EYE = _eye(layers="blocks", projector="visual.merger")
 _LLAVA_EYE = _eye(layers="encoder.layers")
 _AUDIO = MappingProxyType({"audio": "audio_token_id"})
-_CTC = Family(layers=None, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="attention_mask"))
+_CTC = Family(
+    layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="attention_mask")
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -90,10 +94,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, encoders=_QWEN_EYE),
         "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), encoders=_LLAVA_EYE),
         "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, encoders=_LLAVA_EYE),
-        "qwen2_audio": Family(placeholders=_AUDIO, encoders=_ear(mask="feature_attention_mask")),
+        "qwen2_audio": Family(placeholders=_AUDIO, counts_items=False, encoders=_ear(mask="feature_attention_mask")),
         "audioflamingo3": Family(placeholders=_AUDIO, encoders=_ear(mask="input_features_mask")),
         "voxtral": Family(placeholders=_AUDIO, encoders=_ear(outlet="output")),
-        "whisper": Family(layers=None, encoders=_ear(outlet="output", projector=None, mask="attention_mask")),
+        "whisper": Family(layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="attention_mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,
         "qwen2": Family(),

@@ -17,7 +17,7 @@ from hf_steer.families import family_of
 from hf_steer.files import find_file
 from hf_steer.patching import make_plan, patch_model
 from hf_steer.patching.context import steering_of
-from hf_steer.patching.weights import WEIGHTS_NAME, load_weights, read_weights
+from hf_steer.patching.weights import WEIGHTS_NAME, load_weights, own_weights, read_weights
 
 _ANYWHERE_KEYS = ("token", "cache_dir", "local_files_only")
 _HUB_KEYS = (*_ANYWHERE_KEYS, "revision", "subfolder")
@@ -58,7 +58,8 @@ def load_steering(model: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: A
             f"the steering in {os.fspath(id_or_dir)!r} has aligners {kinds[0]}; this model was patched with {kinds[1]}. Patch "
             "with SteerConfig.from_pretrained of that folder."
         )
-    load_weights(steering, read_weights(find_file(id_or_dir, WEIGHTS_NAME, **hub_kwargs)), id_or_dir)
+    if own_weights(steering):
+        load_weights(steering, read_weights(find_file(id_or_dir, WEIGHTS_NAME, **hub_kwargs)), id_or_dir)
 
 
 def from_pretrained(

@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_steer.errors import PatchError
+from hf_steer.errors import FileError, PatchError
 from hf_steer.io import load_steering, save_steering
 from hf_steer.patching.context import find_steering, steering_of
 from hf_steer.patching.passes import Listener, record_routing
+from hf_steer.patching.weights import trains_alone
 
 __all__ = ["Listener", "RoutingCallback", "checkpoint_with", "log_routing", "record_routing", "train_steering"]
 
@@ -66,10 +67,21 @@ class RoutingCallback(TrainerCallback):
         self.open.close()
         self.listener = self.open.enter_context(record_routing(self.trainer.model))
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.global_step and self._wrapped() and os.path.isdir(checkpoint):
+        if state.global_step and self._wrapped():
+            if not os.path.isdir(checkpoint):
+                raise FileError(
+                    f"training resumes at step {state.global_step}, but {checkpoint} is not there, and PEFT's checkpoints come "
+                    "without the steering. Resume from a checkpoint in output_dir."
+                )
             load_steering(self.trainer.model, checkpoint)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_when_due(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_when_due(control)
+
+    def _log_when_due(self, control: Any) -> None:
         if control.should_log and self.listener is not None:
             logged: dict[str, float] = {}
             for name, value in self.listener.read().items():
@@ -84,6 +96,8 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.open.close()
+        if self._wrapped() and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_steering(self.trainer.model, state.best_model_checkpoint)
 
     def _wrapped(self) -> bool:
         """Whether something like PEFT saves the model in its own way, without the steering."""
@@ -91,22 +105,26 @@ class RoutingCallback(TrainerCallback):
 
 
 def checkpoint_with(accelerator: Any) -> None:
-    """Let `accelerator.save_state` and `load_state` write and read the steering of patched models, never their base.
+    """Let `accelerator.save_state` and `load_state` write and read the steering alone of models that train nothing else.
 
     Args:
-        accelerator: an accelerate Accelerator; models that are not patched are saved as ever.
+        accelerator: an accelerate Accelerator; models that are not patched, or train other parameters, too, are saved as ever.
     """
+
+    def alone(model: Any) -> bool:
+        steering = find_steering(model)
+        return steering is not None and trains_alone(steering)
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         for index in reversed(range(len(models))):
-            if find_steering(models[index]) is not None:
+            if alone(models[index]):
                 save_steering(models[index], os.path.join(output_dir, f"steering_{index}"))
                 if weights:
                     weights.pop(index)
 
     def load(models: list[Any], input_dir: str) -> None:
         for index in reversed(range(len(models))):
-            if find_steering(models[index]) is not None:
+            if alone(models[index]):
                 load_steering(models.pop(index), os.path.join(input_dir, f"steering_{index}"))
 
     accelerator.register_save_state_pre_hook(save)

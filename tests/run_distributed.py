@@ -76,6 +76,15 @@ def train_sharded(folder, *, shard):
         optimizer.step()
         losses.append(loss.item())
     hf_steer.save_steering(model, folder)
+    dist.barrier()
+    saved = [parameter.detach().clone() for parameter in model.hf_steer.parameters()]
+    with torch.no_grad():
+        for parameter in model.hf_steer.parameters():
+            parameter.zero_()
+    hf_steer.load_steering(model, folder)
+    for own, other in zip(model.hf_steer.parameters(), saved, strict=True):
+        whole = [value.full_tensor() if isinstance(value, DTensor) else value for value in (own, other)]
+        assert torch.equal(*whole)
     report(losses=losses, sharded=all(isinstance(p, DTensor) for p in model.parameters()))
     dist.barrier()
     dist.destroy_process_group()

@@ -241,6 +241,31 @@ def test_the_decoders_own_template_renders_plain_text_as_before():
     assert processor.apply_chat_template(turns) == tokenizer.apply_chat_template(turns, tokenize=False)
 
 
+def test_several_templates_and_none_at_all():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "loud": "w8 " + TEMPLATE}
+    parts = {"feature_extractor": make_extractor("whisper")}
+    _, processor = compose(make_encoder("whisper"), make_model("qwen3"), tokenizer=tokenizer, **parts)
+    turns = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": " w9"}]}]
+    assert processor.apply_chat_template(turns, chat_template="loud") == "w8 w3 <|AUDIO|> w9 w5 "
+    tokenizer.chat_template = None
+    _, processor = compose(make_encoder("whisper"), make_model("qwen3"), tokenizer=tokenizer, **parts)
+    assert processor.apply_chat_template(turns) == "<|AUDIO|> w9"
+
+
+@each
+def test_an_encoder_in_another_precision_comes_in_the_decoders(kind, projector, expected, auto):
+    encoder, decoder = make_encoder(kind).half(), make_model("qwen3").bfloat16()
+    model, processor = compose(
+        encoder, decoder, tokenizer=make_tokenizer(), feature_extractor=make_extractor(kind), projector=projector,
+        aligner=AlignerConfig(modality="audio" if kind == "whisper" else "image"),
+    )  # fmt: skip
+    assert {p.dtype for name, p in model.named_parameters() if not name.startswith("hf_steer.")} == {torch.bfloat16}
+    assert next(encoder.parameters()).dtype == torch.float16
+    inputs = perceive(kind, processor).to(dtype=torch.bfloat16)
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 def test_the_tokenizer_that_was_given_is_not_changed():
     tokenizer = make_tokenizer()
     decoder = make_model("qwen3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 
 import numpy as np
@@ -35,6 +36,7 @@ from hf_steer import (
     patch_model,
     unpatch_model,
 )
+from hf_steer.aligners import SteerMoEAligner
 from hf_steer.training import record_routing
 
 PLACES = (
@@ -195,7 +197,12 @@ def test_each_layer_gets_its_own_part_of_the_layer_wise_aligner(family):
     assert aligner.layer_scales.shape == (2,)
     unpatch_model(model)
     handles = [
-        site.register_forward_hook(lambda module, args, output, number=number: aligner(output, number), prepend=True)
+        site.register_forward_hook(
+            lambda module, args, output, number=number: (
+                (aligner(output[0], number), *output[1:]) if isinstance(output, tuple) else aligner(output, number)
+            ),
+            prepend=True,
+        )
         for number, site in enumerate(sites)
     ]
     assert torch.equal(logits(model, inputs), expected)
@@ -275,7 +282,8 @@ def row_of(inputs, row, family):
 def test_beams_and_returned_sequences_equal_a_repeated_batch(family, placement, kind):
     model = aligned(family, placement, kind)
     inputs = make_encoder_inputs(family)
-    if family in LISTENING:  # transformers repeats sounds one by one, so that each row may have just one
+    one_by_one = family in LISTENING or (family.startswith("llava") and not ENCODES_FIRST)
+    if one_by_one:  # how transformers repeats sounds, and before 5.18 LLaVA's pictures: each row may have just one
         inputs = {name: value[1:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
         inputs |= {name: value[2:] for name, value in make_encoder_inputs(family).items() if name not in inputs}
     _, steps = generate(model, inputs)
@@ -512,6 +520,76 @@ def test_accumulated_steps_add_up_to_one(family):
     torch.testing.assert_close(half, whole_step / 2)
 
 
+def test_a_pass_that_is_interrupted_is_forgotten():
+    """Python runs no hook on KeyboardInterrupt, not even those that always run."""
+    model = aligned("llava", "output", "simple").train()
+    inputs = make_encoder_inputs("llava")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, labels=labels_for("llava", inputs))
+    handle.remove()
+    expected = logits(aligned("llava", "output", "simple"), inputs)
+    assert torch.equal(model.eval()(**inputs).logits, expected)
+    assert torch.isfinite(model(**inputs, labels=labels_for("llava", inputs)).loss)
+
+
+def test_text_alone_trains_with_zeros():
+    config = dataclasses.replace(align("llava", "output", "simple"), train_projector=True)
+    model = patch_model(make_encoder_model("llava"), config)
+    inputs = {name: value for name, value in make_encoder_inputs("llava").items() if name in ("input_ids", "attention_mask")}
+    inputs = {name: value[2:, -6:] for name, value in inputs.items()}
+    with torch.no_grad():
+        plain = model(**inputs, labels=labels_for("llava", inputs)).loss
+    loss = model.train()(**inputs, labels=labels_for("llava", inputs)).loss
+    assert torch.equal(loss.detach(), plain)
+    loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["cross_modal_adapter", "modality_specific"])
+def test_training_never_shows_the_answer_to_an_aligner_that_reads_text(kind):
+    model = aligned("llava", "projector", kind).train()
+    inputs = make_encoder_inputs("llava")
+    with pytest.raises(AlignerError, match="needs labels in training.*label smoothing"):
+        model(**inputs)
+    with pytest.raises(AlignerError, match="label the answer alone.*-100"):
+        model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == PLACEHOLDER, 5))
+    assert torch.isfinite(model.eval()(**inputs).logits).all()
+
+
+def test_a_mask_of_four_dimensions_hides_padding_from_the_aligner_as_well():
+    model = aligned("llava", "projector", "cross_modal_adapter")
+    inputs = make_encoder_inputs("llava")
+    real = inputs["attention_mask"].bool()
+    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    four = {**inputs, "attention_mask": (causal & real[:, None, :])[:, None], "position_ids": positions}
+    two = {**inputs, "position_ids": positions}
+    torch.testing.assert_close(logits(model, four)[real], logits(model, two)[real], **TOLERANCE)
+
+
+def test_one_expert_of_many_keeps_its_probability_so_that_the_router_learns():
+    module = SteerMoEAligner(16, 8, top_k=1, init="normal", init_scale=1.0)
+    features = torch.randn(40, 16)
+    steered, routing = module(features, return_routing=True)
+    chosen = routing.probabilities["experts"].max(-1)
+    torch.testing.assert_close(routing.scores["experts"].sum(-1), chosen.values)
+    torch.testing.assert_close(steered, features + chosen.values[:, None] * module.steering_vectors[chosen.indices])
+    steered.pow(2).sum().backward()
+    assert module.router.weight.grad.abs().max() > 0.1
+
+
+def test_layers_are_logged_under_their_own_numbers():
+    model = aligned("whisper", "layers", "simple", layers=(-1,))
+    with record_routing(model) as listener:
+        logits(model, make_encoder_inputs("whisper"))
+    assert {name.split("/")[0] for name in listener.read()} == {"audio.layers.2"}
+
+
 def test_a_pass_that_fails_leaves_no_trace():
     model = aligned("qwen2_audio", "projector", "simple").train()
     inputs = make_encoder_inputs("qwen2_audio")
@@ -582,6 +660,19 @@ def test_ear_and_gaze_work_together(family, tmp_path):
     loaded = hf_steer.from_pretrained(tmp_path).eval()
     with hf_steer.use_saliency(loaded, said):
         assert torch.equal(logits(loaded, inputs), both)
+
+
+@pytest.mark.parametrize("family", [family for family in PROJECTING if family not in SEEING])
+def test_regions_are_refused_where_nothing_says_where_tokens_lie(family):
+    model = make_encoder_model(family)
+    inputs = make_encoder_inputs(family)
+    gaze = hf_steer.AttentionConfig(saliency=hf_steer.SaliencyConfig(source=None))
+    patch_model(model, SteerConfig(attention=gaze))
+    with (
+        hf_steer.use_saliency(model, hf_steer.Saliency.from_boxes((0, 0, 5, 5), (12, 12))),
+        pytest.raises(hf_steer.SaliencyError, match=f"known of Qwen-VL models; this one is '{family}'.*from_tokens"),
+    ):
+        logits(model, inputs)
 
 
 def stirred(model):

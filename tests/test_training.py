@@ -140,6 +140,10 @@ def test_routing_goes_to_whatever_the_trainer_reports_to(tmp_path):
     with torch.no_grad():
         trainer.model(**make_encoder_inputs("whisper"))
     assert seen == []
+    by_epoch = Trainer(model=whisper(), args=arguments(tmp_path, logging_strategy="epoch"), train_dataset=Sounds())
+    log_routing(by_epoch)
+    by_epoch.train()
+    assert any(name.startswith("routing/") for row in by_epoch.state.log_history for name in row)
     with pytest.raises(PatchError, match="is not patched"):
         log_routing(Trainer(model=make_encoder_model("whisper"), args=arguments(tmp_path)))
 
@@ -166,6 +170,38 @@ def test_an_accelerate_loop_trains_and_saves_the_steering_alone(tmp_path):
     stir(model)
     accelerator.load_state(str(tmp_path / "state"))
     assert all(torch.equal(value, trained[name]) for name, value in steering_of(model).items())
+
+
+def test_accelerate_saves_all_of_a_model_that_trains_more(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    checkpoint_with(accelerator)
+    model = patch_model(make_encoder_model("whisper"), align("whisper", "output", "simple"), freeze_base=False)
+    model = accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_steering_without_weights_is_loaded_without_them(tmp_path):
+    gaze = SteerConfig(attention=hf_steer.AttentionConfig(saliency=hf_steer.SaliencyConfig(source=None)))
+    model = patch_model(make_encoder_model("llava"), gaze)
+    hf_steer.save_steering(model, tmp_path)
+    hf_steer.load_steering(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["steer_config.json"]
+
+
+def test_what_is_offloaded_is_refused_and_not_lost(tmp_path):
+    model = aligned("llava", "output", "simple")
+    hf_steer.save_steering(model, tmp_path)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(FileError, match="cannot be loaded while accelerate has it offloaded"):
+        hf_steer.load_steering(model, tmp_path)
+    with pytest.raises(FileError, match="cannot be saved while accelerate has it offloaded"):
+        hf_steer.save_steering(model, tmp_path / "other")
 
 
 def lora(model):
@@ -248,6 +284,10 @@ def test_with_peft_the_trainers_checkpoints_hold_both(tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, value in steering_of(again.get_base_model()).items():
         torch.testing.assert_close(value, trained[name])
+    third = Trainer(model=again, args=arguments(tmp_path / "elsewhere"), train_dataset=Sounds())
+    log_routing(third)
+    with pytest.raises(FileError, match="training resumes at step 3.*Resume from a checkpoint in output_dir"):
+        third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

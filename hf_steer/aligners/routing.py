@@ -16,7 +16,7 @@ class Routing:
     """One forward pass's routing decisions, router by router. Nothing of it is kept by the aligner.
 
     Attributes:
-        scores: router name -> `(..., experts)` float32, what the steering vectors were weighted with; sums to 1.
+        scores: router name -> `(..., experts)` float32, what the steering vectors were weighted with.
         probabilities: the same before top-k selection; the same tensors where all experts take part. A cross-attention's
             weights over text tokens stand in for scores (`"attention"`), but there are no probabilities of experts.
     """
@@ -25,7 +25,7 @@ class Routing:
     probabilities: Mapping[str, Tensor]
 
     def usage(self, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean score of each expert over the real tokens, `(experts,)` per router; sums to 1."""
+        """Mean score of each expert over the real tokens, `(experts,)` per router."""
         return {name: _token_mean(scores, mask) for name, scores in self.scores.items()}
 
     def load(self, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -44,7 +44,8 @@ class Routing:
         P is the mean probability of an expert over a sequence, f its share of the selections (Switch Transformers,
         https://arxiv.org/abs/2101.03961, eq. 4 to 6), or P itself where all experts take part, which has a gradient in
         both factors. Taken per sequence, as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, eq. 17 to 20), it does not
-        depend on how sequences are put together in batches, devices and accumulation steps.
+        depend on how sequences are put together in batches, devices and accumulation steps. (A Qwen-VL tower packs all pictures
+        of a batch into one sequence, and there it does.)
 
         Args:
             mask: `(...)` bool over the tokens, True for real ones; None when all are real.
@@ -64,7 +65,8 @@ def route(logits: Tensor, *, temperature: float, top_k: int | None) -> tuple[Ten
     Args:
         logits: `(..., experts)` float32.
         temperature: above 0; below 1 sharpens.
-        top_k: experts per token, the others get 0; None for all.
+        top_k: experts per token, the others get 0; None for all. The scores of the chosen ones sum to 1, but for top_k=1, where
+            the one keeps its probability (Switch Transformers, eq. 2).
 
     Returns:
         Scores and probabilities, both `(..., experts)`; one and the same tensor without selection.
@@ -74,6 +76,8 @@ def route(logits: Tensor, *, temperature: float, top_k: int | None) -> tuple[Ten
     if top_k is None or top_k == logits.shape[-1]:
         return probabilities, probabilities
     chosen = logits.topk(top_k, dim=-1).indices
+    if top_k == 1:  # renormalised it would always be 1, and the router would learn nothing from the task
+        return torch.zeros_like(probabilities).scatter(-1, chosen, probabilities.gather(-1, chosen)), probabilities
     shut = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, False)
     return _softmax(logits.masked_fill(shut, -torch.inf)), probabilities
 

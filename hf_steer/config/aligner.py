@@ -48,6 +48,7 @@ class AlignerConfig:
         kind: `"simple"` (`SteerMoEAligner`), `"hierarchical"`, `"progressive"`; `"layer_wise"` (`LayerWiseSteering`, only
             for `"layers"`; the kinds before it give each layer an aligner of its own there); and, only for `"projector"`,
             the kinds that read the prompt's text: `"cross_modal_features"`, `"modality_specific"`, `"cross_modal_adapter"`.
+            In training that is the text before the first label; with several turns, label the last answer alone.
         num_experts: steering vectors per router, at least 1; 8.
         num_global_experts: of `"hierarchical"`; 4.
         num_stages: of `"progressive"`; 3.

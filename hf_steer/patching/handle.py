@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -15,8 +13,8 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from hf_steer.attention import registered_name
-from hf_steer.errors import FileError, PatchError
-from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, scope_for, statement_for
+from hf_steer.errors import PatchError
+from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, named_arguments, scope_for, statement_for
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.insertion import Aligners
 from hf_steer.patching.passes import whole_prompt
@@ -32,13 +30,11 @@ from hf_steer.patching.runtime import (
     resolve_state,
 )
 from hf_steer.patching.state import read_state, write_state
-from hf_steer.patching.weights import named_projectors, own_weights, write_checkpoint, write_weights
+from hf_steer.patching.weights import check_loaded, is_checkpoint, write_checkpoint, write_weights
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
 
 NEW_PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
-
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook | AddLoadHook
 
@@ -90,7 +86,7 @@ class Steering(nn.Module):
         """Root and base model: read the prompt, which the decoder no longer sees. PEFT calls only the base model."""
         if STEERING in kwargs:
             return None
-        ride = self._begin(_named(module, args, kwargs))
+        ride = self._begin(named_arguments(module, args, kwargs))
         return None if ride is None else (args, {**kwargs, STEERING: ride})
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -111,14 +107,14 @@ class Steering(nn.Module):
             return
         anatomy = self.plan.anatomy
         window = (module.window_size, module.patch_size) if anatomy.windowed else None
-        grid = _named(module, args, kwargs)["grid_thw"]
+        grid = named_arguments(module, args, kwargs)["grid_thw"]
         record = recorder.finish(grid, merge_size=anatomy.merge_size, window=window)
         if isinstance(output, ModelOutput):
             output.hf_steer = record
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
-        named = _named(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         ride = kwargs.get(STEERING) or self._begin(named)
         if ride is None:
             return None
@@ -190,7 +186,9 @@ class Steering(nn.Module):
         mask: Tensor = ids != pad
         return mask
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """transformers' `save_pretrained`, with the steering beside the base model.
 
         A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets the steering alone when all of the
@@ -198,46 +196,27 @@ class Steering(nn.Module):
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
-        given = kwargs.pop("state_dict", None)
-        if self._is_checkpoint(save_directory):
+        given = args[0] if args else kwargs.pop("state_dict", None)
+        if is_checkpoint(self, save_directory):
             write_checkpoint(self, save_directory, given)
         else:
             whole = self.plan.anatomy.root.state_dict() if given is None else given
-            kwargs["state_dict"] = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
-            self._original("save_pretrained")(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save(save_directory)
+            base = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
+            self._original("save_pretrained")(save_directory, is_main_process, base, *args[1:], **kwargs)
+        if is_main_process:
+            self.save(save_directory, given)
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("token", "private", "revision", "commit_message") if key in kwargs}
             self.plan.anatomy.root.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], given: dict[str, Tensor] | None = None) -> None:
         """Write only the steering: weights first, so that a configuration never lies there without them."""
-        write_weights(self, directory)
+        write_weights(self, directory, given)
         self.plan.config.save_pretrained(directory)
 
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
-        """A checkpoint of the steering alone is complete; one that lacks part of it is an error, not a fresh start."""
-        trained = tuple(f"{name}." for name in (STEERING, *(name for name, _ in named_projectors(self.plan))))
-        missing = set(incompatible.missing_keys)
-        own = {name for name in missing if name.startswith(trained)}
-        base = {name for name in module.state_dict() if not name.startswith(trained)}
-        foreign = [name for name in incompatible.unexpected_keys if name.startswith(f"{STEERING}.")]
-        if not base <= missing:
-            return
-        if own or foreign:
-            raise FileError(
-                f"this checkpoint holds another steering: {', '.join(sorted(own)[:3]) or 'nothing'} missing, "
-                f"{', '.join(foreign[:3]) or 'nothing'} unexpected. Patch with the steer_config.json beside the checkpoint."
-            )
-        incompatible.missing_keys.clear()
-
-    def _is_checkpoint(self, directory: str | os.PathLike[str]) -> bool:
-        if not CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(directory))) or not own_weights(self):
-            return False
-        trained = {id(parameter) for module in (self, *self.plan.projectors) for parameter in module.parameters()}
-        root = self.plan.anatomy.root
-        return not any(parameter.requires_grad for parameter in root.parameters() if id(parameter) not in trained)
+        """Root: weights have been loaded; a checkpoint of the steering alone is complete."""
+        check_loaded(self, incompatible)
 
     def _begin(self, named: dict[str, Any]) -> Ride | None:
         """Start a ride for one forward pass, or none where nothing is to be steered."""
@@ -302,11 +281,3 @@ class Steering(nn.Module):
                 f"(vision tower: {self.eyes_implementation!r}, now {eyes_now!r}). Set it before patching: "
                 "unpatch_model(model); model.set_attn_implementation(...); patch_model(model, config)."
             )
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
-    if not args:
-        return kwargs
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}

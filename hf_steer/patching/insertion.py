@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -15,20 +14,22 @@ from transformers.utils.generic import ModelOutput
 from hf_steer.aligners import Routing, build_aligner
 from hf_steer.config.aligner import CROSS_MODAL
 from hf_steer.errors import AlignerError, PatchError
-from hf_steer.patching.context import statement_for
+from hf_steer.families import family_of
+from hf_steer.patching.context import named_arguments, statement_for
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.passes import (
     Pass,
     begin_pass,
     current_pass,
     end_pass,
+    forget_pass,
     listener_of,
     prompt_of,
 )
+from hf_steer.patching.runtime import IGNORED_LABEL, real_tokens
 from hf_steer.values import Plan, PlannedAligner
 
 PERCEIVED = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "mm_encoder_outputs")
-IGNORED_LABEL = -100
 
 
 class Aligners(nn.ModuleList):
@@ -77,32 +78,41 @@ class Aligners(nn.ModuleList):
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Root: note what the hooks further in cannot see."""
+        forget_pass(self)
         if not self.enabled:
             return
-        named = _named(module, args, kwargs)
-        trains = module.training and torch.is_grad_enabled() and named.get("labels") is not None
+        named = named_arguments(module, args, kwargs)
+        learns = module.training and torch.is_grad_enabled()
+        labels, ids, mask = named.get("labels"), named.get("input_ids"), named.get("attention_mask")
+        perceives = any(named.get(name) is not None for name in PERCEIVED)
+        trains = learns and labels is not None
+        if learns and not trains and perceives and self.reads_text:
+            raise AlignerError(
+                "an aligner that reads the prompt's text needs labels in training: without them it would read the answer, too. "
+                "Give labels to the model (label smoothing and compute_loss_func take them away), or call model.eval()."
+            )
         if trains and not torch.compiler.is_compiling():
             self._check_trainable(module)
-        balances = trains and any(planned.config.load_balancing_weight for planned in self.plan.aligners)
-        if not (balances or self.meets_text or listener_of(self) is not None):
+        if not (trains or self.meets_text or listener_of(self) is not None):
             return
-        ids, mask = named.get("input_ids"), named.get("attention_mask")
         frames = next((named.get(p.encoder.mask) for p in self.plan.aligners if p.encoder.mask is not None), None)
+        real = real_tokens(mask, ids.shape[1]) if isinstance(mask, Tensor) and ids is not None else None
         begin_pass(
             self,
             Pass(
                 input_ids=ids,
-                real=mask if isinstance(mask, Tensor) and mask.ndim == 2 and ids is not None else None,
-                labels=named.get("labels"),
-                perceives=any(named.get(name) is not None for name in PERCEIVED),
+                real=real,
+                labels=labels,
+                perceives=perceives,
                 frames=frames if isinstance(frames, Tensor) and frames.ndim == 2 else None,
-                balances=[] if balances else None,
+                balances=[] if trains else None,
+                trains=trains,
             ),
         )
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Encoder: some are told which of their frames are real; nothing is more exact."""
-        current, mask = current_pass(self), _named(module, args, kwargs).get("attention_mask")
+        current, mask = current_pass(self), named_arguments(module, args, kwargs).get("attention_mask")
         if current is not None and isinstance(mask, Tensor) and mask.ndim == 2:
             current.frames = mask
 
@@ -148,7 +158,7 @@ class Aligners(nn.ModuleList):
         current = current_pass(self)
         if not self.enabled or current is None or not current.perceives:
             return None
-        named = _named(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         embeds, ids = named.get("inputs_embeds"), current.input_ids
         if embeds is None:
             return None
@@ -172,23 +182,38 @@ class Aligners(nn.ModuleList):
         if current is None:
             return None
         end_pass(self, current)
-        if not current.balances or output is None:
+        if not current.trains or output is None:
             return None
+        extra = self._balance(current, kwargs.get("num_items_in_batch"))
+        if not current.perceives:  # a batch of text alone: its loss must reach the parameters all the same, with zeros
+            extra = extra + 0.0 * sum(parameter.sum() for parameter in self._trained())
+        if isinstance(output, ModelOutput):
+            loss = output["loss"]
+            return type(output)(**{**output, "loss": loss + extra.to(loss)})
+        return (output[0] + extra.to(output[0]), *output[1:])
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        """Parameters of the aligners and of a trained projector."""
+        for module in (self, *self.plan.projectors):
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    def _balance(self, current: Pass, counted: Any) -> Tensor:
+        """The weighted load-balancing losses of a pass."""
+        if not current.balances:
+            return torch.zeros(())
         total = torch.stack([value.float() for value in current.balances]).sum()
         if not total.requires_grad and any(parameter.requires_grad for parameter in self.parameters()):
             raise PatchError(
                 "the load-balancing loss has no gradient: this transformers runs hooks inside gradient checkpoints. Use "
                 "transformers 5.23 or later, no gradient checkpointing in the encoder, or load_balancing_weight=0."
             )
-        counted = kwargs.get("num_items_in_batch")
-        if counted is not None and current.labels is not None:
-            # the model's loss is a sum over this share of the step's items, divided by all of them; so is ours
-            labels = current.labels if self.plan.anatomy.decoder is None else current.labels[..., 1:]
-            total = total * (labels != IGNORED_LABEL).sum() / counted
-        if isinstance(output, ModelOutput):
-            loss = output["loss"]
-            return type(output)(**{**output, "loss": loss + total.to(loss)})
-        return (output[0] + total.to(output[0]), *output[1:])
+        anatomy = self.plan.anatomy
+        if counted is None or current.labels is None or not family_of(anatomy.family).counts_items:
+            return total
+        # the model's loss is the sum over its own share of the step's items, divided by all of them; so is ours
+        labels = current.labels if anatomy.decoder is None else current.labels[..., 1:]
+        share: Tensor = (labels != IGNORED_LABEL).sum() / counted
+        return total * share
 
     def _steer(
         self, index: int, features: Tensor, *more: Any, layer: int | None = None, mask_of_tokens: Tensor | None = None, **masks: Any
@@ -214,7 +239,9 @@ class Aligners(nn.ModuleList):
             balances.append(weight * routing.load_balancing_loss(mask) / max(1, len(planned.layers)))
         if listener is not None:
             place = f"{planned.config.modality}.{planned.config.placement}"
-            listener.hear(f"{place}.{layer}" if isinstance(self[index], nn.ModuleList) else place, routing, mask)
+            if layer is not None and isinstance(self[index], nn.ModuleList):
+                place = f"{place}.{planned.layers[layer].index}"
+            listener.hear(place, routing, mask)
         return steered
 
     def _prompt_text(self, ids: Tensor, current: Pass, planned: PlannedAligner, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,6 +255,11 @@ class Aligners(nn.ModuleList):
             words &= real[:, -whole.shape[1] :].to(ids.device).bool().repeat_interleave(copies, 0)
         if current.labels is not None:
             words &= (current.labels != IGNORED_LABEL).cumsum(1) == 0
+            if not torch.compiler.is_compiling() and not bool(words[mask.any(1)].any(1).all()):
+                raise AlignerError(
+                    "a prompt has no word that is not labelled, so that its aligner has nothing to read; label the answer alone, "
+                    f"and give the prompt's tokens the label {IGNORED_LABEL}."
+                )
         words = words | ~mask.any(1, keepdim=True)  # rows that perceive nothing need no text
         return self.plan.anatomy.root.get_input_embeddings()(whole), words
 
@@ -267,11 +299,3 @@ def _placeholders(ids: Tensor, planned: PlannedAligner) -> Tensor:
     for token in planned.encoder.placeholder_ids:
         mask = mask | (ids == token)
     return mask
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
-    if not args:
-        return kwargs
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}

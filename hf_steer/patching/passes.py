@@ -53,6 +53,7 @@ class Pass:
         perceives: whether pictures or sounds come with this pass.
         frames: which inputs or frames of the encoder are real, `(rows, inputs or frames)`.
         balances: weighted load-balancing losses so far; None when no loss is wanted.
+        trains: whether this is a training step with labels.
         token: to take this pass back.
     """
 
@@ -62,6 +63,7 @@ class Pass:
     perceives: bool
     frames: Tensor | None
     balances: list[Tensor] | None
+    trains: bool
     token: Token[Mapping[int, Pass]] | None = None
 
     def mask_for(self, features: Tensor) -> Tensor | None:
@@ -96,6 +98,14 @@ def current_pass(aligners: Any) -> Pass | None:
     if torch.compiler.is_compiling():
         return aligners.compiled_pass  # type: ignore[no-any-return]
     return _PASSES.get().get(id(aligners))
+
+
+def forget_pass(aligners: Any) -> None:
+    """Drop a pass that was interrupted: hooks that always run do not run on KeyboardInterrupt."""
+    if torch.compiler.is_compiling():
+        aligners.compiled_pass = None
+    elif id(aligners) in _PASSES.get():
+        _PASSES.set({key: value for key, value in _PASSES.get().items() if key != id(aligners)})
 
 
 def end_pass(aligners: Any, current: Pass) -> None:

@@ -78,7 +78,7 @@ def read_prompt(
         input_ids=ids,
         shape=(batch, tokens),
         first_position=first,
-        real=_real(mask, first + tokens) if isinstance(mask, Tensor) else None,
+        real=real_tokens(mask, first + tokens) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
         spans=_new_spans(ids, _token_grids(named, encoded, plan.anatomy), plan, statement, first=first, past=past),
@@ -109,7 +109,7 @@ def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     return ids  # type: ignore[no-any-return]
 
 
-def _real(mask: Tensor, length: int) -> Tensor:
+def real_tokens(mask: Tensor, length: int) -> Tensor:
     """`(batch, length)` bool. Columns count keys from the first, and there may be more of them than keys (static caches).
 
     In a 4-D mask a key is real that any query may attend to.
@@ -243,6 +243,11 @@ def _new_spans(
     needed = plan.eyes if statement is None else statement.regions
     if ids is None or not placeholders or not (grids or needed):
         return ()
+    if plan.anatomy.tower is None:
+        raise SaliencyError(
+            f"boxes, masks, maps and points need to know where in a picture each token lies, which is known of Qwen-VL models; "
+            f"this one is {plan.anatomy.family!r}. Give one score per token with Saliency.from_tokens(...)."
+        )
     fresh = ids[:, max(0, past - first) :]
     count = sum(int((fresh == token).sum()) for token in placeholders.values())
     if count == sum(t * h * w for sizes in grids.values() for t, h, w in sizes):

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerF
 
 import hf_steer
 from hf_steer import AlignerConfig, AttentionConfig, ConfigError, PatchError, Saliency, SaliencyConfig, SteerConfig, compose
+from hf_steer.compose import StackingProcessor
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3' if m.role == 'user' else 'w4' }} {{ m.content }} w5 {% endfor %}"
@@ -23,6 +24,8 @@ TEMPLATE = (
 CASES = [
     ("whisper", "linear", "Qwen2AudioForConditionalGeneration", "AutoModelForMultimodalLM"),
     ("whisper", "mlp", "AudioFlamingo3ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ("whisper-stack", "linear", "VoxtralForConditionalGeneration", "AutoModelForMultimodalLM"),
+    ("whisper-stack", "mlp", "VoxtralForConditionalGeneration", "AutoModelForMultimodalLM"),
     ("clip", "linear", "LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
     ("siglip", "mlp", "LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
 ]
@@ -41,9 +44,9 @@ def make_tokenizer():
 
 def make_encoder(kind):
     torch.manual_seed(1)
-    if kind == "whisper":
+    if kind.startswith("whisper"):
         config = transformers.WhisperConfig(
-            d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=8, max_source_positions=50,
+            d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, num_mel_bins=8, max_source_positions=50,
             decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=96, pad_token_id=0, bos_token_id=1,
             eos_token_id=2, decoder_start_token_id=1,
         )  # fmt: skip
@@ -59,7 +62,7 @@ def make_encoder(kind):
 
 
 def make_extractor(kind):
-    if kind == "whisper":
+    if kind.startswith("whisper"):
         return WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     return CLIPImageProcessor(size={"height": 12, "width": 12}, crop_size={"height": 12, "width": 12})
 
@@ -68,27 +71,31 @@ def composed(kind, projector="linear", family="qwen3", *, tied=True, **options):
     decoder = make_model(family, tie_word_embeddings=tied)
     decoder.tie_weights()
     parts = {"tokenizer": make_tokenizer(), "feature_extractor": make_extractor(kind)}
-    return compose(make_encoder(kind), decoder, projector=projector, **parts, **options)
+    return compose(make_encoder(kind), decoder, projector=projector, pooling=pooling_of(kind), **parts, **options)
+
+
+def pooling_of(kind):
+    return "stack" if kind.endswith("stack") else "mean"
 
 
 def perceive(kind, processor, *, rows=2):
     """A batch of chat messages with sounds of unequal length, or pictures, and text of unequal length."""
     random = np.random.default_rng(0)
-    part = {"type": "audio" if kind == "whisper" else "image"}
+    part = {"type": "audio" if kind.startswith("whisper") else "image"}
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [part, {"type": "text", "text": " w9" * (row + 1)}]}], add_generation_prompt=True
         )
         for row in range(rows)
     ]
-    if kind == "whisper":
+    if kind.startswith("whisper"):
         sounds = [random.standard_normal(16000 - 5000 * row).astype("float32") for row in range(rows)]
         return processor(text=texts, audio=sounds, return_tensors="pt", **PADDING[type(processor).__name__])
     pictures = [random.integers(0, 255, (12, 12, 3), dtype=np.uint8) for _ in range(rows)]
     return processor(text=texts, images=pictures, return_tensors="pt", padding=True)
 
 
-PADDING = {"Qwen2AudioProcessor": {"padding": True}, "AudioFlamingo3Processor": {}}
+PADDING = {"Qwen2AudioProcessor": {"padding": True}, "AudioFlamingo3Processor": {}, "StackingProcessor": {"padding": True}}
 
 
 @each
@@ -104,8 +111,9 @@ def test_text_only_answers_are_those_that_the_decoder_gave_alone(kind, projector
     alone = logits(decoder, inputs)
     others = [decoder.generate(**padded, max_new_tokens=6, num_beams=beams) for beams in (1, 3)]
     model, processor = compose(
-        make_encoder(kind), decoder, tokenizer=make_tokenizer(), feature_extractor=make_extractor(kind), projector=projector
-    )
+        make_encoder(kind), decoder, tokenizer=make_tokenizer(), feature_extractor=make_extractor(kind), projector=projector,
+        pooling=pooling_of(kind),
+    )  # fmt: skip
     assert type(model).__name__ == expected
     assert torch.equal(logits(model, inputs)[..., :96], alone)
     again, new_steps = generate(model, inputs, max_new_tokens=6)
@@ -114,7 +122,7 @@ def test_text_only_answers_are_those_that_the_decoder_gave_alone(kind, projector
     # Qwen2-Audio computes the logits of the whole prompt, and a product of other shape may round otherwise
     torch.testing.assert_close(new_steps[:, 0, :96], steps[:, 0])
     assert model.generation_config.suppress_tokens[-1] == processor.tokenizer.convert_tokens_to_ids(
-        "<image>" if "Llava" in expected else "<|AUDIO|>" if "Qwen" in expected else "<sound>"
+        {"Llava": "<image>", "Qwen2": "<|AUDIO|>", "Audio": "<sound>", "Voxtr": "[AUDIO]"}[expected[:5]]
     )
     for beams, other in zip((1, 3), others, strict=True):
         assert torch.equal(model.generate(**padded, max_new_tokens=6, num_beams=beams), other)
@@ -145,7 +153,7 @@ def test_it_saves_and_loads_with_plain_auto_classes(kind, projector, expected, a
     processor.save_pretrained(tmp_path)
     loaded = getattr(transformers, auto).from_pretrained(tmp_path).eval()
     assert type(loaded) is type(model)
-    read = AutoProcessor.from_pretrained(tmp_path)
+    read = (StackingProcessor if "Voxtral" in expected else AutoProcessor).from_pretrained(tmp_path)
     assert type(read) is type(processor)
     again = perceive(kind, read)
     assert torch.equal(again["input_ids"], inputs["input_ids"])
@@ -188,7 +196,7 @@ def test_it_is_steered_like_any_other_model(kind, projector, expected, auto):
 
 @each
 def test_compose_patches_with_an_aligner_and_a_gaze(kind, projector, expected, auto, tmp_path):
-    ear = AlignerConfig(modality="audio" if kind == "whisper" else "image", kind="progressive", num_experts=4)
+    ear = AlignerConfig(modality="audio" if kind.startswith("whisper") else "image", kind="progressive", num_experts=4)
     gaze = AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None))
     model, processor = composed(kind, projector, aligner=ear, attention=gaze)
     inputs = perceive(kind, processor)
@@ -258,7 +266,7 @@ def test_an_encoder_in_another_precision_comes_in_the_decoders(kind, projector, 
     encoder, decoder = make_encoder(kind).half(), make_model("qwen3").bfloat16()
     model, processor = compose(
         encoder, decoder, tokenizer=make_tokenizer(), feature_extractor=make_extractor(kind), projector=projector,
-        aligner=AlignerConfig(modality="audio" if kind == "whisper" else "image"),
+        pooling=pooling_of(kind), aligner=AlignerConfig(modality="audio" if kind.startswith("whisper") else "image"),
     )  # fmt: skip
     assert {p.dtype for name, p in model.named_parameters() if not name.startswith("hf_steer.")} == {torch.bfloat16}
     assert next(encoder.parameters()).dtype == torch.float16
@@ -279,6 +287,7 @@ def test_the_tokenizer_that_was_given_is_not_changed():
         ({"encoder": "llama"}, PatchError, "the encoder must be one of whisper, clip.*got 'llama'"),
         ({"decoder": "qwen2_vl"}, PatchError, "the decoder must be a text-only causal language model .*got 'qwen2_vl'"),
         ({"decoder": "base"}, PatchError, "the decoder must be a text-only .*AutoModelForCausalLM"),
+        ({"pooling": "max"}, ConfigError, "pooling for audio must be one of 'mean', 'stack'; got 'max'"),
         ({"projector": "conv"}, ConfigError, "projector must be one of 'linear', 'mlp'; got 'conv'"),
         ({"decoder": "patched"}, PatchError, "the decoder is patched; call hf_steer.unpatch_model on it first"),
     ],
@@ -305,3 +314,20 @@ def test_a_deepcopy_of_a_composed_model_stands_alone():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(logits(twin, inputs), expected)
+
+
+def test_the_stacking_processor_wants_a_sound_for_each_placeholder_and_room_for_it():
+    _, processor = composed("whisper-stack")
+    with pytest.raises(ConfigError, match=r"1 sounds came for 0 \[AUDIO\] in the text"):
+        processor(text="w3 w9", audio=np.zeros(8000, dtype="float32"))
+    with pytest.raises(ConfigError, match="the longest with 16001 samples; .* at most 16000 samples"):
+        processor(text="w3 [AUDIO]", audio=np.zeros(16001, dtype="float32"))
+    assert set(processor(text="w3 w9")) == {"input_ids", "attention_mask"}
+
+
+def test_stacking_needs_sizes_that_fit():
+    encoder = make_encoder("whisper")
+    encoder.config.encoder_ffn_dim = 40
+    parts = {"tokenizer": make_tokenizer(), "feature_extractor": make_extractor("whisper")}
+    with pytest.raises(ConfigError, match=r"needs encoder_ffn_dim \(40\) to be a multiple of d_model \(16\).*pooling='mean'"):
+        compose(encoder, make_model("qwen3"), pooling="stack", **parts)

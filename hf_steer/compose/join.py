@@ -1,115 +1,28 @@
 """One ordinary Hugging Face model out of a frozen encoder and a frozen text-only decoder, with a projector to train between.
 
 The result is a model of a class that transformers has already: LLaVA for pictures; for sound Qwen2-Audio with a linear
-projector, or Audio Flamingo 3 with an MLP. Both put Whisper's frames through a mean over two before the projector. It saves,
-loads with the Auto classes, generates, pads and beams as these do, and nothing of hf_steer is needed to run it.
+projector, or Audio Flamingo 3 with an MLP, which both take the mean of two frames before the projector, or Voxtral, which puts
+several frames side by side. It saves, loads with the Auto classes, generates, pads and beams as these do, and nothing of
+hf_steer is needed to run it.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from hf_steer.compose.bridges import ACTIVATIONS, BRIDGES, ENCODERS, Bridge, stacked
+from hf_steer.compose.processor import StackingProcessor
 from hf_steer.config import AlignerConfig, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES
 from hf_steer.patching import patch_model
 from hf_steer.patching.context import find_steering
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """One architecture of transformers that joins an encoder and a decoder.
-
-    Attributes:
-        config: name of its configuration class.
-        model: name of its model class.
-        processor: name of its processor class.
-        section: name of the encoder's section in the configuration.
-        tower: name of the encoder's module.
-        token: name of the configuration value, and the text, of the placeholder token.
-        settings: further values of the configuration, from the encoder's configuration and the projector's kind.
-        tower_settings: values of the encoder's section, from the encoder's configuration; None to take it as it is.
-        processing: arguments of the processor, from the encoder's configuration and the placeholder.
-    """
-
-    config: str
-    model: str
-    processor: str
-    section: str
-    tower: str
-    token: tuple[str, str]
-    settings: Callable[[Any, str], dict[str, Any]]
-    tower_settings: Callable[[Any], dict[str, Any]] | None
-    processing: Callable[[Any, str], dict[str, Any]]
-
-
-_ACTIVATIONS = {"linear": "linear", "mlp": "gelu"}
-_CONVOLUTIONS = ("num_mel_bins", "max_source_positions", "scale_embedding", "activation_function", "dropout", "attention_dropout")
-
-
-def _whisper(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
-    """The encoder's half of a Whisper configuration, under another configuration's names."""
-    own = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", *_CONVOLUTIONS)
-    return {names.get(name, name): getattr(config, name) for name in own}
-
-
-_FLAMINGO_NAMES = {
-    "d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_attention_heads": "num_attention_heads",
-    "encoder_ffn_dim": "intermediate_size",
-}  # fmt: skip
-
-BRIDGES: Mapping[tuple[str, str], Bridge] = MappingProxyType(
-    {
-        ("audio", "linear"): Bridge(
-            "Qwen2AudioConfig", "Qwen2AudioForConditionalGeneration", "Qwen2AudioProcessor", "audio_config", "audio_tower",
-            ("audio_token_index", "<|AUDIO|>"),
-            settings=lambda config, projector: {},
-            tower_settings=lambda config: {"model_type": "qwen2_audio_encoder", **_whisper(config, {})},
-            processing=lambda config, token: {"audio_token": token},
-        ),
-        ("audio", "mlp"): Bridge(
-            "AudioFlamingo3Config", "AudioFlamingo3ForConditionalGeneration", "AudioFlamingo3Processor", "audio_config",
-            "audio_tower", ("audio_token_id", "<sound>"),
-            settings=lambda config, projector: {"projector_hidden_act": "gelu"},
-            tower_settings=lambda config: {"model_type": "audioflamingo3_encoder", **_whisper(config, _FLAMINGO_NAMES)},
-            processing=lambda config, token: {"audio_token": token},
-        ),
-        **{
-            ("image", projector): Bridge(
-                "LlavaConfig", "LlavaForConditionalGeneration", "LlavaProcessor", "vision_config", "vision_tower",
-                ("image_token_index", "<image>"),
-                settings=lambda config, projector: {
-                    "projector_hidden_act": _ACTIVATIONS[projector],
-                    "vision_feature_select_strategy": "default" if _has_class_token(config) else "full",
-                },
-                tower_settings=None,
-                processing=lambda config, token: {
-                    "image_token": token, "patch_size": config.patch_size,
-                    "vision_feature_select_strategy": "default" if _has_class_token(config) else "full",
-                    "num_additional_image_tokens": int(_has_class_token(config)),
-                },
-            )
-            for projector in _ACTIVATIONS
-        },
-    }
-)  # fmt: skip
-"""One row per modality and kind of projector."""
-
-ENCODERS: Mapping[str, str] = MappingProxyType(
-    {
-        "whisper": "audio", "clip": "image", "clip_vision_model": "image", "siglip": "image", "siglip_vision_model": "image",
-    }
-)  # fmt: skip
-"""`config.model_type` of an encoder -> its modality."""
 
 
 def compose(
@@ -121,6 +34,7 @@ def compose(
     aligner: AlignerConfig | tuple[AlignerConfig, ...] | None = None,
     attention: AttentionConfig | None = None,
     projector: Literal["linear", "mlp"] = "linear",
+    pooling: Literal["mean", "stack"] = "mean",
     placeholder: str | None = None,
 ) -> tuple[Any, Any]:
     """Join a frozen encoder and a frozen text-only decoder.
@@ -140,6 +54,9 @@ def compose(
         attention: the gaze, if it is to be steered, too.
         projector: `"linear"`, or `"mlp"` (two layers and a GELU between). For pictures LLaVA's two layers are kept, with no
             nonlinearity between them when linear.
+        pooling: of sound, before the projector: `"mean"` of two frames, of as many as the sound has; or `"stack"`, in which
+            four frames of a Whisper (encoder_ffn_dim / d_model) make one token, always as many as fill the encoder's window. Its
+            processor is loaded with `StackingProcessor.from_pretrained` (`from hf_steer.compose import StackingProcessor`).
         placeholder: text of the token that stands for one feature; None for the architecture's own. One that the tokenizer
             knows is used as it is.
 
@@ -154,14 +71,15 @@ def compose(
     feature_extractor = _extractor_of(encoder) if feature_extractor is None else feature_extractor
     encoder = AutoModel.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
     decoder = AutoModelForCausalLM.from_pretrained(decoder) if isinstance(decoder, (str, os.PathLike)) else decoder
-    bridge = _bridge_for(encoder, decoder, projector)
+    bridge = _bridge_for(encoder, decoder, projector, pooling)
     tower = _tower_of(encoder)
     token = placeholder or bridge.token[1]
     if token not in tokenizer.get_added_vocab():  # one that is a word already becomes special, and keeps its number
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     token_id = tokenizer.convert_tokens_to_ids(token)
     model = _joined(bridge, tower, decoder, projector, token_id, vocabulary=len(tokenizer))
-    processor = getattr(transformers, bridge.processor)(
+    kind = StackingProcessor if bridge.processor == "StackingProcessor" else getattr(transformers, bridge.processor)
+    processor = kind(
         feature_extractor, tokenizer, chat_template=_with_content(tokenizer.chat_template, token),
         **bridge.processing(tower.config, token),
     )  # fmt: skip
@@ -171,11 +89,11 @@ def compose(
     return model, processor
 
 
-def _bridge_for(encoder: Any, decoder: Any, projector: str) -> Bridge:
+def _bridge_for(encoder: Any, decoder: Any, projector: str, pooling: str) -> Bridge:
     if not isinstance(encoder, PreTrainedModel) or encoder.config.model_type not in ENCODERS:
         got = encoder.config.model_type if isinstance(encoder, PreTrainedModel) else type(encoder).__name__
         known = ", ".join(ENCODERS)
-        raise PatchError(f"the encoder must be one of {known}; got {got!r}. A new one is a row in hf_steer/compose.py.")
+        raise PatchError(f"the encoder must be one of {known}; got {got!r}. A new one is a row in hf_steer/compose/bridges.py.")
     texts = [name for name, row in FAMILIES.items() if row.layers is not None and not row.encoders]
     speaks = isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None
     if not speaks or decoder.config.model_type not in texts:
@@ -187,9 +105,15 @@ def _bridge_for(encoder: Any, decoder: Any, projector: str) -> Bridge:
     for part, model in (("encoder", encoder), ("decoder", decoder)):
         if find_steering(model) is not None:
             raise PatchError(f"the {part} is patched; call hf_steer.unpatch_model on it first, and patch the composed model.")
-    if projector not in _ACTIVATIONS:
-        raise ConfigError(f"projector must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {projector!r}.")
-    return BRIDGES[ENCODERS[encoder.config.model_type], projector]
+    if projector not in ACTIVATIONS:
+        raise ConfigError(f"projector must be one of {', '.join(map(repr, ACTIVATIONS))}; got {projector!r}.")
+    modality = ENCODERS[encoder.config.model_type]
+    if (modality, pooling, projector) not in BRIDGES:
+        kinds = sorted({row[1] for row in BRIDGES if row[0] == modality})
+        raise ConfigError(f"pooling for {modality} must be one of {', '.join(map(repr, kinds))}; got {pooling!r}.")
+    if pooling == "stack":
+        stacked(encoder.config)
+    return BRIDGES[modality, pooling, projector]
 
 
 def _tower_of(encoder: Any) -> Any:
@@ -254,10 +178,6 @@ def _make_room(model: Any, vocabulary: int) -> None:
     if model.config.tie_word_embeddings:
         model.tie_weights()
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
-
-
-def _has_class_token(config: Any) -> bool:
-    return bool(config.model_type.startswith("clip"))
 
 
 def _tokenizer_of(decoder: Any) -> Any:

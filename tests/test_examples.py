@@ -96,6 +96,22 @@ def test_the_readme_shows_the_ablations_own_table():
             assert f"{rate:.1f} [{low:.1f}, {high:.1f}]" in README
 
 
+def test_the_readme_counts_the_intervals_that_leave_out_zero():
+    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").open()))[1:]
+    apart = [row for row in table if float(row["less_linear_low"]) > 0 or float(row["less_linear_high"]) < 0]
+    assert len(table) == 20
+    assert len(apart) == 1
+    less, low, high = (100 * float(apart[0][f"less_linear{end}"]) for end in ("", "_low", "_high"))
+    said = f"({apart[0]['aligner']}, {apart[0]['experts']} experts: {less:+.1f} [{low:+.1f}, {high:+.1f}])"
+    assert said in " ".join(README.split())
+    assert "one 95 % interval leaves out zero" in README
+
+
+def test_composing_runs_as_pasted_and_prints_what_the_readme_shows():
+    run = subprocess.run([sys.executable, "-c", block("align")], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
+    assert run.stdout == block("align output")
+
+
 def test_the_aligners_benchmark_runs_and_the_readme_quotes_it(tmp_path):
     command = [sys.executable, "examples/benchmarks/aligners.py", "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
@@ -105,4 +121,4 @@ def test_the_aligners_benchmark_runs_and_the_readme_quotes_it(tmp_path):
     assert (tmp_path / "aligners-cpu.png").stat().st_size > 5000
     for row in full:
         if row["pass"] == "forward" and row["dtype"] == "float32":
-            assert f"{row['aligner']} {float(row['ratio']):.1f}" in README, row["aligner"]
+            assert f"{row['aligner']} {float(row['ratio']):.1f}" in " ".join(README.split()), row["aligner"]

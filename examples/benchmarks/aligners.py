@@ -210,7 +210,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.hlines(bar, index - 0.45, index + 0.45, color="black", linewidth=1)
     axes.set(yscale="log", ylabel="times faster than the formula as written", xticks=range(len(names)))
     axes.set_xticklabels(names, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(kinds))
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 

@@ -77,15 +77,15 @@ def test_training_is_reproducible_from_its_seed(script, tmp_path):
 def test_the_ablation_runs_and_writes_its_tables_and_picture(tmp_path):
     command = [sys.executable, "examples/align_tiny_ear.py", "--preset", "quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
-    rows = list(csv.DictReader((tmp_path / "align.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "align.csv").read_text().splitlines()))
     assert [row["aligner"] for row in rows] == ["linear alone", "simple", "hierarchical", "progressive", "layer-wise"]
-    for row in csv.DictReader((tmp_path / "align_summary.csv").open()):
+    for row in csv.DictReader((tmp_path / "align_summary.csv").read_text().splitlines()):
         assert float(row["low"]) <= float(row["error_rate"]) <= float(row["high"])
     assert (tmp_path / "align.png").stat().st_size > 5000
 
 
 def test_the_readme_shows_the_ablations_own_table():
-    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").open()))
+    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").read_text().splitlines()))
     assert len(table) == 21
     for row in table:
         if row["experts"] in ("0", "8"):
@@ -97,7 +97,7 @@ def test_the_readme_shows_the_ablations_own_table():
 
 
 def test_the_readme_counts_the_intervals_that_leave_out_zero():
-    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").open()))[1:]
+    table = list(csv.DictReader((ROOT / "examples" / "figures" / "align_summary.csv").read_text().splitlines()))[1:]
     apart = [row for row in table if float(row["less_linear_low"]) > 0 or float(row["less_linear_high"]) < 0]
     assert len(table) == 20
     assert len(apart) == 1
@@ -115,8 +115,8 @@ def test_composing_runs_as_pasted_and_prints_what_the_readme_shows():
 def test_the_aligners_benchmark_runs_and_the_readme_quotes_it(tmp_path):
     command = [sys.executable, "examples/benchmarks/aligners.py", "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
-    quick = list(csv.DictReader((tmp_path / "aligners-cpu.csv").open()))
-    full = list(csv.DictReader((ROOT / "examples" / "benchmarks" / "aligners-cpu.csv").open()))
+    quick = list(csv.DictReader((tmp_path / "aligners-cpu.csv").read_text().splitlines()))
+    full = list(csv.DictReader((ROOT / "examples" / "benchmarks" / "aligners-cpu.csv").read_text().splitlines()))
     assert len(quick) == len(full) == 20
     assert (tmp_path / "aligners-cpu.png").stat().st_size > 5000
     for row in full:

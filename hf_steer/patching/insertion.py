@@ -186,7 +186,7 @@ class Aligners(nn.ModuleList):
             return None
         extra = self._balance(current, kwargs.get("num_items_in_batch"))
         if not current.perceives:  # a batch of text alone: its loss must reach the parameters all the same, with zeros
-            extra = extra + 0.0 * sum(parameter.sum() for parameter in self._trained())
+            extra = extra + 0.0 * sum(parameter.sum().to(extra.device) for parameter in self._trained())
         if isinstance(output, ModelOutput):
             loss = output["loss"]
             return type(output)(**{**output, "loss": loss + extra.to(loss)})
@@ -201,7 +201,8 @@ class Aligners(nn.ModuleList):
         """The weighted load-balancing losses of a pass."""
         if not current.balances:
             return torch.zeros(())
-        total = torch.stack([value.float() for value in current.balances]).sum()
+        device = current.balances[0].device
+        total = torch.stack([value.float().to(device) for value in current.balances]).sum()
         if not total.requires_grad and any(parameter.requires_grad for parameter in self.parameters()):
             raise PatchError(
                 "the load-balancing loss has no gradient: this transformers runs hooks inside gradient checkpoints. Use "

@@ -392,9 +392,7 @@ def test_the_aligner_gets_gradients_and_the_base_none(family, placement, kind, c
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_and_stays_near_float32(family, placement, kind, dtype):
-    """The aligner's rounding may not be worse than the model's: at most twice the unsteered model's error, and its scale."""
-    if family == "whisper" and dtype == torch.float16:
-        dtype = torch.bfloat16  # its decoder's cross-attention overflows on these random weights without an aligner, too
+    """The aligner's rounding may not be worse than the model's: a few times the unsteered model's error, in the outputs' scale."""
     inputs = make_encoder_inputs(family)
     errors, sizes = {}, {}
     for steered in (False, True):

@@ -120,6 +120,21 @@ def test_a_checkpoint_of_another_aligner_is_refused(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_weights_of_the_steering_alone_are_complete_and_a_part_of_them_is_not():
+    model = whisper()
+    own = {name: value + 1 for name, value in steering_of(model).items()}
+    loaded = model.load_state_dict(own, strict=False)
+    assert loaded.missing_keys == []
+    assert loaded.unexpected_keys == []
+    assert all(torch.equal(value, own[name]) for name, value in steering_of(model).items())
+    with pytest.raises(FileError, match=r"holds another steering: hf_steer\.aligners\.0\.router\.weight missing, nothing"):
+        model.load_state_dict({name: value for name, value in own.items() if not name.endswith("router.weight")}, strict=False)
+    with pytest.raises(FileError, match="nothing missing, hf_steer.other unexpected"):
+        model.load_state_dict({**own, "hf_steer.other": torch.zeros(1)}, strict=False)
+    base = {name: value for name, value in model.state_dict().items() if not name.startswith("hf_steer.")}
+    assert sorted(model.load_state_dict(base, strict=False).missing_keys) == sorted(own)  # plain base weights: as ever
+
+
 def test_routing_goes_to_whatever_the_trainer_reports_to(tmp_path):
     seen = []
 

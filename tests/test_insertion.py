@@ -392,7 +392,7 @@ def test_the_aligner_gets_gradients_and_the_base_none(family, placement, kind, c
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_and_stays_near_float32(family, placement, kind, dtype):
-    """The aligner's rounding may not be worse than the model's: a few times the unsteered model's error, in the outputs' scale."""
+    """The aligner's rounding may not be worse than the model's: at most twice its error, in the outputs' scale."""
     inputs = make_encoder_inputs(family)
     errors, sizes = {}, {}
     for steered in (False, True):
@@ -411,7 +411,7 @@ def test_half_precision_runs_and_stays_near_float32(family, placement, kind, dty
             assert torch.isfinite(outputs[-1]).all()
         errors[steered] = (outputs[0] - outputs[1]).pow(2).mean().sqrt()
         sizes[steered] = outputs[1].pow(2).mean().sqrt()
-    assert errors[True] < 4 * errors[False] * max(1.0, sizes[True] / sizes[False])
+    assert errors[True] < 2 * errors[False] * max(1.0, sizes[True] / sizes[False])
 
 
 @pytest.mark.parametrize(("family", "placement", "kind"), THREADED)

@@ -30,7 +30,7 @@ from hf_steer.patching.runtime import (
     resolve_state,
 )
 from hf_steer.patching.state import read_state, write_state
-from hf_steer.patching.weights import check_loaded, is_checkpoint, write_checkpoint, write_weights
+from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
 
@@ -213,6 +213,11 @@ class Steering(nn.Module):
         """Write only the steering: weights first, so that a configuration never lies there without them."""
         write_weights(self, directory, given)
         self.plan.config.save_pretrained(directory)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Part of `load_state_dict`: weights of another shape are refused by name, before any of the steering's is copied."""
+        check_shapes(self, {name: value for name, value in state_dict.items() if name.startswith(prefix)}, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
         """Root: weights have been loaded; a checkpoint of the steering alone is complete."""

@@ -84,6 +84,17 @@ def is_checkpoint(steering: Any, directory: str | os.PathLike[str]) -> bool:
     return bool(_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(directory)))) and trains_alone(steering)
 
 
+def check_shapes(steering: Any, given: Mapping[str, Tensor], prefix: str) -> None:
+    """FileError for weights of another shape than the steering's, with what to do; torch alone would only name them."""
+    own = steering.state_dict()
+    names = [name for name in own if f"{prefix}{name}" in given and given[f"{prefix}{name}"].shape != own[name].shape]
+    if names:
+        raise FileError(
+            f"{names[0]} has shape {tuple(given[prefix + names[0]].shape)} in this checkpoint, needed is "
+            f"{tuple(own[names[0]].shape)}: it holds another steering. Patch with the steer_config.json beside the checkpoint."
+        )
+
+
 def check_loaded(steering: Any, incompatible: Any) -> None:
     """Judge what `load_state_dict` could not match: with all of the base missing it was a checkpoint of the steering.
 

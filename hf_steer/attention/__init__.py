@@ -2,6 +2,7 @@
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
+from hf_steer.attention.chunks import AttentionCall, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
@@ -13,9 +14,11 @@ from hf_steer.attention.steered import (
 __all__ = [
     "BACKENDS",
     "STEERABLE",
+    "AttentionCall",
     "SteeredCall",
     "choose_backend",
     "head_bias",
+    "logits_in_chunks",
     "mass_shift",
     "recording_attention",
     "registered_name",

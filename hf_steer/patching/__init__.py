@@ -9,14 +9,17 @@ from hf_steer.patching.patch import (
     unpatch_model,
 )
 from hf_steer.patching.plan import make_plan
+from hf_steer.patching.probe import anatomy_of, probe_attention
 
 __all__ = [
     "SteerStatus",
+    "anatomy_of",
     "disable_steering",
     "get_steer_status",
     "make_plan",
     "patch_model",
     "print_trainable_parameters",
+    "probe_attention",
     "unpatch_model",
     "use_saliency",
 ]

@@ -43,7 +43,7 @@ def make_plan(model: Any, config: SteerConfig) -> Plan:
     if anatomy.decoder is None:
         raise ConfigError(f"{anatomy.family!r} has no language model that reads a prompt, so attention must be None.")
     strengths = _strengths(attention, anatomy)
-    _refuse_implementation(anatomy.decoder.config, "decoder")
+    refuse_implementation(anatomy.decoder.config, "decoder")
     eyes = _eyes(attention, anatomy) if strengths else ()
     return Plan(config, anatomy, strengths, eyes, aligners, projectors)
 
@@ -53,7 +53,8 @@ def implementation_of(config: Any) -> str:
     return config._attn_implementation or "eager"
 
 
-def _refuse_implementation(config: Any, part: str) -> None:
+def refuse_implementation(config: Any, part: str) -> None:
+    """PatchError for an attention implementation that cannot be wrapped."""
     implementation = implementation_of(config)
     if implementation not in STEERABLE:
         raise PatchError(
@@ -119,7 +120,7 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
             f"saliency source {attention.saliency.source!r} needs a vision tower, which {anatomy.family!r} lacks (these have "
             f"one: {seeing}). Use SaliencyConfig(source=None) and give the saliency with use_saliency."
         )
-    _refuse_implementation(anatomy.tower.config, "vision tower")
+    refuse_implementation(anatomy.tower.config, "vision tower")
     depth = len(anatomy.blocks)
     outside = [block for block in attention.saliency.blocks if not -depth <= block < depth]
     if outside:

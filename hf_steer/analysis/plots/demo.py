@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib, which is imported only here and only when one is drawn."""
+"""The demo's pictures."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hf_steer.analysis.plots.canvas import AFTER, BEFORE, CONTROLS, save, subplots
 from hf_steer.analysis.pointing import Example, PointingResult
-from hf_steer.errors import SteerError
 from hf_steer.saliency import Saliency
 
 if TYPE_CHECKING:
     from PIL import Image
 
-BEFORE, AFTER = "#8c96a3", "#d1495b"
-CONTROLS = ("#2e4057", "#66a182", "#edae49", "#b18fcf")
-
 
 def plot_examples(result: PointingResult, path: str | os.PathLike[str]) -> Path:
     """A row per scene: the picture, where it was told to look, and the answer's probabilities before and after."""
     count = len(result.examples)
-    figure, axes = _subplots(count, 3, size=(9, 2.7 * count), width_ratios=(1, 1, 2), squeeze=False)
+    figure, axes = subplots(count, 3, size=(9, 2.7 * count), width_ratios=(1, 1, 2), squeeze=False)
     for row, example in zip(axes, result.examples, strict=True):
         _plot_example(row, example, result.best_strength)
     figure.suptitle(f"The same picture and question, unsteered and steered (λ = {result.best_strength:g}, all heads)")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _plot_example(row: Any, example: Example, strength: float) -> None:
@@ -52,7 +49,7 @@ def _plot_example(row: Any, example: Example, strength: float) -> None:
 
 def plot_strength(result: PointingResult, path: str | os.PathLike[str]) -> Path:
     """Strength against the share that names the pointed-at digit, with 95 % intervals, the controls beside it."""
-    figure, axis = _subplots(size=(6.2, 3.8))
+    figure, axis = subplots(size=(6.2, 3.8))
     curve = [row for row in result.rows if row.saliency in ("nothing", "pointed-at cell")]
     controls = result.rows[len(curve) :]
     for rows, colour, label, style, aside in (
@@ -73,7 +70,7 @@ def plot_strength(result: PointingResult, path: str | os.PathLike[str]) -> Path:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="center right")
     axis.set_title(f"Held-out digits, {curve[0].scenes} scenes, 95 % intervals", fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def overlay_saliency(image: Image.Image, saliency: Saliency, *, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -94,22 +91,3 @@ def overlay_saliency(image: Image.Image, saliency: Saliency, *, grid: tuple[int,
 
 def _answer(text: str) -> str:
     return text.rsplit("</think>", 1)[-1].strip() or "(nothing)"
-
-
-def _subplots(*shape: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, Any]:
-    """A figure that belongs to nobody: no window, no global state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SteerError("pictures need matplotlib; install it with: pip install 'hf-steer[demo]'") from error
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(*shape, **kwargs)
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
-    return target

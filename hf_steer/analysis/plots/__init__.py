@@ -1,0 +1,5 @@
+"""Pictures; one file per experiment."""
+
+from hf_steer.analysis.plots.demo import overlay_saliency, plot_examples, plot_strength
+
+__all__ = ["overlay_saliency", "plot_examples", "plot_strength"]

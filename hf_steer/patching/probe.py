@@ -1,0 +1,110 @@
+"""Look at the attention of decoder layers while a model runs, patched or not. What it computes stays the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_steer.attention import AttentionCall, SteeredCall
+from hf_steer.errors import PatchError
+from hf_steer.families import resolve
+from hf_steer.patching.context import STEERING, find_steering
+from hf_steer.patching.edits import SetAttentionFunction
+from hf_steer.patching.plan import implementation_of, refuse_implementation
+from hf_steer.values import Anatomy
+
+Reader = Callable[[AttentionCall], None]
+
+_READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """Where things are in a model, patched (inside wrappers, too) or not.
+
+    Raises:
+        PatchError: not a model of a known family with a decoder.
+    """
+    steering = find_steering(model)
+    anatomy: Anatomy = resolve(model) if steering is None else steering.plan.anatomy
+    if anatomy.decoder is None:
+        raise PatchError(f"{anatomy.family!r} has no language model that reads a prompt, so there is no attention to look at.")
+    return anatomy
+
+
+@contextmanager
+def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = None) -> Iterator[None]:
+    """Hand what each decoder layer is about to attend with to `read`, in this thread, for the calls inside the block.
+
+    The layers' attention functions are wrapped meanwhile: do not enter or leave it while other threads run the model.
+
+    Args:
+        model: a transformers model, patched or not.
+        read: called once per layer and forward pass; must not change the tensors.
+        layers: which; all when None.
+
+    Raises:
+        PatchError: unknown family, or an attention implementation that cannot be wrapped.
+    """
+    anatomy = anatomy_of(model)
+    refuse_implementation(anatomy.decoder.config, "decoder")
+    chosen = set(range(len(anatomy.layers)) if layers is None else layers)
+    token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
+    try:
+        with ExitStack() as edits:
+            for site in anatomy.layers:
+                if site.index in chosen:
+                    edits.enter_context(SetAttentionFunction(site.module, _register(site.module, id(anatomy.decoder))))
+            yield
+    finally:
+        _READERS.reset(token)
+
+
+def _register(module: Any, decoder: int) -> str:
+    """Wrap the function that a module calls now, under a name of its own."""
+    current = implementation_of(module.config)
+    if current == "eager":
+        inner: Any = sys.modules[type(module).__module__].eager_attention_forward
+        current = f"{type(module).__module__.rpartition('.')[2]}_eager"
+    else:
+        inner = ALL_ATTENTION_FUNCTIONS[current]
+    name = f"hf_steer_probe_{decoder}_{current}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(probing_attention, inner=inner, decoder=decoder))
+    return name
+
+
+def probing_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    inner: Callable[..., Any],
+    decoder: int,
+    **kwargs: Any,
+) -> Any:
+    """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
+    read = _READERS.get().get(decoder)
+    if read is not None:
+        ride: SteeredCall | None = kwargs.get(STEERING)
+        scaling = kwargs.get("scaling")
+        causal = kwargs.get("is_causal")
+        read(
+            AttentionCall(
+                layer=module.layer_idx,
+                query=query,
+                key=key,
+                mask=attention_mask,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                causal=getattr(module, "is_causal", True) if causal is None else causal,
+                bias=None if ride is None else ride.biases.get(module.layer_idx),
+            )
+        )
+    return inner(module, query, key, value, attention_mask, **kwargs)

@@ -12,6 +12,7 @@ from hf_steer.patching import (
     print_trainable_parameters,
     unpatch_model,
     use_saliency,
+    use_strength,
 )
 from hf_steer.saliency import Saliency
 
@@ -40,4 +41,5 @@ __all__ = [
     "save_steering",
     "unpatch_model",
     "use_saliency",
+    "use_strength",
 ]

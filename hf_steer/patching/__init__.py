@@ -10,6 +10,7 @@ from hf_steer.patching.patch import (
 )
 from hf_steer.patching.plan import make_plan
 from hf_steer.patching.probe import anatomy_of, probe_attention
+from hf_steer.patching.strength import use_strength
 
 __all__ = [
     "SteerStatus",
@@ -22,4 +23,5 @@ __all__ = [
     "probe_attention",
     "unpatch_model",
     "use_saliency",
+    "use_strength",
 ]

@@ -30,6 +30,7 @@ from hf_steer.patching.runtime import (
     resolve_state,
 )
 from hf_steer.patching.state import read_state, write_state
+from hf_steer.patching.strength import strengths_for
 from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
@@ -134,7 +135,9 @@ class Steering(nn.Module):
             gate = make_gate(
                 ride, self.plan, rows=rows, queries=queries, past=past, device=device, training=training
             )
-            ride.biases = make_biases(ride.state, self.plan, cache=cache, queries=queries, gate=gate)
+            ride.biases = make_biases(
+                ride.state, self.plan, strengths_for(self), cache=cache, queries=queries, gate=gate
+            )
         return args, {**kwargs, STEERING: ride}
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -42,7 +42,7 @@ def make_plan(model: Any, config: SteerConfig) -> Plan:
     attention = config.attention
     if anatomy.decoder is None:
         raise ConfigError(f"{anatomy.family!r} has no language model that reads a prompt, so attention must be None.")
-    strengths = _strengths(attention, anatomy)
+    strengths = resolve_strengths(attention, anatomy)
     refuse_implementation(anatomy.decoder.config, "decoder")
     eyes = _eyes(attention, anatomy) if strengths else ()
     return Plan(config, anatomy, strengths, eyes, aligners, projectors)
@@ -63,7 +63,7 @@ def refuse_implementation(config: Any, part: str) -> None:
         )
 
 
-def _strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
+def resolve_strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
     """Layer -> λ of all query heads, only for layers with one that is not 0. All faults are collected, then raised."""
     faults: list[str] = []
     depth = len(anatomy.layers)

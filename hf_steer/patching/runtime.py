@@ -154,13 +154,14 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
 
 
 def make_biases(
-    state: CacheState, plan: Plan, *, cache: Any, queries: int, gate: Tensor | None
+    state: CacheState, plan: Plan, strengths: Mapping[int, tuple[float, ...]], *, cache: Any, queries: int, gate: Tensor | None
 ) -> dict[int, HeadBias]:
     """Layer -> bias over the keys that the layer is about to attend to; nothing when no key has a score.
 
     Args:
         state: for the rows of this pass.
-        plan: which layers.
+        plan: whether the mass is preserved.
+        strengths: layer -> λ per query head.
         cache: as the decoder gets it, before it is updated; None without one.
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
@@ -169,7 +170,7 @@ def make_biases(
     windows: dict[tuple[int, int], TokenScores] = {}
     biases: dict[tuple[tuple[int, int], tuple[float, ...]], HeadBias] = {}
     by_layer = {}
-    for layer, values in plan.strengths.items():
+    for layer, values in strengths.items():
         length, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
         place = (offset, length)
         if place not in windows:

@@ -1,0 +1,69 @@
+"""How hard the steered heads are steered now: as configured, or as a stretch of the caller's code says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from hf_steer.checks import Heads, Strength, check_strength
+from hf_steer.errors import ConfigError, PatchError
+from hf_steer.patching.context import steering_of
+from hf_steer.patching.plan import resolve_strengths
+from hf_steer.values import Plan
+
+Strengths = Mapping[int, tuple[float, ...]]
+
+_OVERRIDES: ContextVar[Mapping[int, Strengths]] = ContextVar("hf_steer_strengths", default={})  # noqa: B039 - never mutated
+
+
+@contextmanager
+def use_strength(model: Any, strength: Strength) -> Iterator[None]:
+    """Steer this model's calls inside the block, in this thread, with other strengths than configured.
+
+    To compare many heads and strengths, patch once with `heads="all"` and name them here: nothing is patched again.
+
+    Args:
+        model: a patched model.
+        strength: λ, one number for the heads that the configuration steers; or `{layer: number}` or
+            `{layer: {head: number}}`, in layers that it steers. Heads that are not named are left alone; 0 everywhere is
+            bit-equal to no steering.
+
+    Raises:
+        PatchError: the model is not patched, or its configuration steers no head.
+        ConfigError: not a number, or a layer or head that is not steered.
+    """
+    steering = steering_of(model)
+    strengths = _resolve(steering.plan, check_strength(strength))
+    token = _OVERRIDES.set({**_OVERRIDES.get(), id(steering): strengths})
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def strengths_for(steering: Any) -> Strengths:
+    """Layer -> λ per query head, for the calls of this thread."""
+    strengths: Strengths = _OVERRIDES.get().get(id(steering), steering.plan.strengths)
+    return strengths
+
+
+def _resolve(plan: Plan, strength: Strength) -> Strengths:
+    if plan.config.attention is None or not plan.strengths:
+        raise PatchError("this model's SteerConfig steers no head; patch it with an AttentionConfig whose strength is not 0.")
+    heads: Heads
+    if isinstance(strength, Mapping):
+        heads = {layer: tuple(value) if isinstance(value, Mapping) else "all" for layer, value in strength.items()}
+    else:
+        heads = {layer: tuple(h for h, value in enumerate(values) if value) for layer, values in plan.strengths.items()}
+    attention = dataclasses.replace(plan.config.attention, heads=heads, strength=strength)
+    strengths = resolve_strengths(attention, plan.anatomy)
+    missing = sorted(set(strengths) - set(plan.strengths))
+    if missing:
+        raise ConfigError(
+            f"use_strength names layers {missing}; the configuration steers layers {sorted(plan.strengths)}. Patch with "
+            'heads="all" to reach every layer.'
+        )
+    return strengths

@@ -1,7 +1,7 @@
 """Patch live Hugging Face models: turn the gaze of a reasoning decoder, align frozen encoders with it."""
 
 from hf_steer.compose import compose
-from hf_steer.config import AlignerConfig, AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.config import AlignerConfig, AttentionConfig, GateConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import AlignerError, ConfigError, FileError, PatchError, SaliencyError, SteerError
 from hf_steer.io import from_pretrained, load_steering, save_steering
 from hf_steer.patching import (
@@ -10,6 +10,7 @@ from hf_steer.patching import (
     get_steer_status,
     patch_model,
     print_trainable_parameters,
+    trace_steering,
     unpatch_model,
     use_saliency,
     use_strength,
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionConfig",
     "ConfigError",
     "FileError",
+    "GateConfig",
     "PatchError",
     "Saliency",
     "SaliencyConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "patch_model",
     "print_trainable_parameters",
     "save_steering",
+    "trace_steering",
     "unpatch_model",
     "use_saliency",
     "use_strength",

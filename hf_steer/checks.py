@@ -79,3 +79,20 @@ def check_strength(strength: Any) -> Strength:
             check_number(f"attention.strength of layer {layer}", value)
             checked[layer] = float(value)
     return FrozenMap(checked)
+
+
+def check_schedule(schedule: Any, phases: tuple[str, ...]) -> Mapping[str, float] | None:
+    if schedule is None:
+        return None
+    if not isinstance(schedule, Mapping) or not schedule or not set(schedule) <= set(phases):
+        raise ConfigError(f"attention.schedule must map some of {', '.join(phases)} to factors on λ; got {schedule!r}.")
+    for phase, factor in schedule.items():
+        check_number(f"attention.schedule of {phase}", factor)
+    return FrozenMap({phase: float(factor) for phase, factor in schedule.items()})
+
+
+def check_tags(tags: Any) -> tuple[str, str]:
+    given = tuple(tags) if isinstance(tags, (tuple, list)) else ()
+    if len(given) != 2 or not all(isinstance(tag, str) and tag for tag in given) or given[0] == given[1]:
+        raise ConfigError(f"attention.think_tags must be two different strings, such as ('<think>', '</think>'); got {tags!r}.")
+    return given[0], given[1]

@@ -65,6 +65,8 @@ def load_steering(model: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: A
 def from_pretrained(
     id_or_dir: str | os.PathLike[str],
     steer_config: SteerConfig | str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Load a model with its steering.
@@ -73,6 +75,7 @@ def from_pretrained(
         id_or_dir: folder or Hub repository of the base model. Its class is the first of `architectures` in `config.json`.
         steer_config: a SteerConfig, whose aligners start fresh, or the folder or Hub repository of a saved steering, whose
             weights are loaded; when None, the steering beside the model.
+        tokenizer: reads think tags and phrases, as for `patch_model`; None loads the model's own where it is needed.
         **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
 
     Returns:
@@ -93,12 +96,12 @@ def from_pretrained(
         config = SteerConfig.from_pretrained(steer_config, **elsewhere)
     base_config = read_base_config(id_or_dir, **hub)
     model_class = model_class_of(base_config)
-    make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config)  # every check, before any weight
-    if isinstance(steer_config, SteerConfig) or not (config.aligners or config.train_projector):
-        return patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config)
+    make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config, tokenizer)  # every check first
+    if isinstance(steer_config, SteerConfig) or not config.has_weights:
+        return patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config, tokenizer=tokenizer)
     place = id_or_dir if steer_config is None else steer_config
     weights = read_weights(_weights_file(place, **(hub if steer_config is None else elsewhere)))
-    model = patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config)
+    model = patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config, tokenizer=tokenizer)
     load_weights(steering_of(model), weights, place)
     return model
 

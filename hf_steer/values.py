@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hf_steer.config import AlignerConfig, SteerConfig
+    from hf_steer.gating import Patterns
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -134,10 +135,11 @@ class Plan:
     Attributes:
         config: what the user asked for, with the base model's type filled in.
         anatomy: where it will be done.
-        strengths: layer -> λ per query head, for the layers in which any λ is not 0.
+        strengths: layer -> λ per query head, for the layers in which any λ is not 0; 1 for heads whose λ is learned.
         eyes: the vision blocks whose attention is read; empty when the source is not the tower.
         aligners: what is inserted, in the configuration's order.
         projectors: the projectors that are trained and saved with the steering.
+        patterns: the tokens of think tags and phrases; None where what is said does not matter.
     """
 
     config: SteerConfig
@@ -146,6 +148,12 @@ class Plan:
     eyes: tuple[Site, ...]
     aligners: tuple[PlannedAligner, ...] = ()
     projectors: tuple[nn.Module, ...] = ()
+    patterns: Patterns | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the steering has parameters."""
+        return self.config.has_weights
 
 
 @dataclass(frozen=True)

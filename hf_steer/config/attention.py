@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from hf_steer.checks import (
@@ -14,13 +15,21 @@ from hf_steer.checks import (
     check_heads,
     check_indices,
     check_number,
+    check_schedule,
     check_strength,
+    check_tags,
 )
+from hf_steer.config.gate import GateConfig
 from hf_steer.errors import ConfigError
 
 NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
 SOURCES = ("vision_attention", None)
-QUERIES = ("all", "generated")
+PHASES = ("prompt", "thinking", "answer")
+QUERIES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+    {"all": (1.0, 1.0, 1.0), "generated": (0.0, 1.0, 1.0), "thinking": (0.0, 1.0, 0.0), "answer": (0.0, 0.0, 1.0)}
+)
+"""Name of a scope -> what it multiplies λ with in each of `PHASES`."""
+TRAINABLE = "trainable"
 BACKENDS = ("auto", "folded", "mask")
 
 
@@ -66,28 +75,58 @@ class AttentionConfig:
     Args:
         heads: `"all"`, or `{layer: heads}` with a tuple of query heads or `"all"`. Layers count from 0; negative
             layers count from the last.
-        strength: λ. One number, `{layer: number}`, or `{layer: {head: number}}`. Negative turns the gaze away.
+        strength: λ. One number, `{layer: number}`, or `{layer: {head: number}}`. Negative turns the gaze away. `"trainable"`:
+            one parameter per head, 0 at first, learned by ordinary training.
         saliency: where the scores come from.
-        queries: `"all"`, or `"generated"`: only queries out of which a token is generated, the prompt's last token
-            included (the first new token comes out of it). In a training step these are the positions before a label.
+        queries: `"all"`; `"generated"`: only queries out of which a token is generated, the prompt's last token included (the
+            first new token comes out of it); `"thinking"` and `"answer"`: of these, the ones inside or after the thinking
+            text. In a training step the generated ones are the positions before a label.
+        schedule: factors on λ by phase instead, such as `{"prompt": 0.5, "thinking": 1.0, "answer": 0.0}`; 1 where none is
+            given.
+        gate: steer only while the row is uncertain; None steers always.
+        think_tags: what opens and closes the thinking text, in the prompt or in what is generated; the last one counts.
         backend: `"auto"` folds the bias into the head dimension for prompts and adds a mask for single queries;
             `"folded"` and `"mask"` do one of the two always.
     """
 
     heads: Heads = "all"
-    strength: Strength = 1.0
+    strength: Strength | Literal["trainable"] = 1.0
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
-    queries: Literal["all", "generated"] = "all"
+    queries: Literal["all", "generated", "thinking", "answer"] = "all"
     backend: Literal["auto", "folded", "mask"] = "auto"
+    schedule: Mapping[str, float] | None = None
+    gate: GateConfig | None = None
+    think_tags: tuple[str, str] = ("<think>", "</think>")
 
     def __post_init__(self) -> None:
-        check_choice("attention.queries", self.queries, QUERIES)
+        check_choice("attention.queries", self.queries, tuple(QUERIES))
         check_choice("attention.backend", self.backend, BACKENDS)
         if not isinstance(self.saliency, SaliencyConfig):
             raise ConfigError(f"attention.saliency must be a SaliencyConfig; got {type(self.saliency).__name__}.")
         object.__setattr__(self, "heads", check_heads(self.heads))
-        object.__setattr__(self, "strength", check_strength(self.strength))
+        if self.strength != TRAINABLE:
+            object.__setattr__(self, "strength", check_strength(self.strength))
+        if self.gate is not None and not isinstance(self.gate, GateConfig):
+            raise ConfigError(f"attention.gate must be a GateConfig or None; got {type(self.gate).__name__}.")
+        object.__setattr__(self, "schedule", check_schedule(self.schedule, PHASES))
+        object.__setattr__(self, "think_tags", check_tags(self.think_tags))
+        if self.schedule is not None and self.queries != "all":
+            raise ConfigError(f"queries={self.queries!r} and a schedule both say which phases are steered; leave queries at 'all'.")
         self._refuse_strength_elsewhere()
+
+    @property
+    def phase_factors(self) -> tuple[float, float, float]:
+        """What multiplies λ in each of `PHASES`."""
+        if self.schedule is None:
+            return QUERIES[self.queries]
+        prompt, thinking, answer = (self.schedule.get(phase, 1.0) for phase in PHASES)
+        return prompt, thinking, answer
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what is said matters to when it steers: the think tags, or phrases."""
+        _, thinking, answer = self.phase_factors
+        return thinking != answer or (self.gate is not None and self.gate.kind == "self_report")
 
     def _refuse_strength_elsewhere(self) -> None:
         """A strength for a layer or head that is not steered would be ignored; a steered one without would be a guess."""

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 from hf_steer.checks import check_flag
 from hf_steer.config.aligner import AlignerConfig
-from hf_steer.config.attention import AttentionConfig, SaliencyConfig
+from hf_steer.config.attention import TRAINABLE, AttentionConfig, SaliencyConfig
+from hf_steer.config.gate import GateConfig
 from hf_steer.errors import ConfigError, FileError
 from hf_steer.files import find_file, write_whole
 
@@ -64,6 +65,12 @@ class SteerConfig:
         if twice:
             raise ConfigError(f"aligners has several for {twice[0][0]} at {twice[0][1]!r}; one per modality and placement.")
         return tuple(given)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether parts of it are learned, and saved as weights."""
+        learned = self.attention is not None and self.attention.strength == TRAINABLE
+        return bool(self.aligners) or self.train_projector or learned
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal object back."""
@@ -163,7 +170,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     ]
     if unknown:
         raise ConfigError(f"{where or cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}.")
-    nested: dict[str, type] = {"attention": AttentionConfig, "saliency": SaliencyConfig}
+    nested: dict[str, type] = {"attention": AttentionConfig, "saliency": SaliencyConfig, "gate": GateConfig}
     built = {
         key: _build(nested[key], value, f"{where}.{key}".lstrip(".")) if key in nested and value is not None else value
         for key, value in values.items()

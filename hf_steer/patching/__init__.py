@@ -11,9 +11,12 @@ from hf_steer.patching.patch import (
 from hf_steer.patching.plan import make_plan
 from hf_steer.patching.probe import anatomy_of, probe_attention
 from hf_steer.patching.strength import use_strength
+from hf_steer.patching.trace import Trace, TraceStep, trace_steering
 
 __all__ = [
     "SteerStatus",
+    "Trace",
+    "TraceStep",
     "anatomy_of",
     "disable_steering",
     "get_steer_status",
@@ -21,6 +24,7 @@ __all__ = [
     "patch_model",
     "print_trainable_parameters",
     "probe_attention",
+    "trace_steering",
     "unpatch_model",
     "use_saliency",
     "use_strength",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,10 +14,13 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from hf_steer.attention import registered_name
+from hf_steer.config import TRAINABLE
 from hf_steer.errors import PatchError
 from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, named_arguments, scope_for, statement_for
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.insertion import Aligners
+from hf_steer.patching.learned import LearnedStrengths
+from hf_steer.patching.pacing import PassFacts, gates_after, pace
 from hf_steer.patching.passes import whole_prompt
 from hf_steer.patching.plan import implementation_of
 from hf_steer.patching.runtime import (
@@ -24,13 +28,13 @@ from hf_steer.patching.runtime import (
     Ride,
     count_tokens,
     make_biases,
-    make_gate,
     read_prompt,
     repeats_prompt,
     resolve_state,
 )
 from hf_steer.patching.state import read_state, write_state
 from hf_steer.patching.strength import strengths_for
+from hf_steer.patching.trace import mean_strength, trace_of
 from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import Plan
@@ -52,6 +56,8 @@ class Steering(nn.Module):
         self.implementation = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
         self.eyes_implementation = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
         self.aligners = Aligners(plan, self)
+        learns = plan.config.attention is not None and plan.config.attention.strength == TRAINABLE
+        self.learned = LearnedStrengths(plan) if learns else None
 
     def edits(self) -> Iterator[Edit]:
         """All that patching changes, in the order of change."""
@@ -60,7 +66,7 @@ class Steering(nn.Module):
         yield SetAttribute(anatomy.root, "save_pretrained", self.save_pretrained)
         if self.plan.strengths or self.aligners.reads_text:
             yield SetAttribute(anatomy.root, "generate", self.generate)
-        if self.plan.aligners or self.plan.projectors:
+        if self.plan.trains:
             yield AddLoadHook(anatomy.root, self.after_load)
         if self.plan.aligners:
             yield from self.aligners.edits()
@@ -80,6 +86,7 @@ class Steering(nn.Module):
             yield AddHook(anatomy.tower, "after", self.after_tower)
         yield AddHook(anatomy.decoder, "before", self.before_decoder)
         yield AddHook(anatomy.decoder, "after", self.after_decoder)
+        yield AddHook(anatomy.root, "after", self.after_model)
         for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
             yield AddHook(module, "before", self.before_model)
 
@@ -87,8 +94,12 @@ class Steering(nn.Module):
         """Root and base model: read the prompt, which the decoder no longer sees. PEFT calls only the base model."""
         if STEERING in kwargs:
             return None
-        ride = self._begin(named_arguments(module, args, kwargs))
-        return None if ride is None else (args, {**kwargs, STEERING: ride})
+        named = named_arguments(module, args, kwargs)
+        ride = self._begin(named)
+        if ride is None:
+            return None
+        ride.watched = module is self.plan.anatomy.root
+        return args, {**kwargs, STEERING: ride}
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Vision tower: let a recorder ride along when the model's own eyes are wanted."""
@@ -123,6 +134,9 @@ class Steering(nn.Module):
         (rows, queries), device = tokens.shape[:2], tokens.device
         cache = named.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
+        gates = None  # what they remember of this cache, before a prompt makes a new state for it
+        if ride.state is not None and (ride.prompt is None or int(past)):
+            gates = ride.state.for_rows(rows).gates
         if ride.prompt is not None:
             ride.state = resolve_state(ride, ride.prompt, self.plan, rows=rows, past=int(past), device=device)
         if ride.state is None:
@@ -131,13 +145,14 @@ class Steering(nn.Module):
         if cache is None and (scope := scope_for(self)) is not None:
             scope.state = ride.state
         if ride.state.speaks:
-            training = module.training and torch.is_grad_enabled()
-            gate = make_gate(
-                ride, self.plan, rows=rows, queries=queries, past=past, device=device, training=training
-            )
-            ride.biases = make_biases(
-                ride.state, self.plan, strengths_for(self), cache=cache, queries=queries, gate=gate
-            )
+            facts = PassFacts(
+                rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
+                training=module.training and torch.is_grad_enabled(), tokens=ride.tokens, prompt=ride.prompt,
+                prompt_end=ride.prompt_end, gates=gates, traced=trace_of(self) is not None, watched=ride.watched,
+            )  # fmt: skip
+            ride.pace = pace(self.plan.config.attention, self.plan.patterns, facts)  # type: ignore[arg-type]
+            strengths = strengths_for(self, device)
+            ride.biases = make_biases(ride.state, self.plan, strengths, cache=cache, queries=queries, gate=ride.pace.factor)
         return args, {**kwargs, STEERING: ride}
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -148,6 +163,20 @@ class Steering(nn.Module):
         values = output.values() if isinstance(output, ModelOutput) else output
         for cache in (value for value in values if isinstance(value, Cache) and read_state(value) is not ride.state):
             write_state(cache, ride.state)
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Root: its logits are known; the gates of the next step come from them."""
+        ride = kwargs.get(STEERING)
+        if ride is None or ride.state is None or ride.pace.before is None:
+            return
+        logits = output["logits"] if isinstance(output, ModelOutput) else next(value for value in output if value.ndim == 3)
+        state = dataclasses.replace(ride.state, gates=gates_after(ride.pace, self.plan.config.attention, logits))  # type: ignore[arg-type]
+        values = output.values() if isinstance(output, ModelOutput) else output
+        for cache in (value for value in values if isinstance(value, Cache)):
+            write_state(cache, state)
+        trace = trace_of(self)
+        if trace is not None:
+            trace.add(ride.pace, mean_strength(strengths_for(self, logits.device)), logits)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into."""
@@ -234,7 +263,8 @@ class Steering(nn.Module):
             return None
         cache, scope = named.get("past_key_values"), scope_for(self)
         state = read_state(cache)
-        ride = Ride(backend=self.plan.config.attention.backend, state=state, statement=statement)  # type: ignore[union-attr]
+        ids = named.get("input_ids")
+        ride = Ride(backend=self.plan.config.attention.backend, state=state, statement=statement, tokens=ids)  # type: ignore[union-attr]
         if scope is not None:
             return self._begin_in_generate(ride, scope, named)
         past = 0 if cache is None else cache.get_seq_length()

@@ -47,14 +47,16 @@ class SteerStatus:
     config: SteerConfig | None = None
 
 
-def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None = None) -> Model:
+def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None = None, tokenizer: Any = None) -> Model:
     """Patch a live model in place.
 
     Args:
         model: a transformers model of a known family, on any device, in any dtype.
         config: what to steer.
-        freeze_base: train nothing but the aligners (and the projector, with `train_projector`); PEFT's adapters are left as
-            they are. None freezes when the configuration has something to train. Unpatching takes it back.
+        freeze_base: train nothing but the aligners and learned strengths (and the projector, with `train_projector`); PEFT's
+            adapters are left as they are. None freezes when the configuration has something to train. Unpatching takes it back.
+        tokenizer: of the model, or its processor: reads the think tags and phrases of `queries`, `schedule` and `gate`, where
+            there are any. None loads it from where the model came from.
 
     Returns:
         The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
@@ -65,12 +67,12 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
         ConfigError: the configuration does not fit this model, or freezing would leave nothing to train. In every case the
             model is as it was.
     """
-    plan = make_plan(model, config)
-    trains = bool(plan.aligners or plan.projectors)
+    plan = make_plan(model, config, tokenizer)
+    trains = plan.trains
     if freeze_base and not trains:
         raise ConfigError(
-            "freeze_base=True would leave nothing to train: the configuration has no aligners and train_projector=False. "
-            "Add an AlignerConfig, or leave freeze_base out."
+            "freeze_base=True would leave nothing to train: the configuration has no aligners, no strength='trainable', and "
+            "train_projector=False. Add an AlignerConfig, or leave freeze_base out."
         )
     present = model._modules.get(STEERING)  # type: ignore[attr-defined]
     if present is not None:

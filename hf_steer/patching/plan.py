@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_steer.attention import STEERABLE
-from hf_steer.config import AttentionConfig, SteerConfig
+from hf_steer.config import TRAINABLE, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
+from hf_steer.patching.patterns import read_patterns
 from hf_steer.patching.plan_aligners import plan_aligners, plan_projectors
 from hf_steer.values import Anatomy, Plan, Site
 
 
-def make_plan(model: Any, config: SteerConfig) -> Plan:
+def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
     """What `patch_model` would do, with every index resolved and every strength a number.
 
     Args:
         model: a live transformers model; may lie on the meta device.
         config: what the user asked for.
+        tokenizer: reads think tags and phrases, where the configuration has any; None to load the model's own.
 
     Raises:
         PatchError: unknown family, or an attention implementation that cannot be steered.
@@ -45,7 +47,8 @@ def make_plan(model: Any, config: SteerConfig) -> Plan:
     strengths = resolve_strengths(attention, anatomy)
     refuse_implementation(anatomy.decoder.config, "decoder")
     eyes = _eyes(attention, anatomy) if strengths else ()
-    return Plan(config, anatomy, strengths, eyes, aligners, projectors)
+    patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
+    return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns)
 
 
 def implementation_of(config: Any) -> str:
@@ -64,12 +67,12 @@ def refuse_implementation(config: Any, part: str) -> None:
 
 
 def resolve_strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
-    """Layer -> λ of all query heads, only for layers with one that is not 0. All faults are collected, then raised."""
+    """Layer -> λ of all query heads, only for layers with one that is not 0; 1 where λ is learned. Faults are raised at once."""
     faults: list[str] = []
     depth = len(anatomy.layers)
     heads = dict.fromkeys(range(depth), "all") if isinstance(attention.heads, str) else attention.heads
     chosen = _by_layer(heads, depth, "heads", faults)
-    given = attention.strength
+    given: Any = 1.0 if attention.strength == TRAINABLE else attention.strength
     strength = _by_layer(given, depth, "strength", faults) if isinstance(given, Mapping) else dict.fromkeys(chosen, given)
     if set(strength) != set(chosen):
         faults.append(f"strength names layers {sorted(strength)}, heads {sorted(chosen)}; name the same")

@@ -13,6 +13,7 @@ from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import SaliencyError
 from hf_steer.patching.context import Prompt
+from hf_steer.patching.pacing import Pace
 from hf_steer.patching.state import CacheState, join_scores, join_spans
 from hf_steer.saliency import (
     EyeRecord,
@@ -40,6 +41,9 @@ class Ride(SteeredCall):
         state: of the cache, old when the pass begins and new when the decoder runs.
         statement: what the user says.
         prompt_end: key position after the prompt, inside `generate`.
+        tokens: of this pass; None when only embeddings came.
+        watched: whether the root model's own call surrounds this pass.
+        pace: when it is steered.
     """
 
     prompt: Prompt | None = None
@@ -47,6 +51,9 @@ class Ride(SteeredCall):
     state: CacheState | None = None
     statement: Saliency | None = None
     prompt_end: int | None = None
+    tokens: Tensor | None = None
+    watched: bool = False
+    pace: Pace = field(default_factory=Pace)
 
 
 def read_prompt(
@@ -154,7 +161,13 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
 
 
 def make_biases(
-    state: CacheState, plan: Plan, strengths: Mapping[int, tuple[float, ...]], *, cache: Any, queries: int, gate: Tensor | None
+    state: CacheState,
+    plan: Plan,
+    strengths: Mapping[int, tuple[float, ...] | Tensor],
+    *,
+    cache: Any,
+    queries: int,
+    gate: Tensor | None,
 ) -> dict[int, HeadBias]:
     """Layer -> bias over the keys that the layer is about to attend to; nothing when no key has a score.
 
@@ -168,50 +181,18 @@ def make_biases(
     """
     preserve_mass = _attention(plan).saliency.preserve_mass
     windows: dict[tuple[int, int], TokenScores] = {}
-    biases: dict[tuple[tuple[int, int], tuple[float, ...]], HeadBias] = {}
+    biases: dict[tuple[tuple[int, int], tuple[float, ...] | int], HeadBias] = {}
     by_layer = {}
     for layer, values in strengths.items():
         length, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
         place = (offset, length)
         if place not in windows:
             windows[place] = state.window(offset, length)
-        same = (place, values)
+        same = (place, layer if isinstance(values, Tensor) else values)
         if same not in biases:
             biases[same] = head_bias(windows[place], *state.strength(values, preserve_mass=preserve_mass), gate)
         by_layer[layer] = biases[same]
     return by_layer
-
-
-def make_gate(
-    ride: Ride, plan: Plan, *, rows: int, queries: int, past: int | Tensor, device: torch.device, training: bool
-) -> Tensor | None:
-    """`(rows, queries)`: 1 for the queries to steer; None for all of them.
-
-    Inside `generate` a token is generated out of every position from the prompt's last on. In a forward pass of its own
-    these are the positions before a label; without labels, the last real token of each row.
-
-    Raises:
-        SaliencyError: a training step without labels.
-    """
-    if _attention(plan).queries == "all":
-        return None
-    if ride.prompt_end is not None:
-        position = past + torch.arange(queries, device=device)
-        return (position >= ride.prompt_end - 1).float().expand(rows, queries)
-    if ride.prompt is None:
-        return None
-    if ride.prompt.labelled is not None:
-        return ride.prompt.labelled.to(device).float()
-    if training:
-        raise SaliencyError(
-            "queries='generated' needs to know in training which tokens are generated, and no labels reached the patched "
-            "model. Call it as model(..., labels=...) (PEFT and label smoothing take them out on the way), or use queries='all'."
-        )
-    last = torch.full((rows, 1), queries - 1, device=device)
-    if ride.prompt.real is not None:
-        new = ride.prompt.real[:, -queries:].to(device)
-        last = (new * torch.arange(1, queries + 1, device=device)).argmax(1, keepdim=True)
-    return torch.zeros(rows, queries, device=device).scatter(1, last, 1.0)
 
 
 def _attention(plan: Plan) -> AttentionConfig:

@@ -13,10 +13,36 @@ from torch.nn import functional as F
 
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
+from hf_steer.gating import GateState
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
 _ATTRIBUTE = "hf_steer_state"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the gates remember.
+
+    Attributes:
+        history: the state after each of the last pass's generated tokens, since drafts may be taken back.
+        end: keys in the cache after the last of them.
+    """
+
+    history: tuple[GateState, ...]
+    end: int | Tensor
+
+    def select(self, rows: Tensor) -> Gates:
+        """Other rows, or the same in another order."""
+        rows = rows.to(self.history[0].value.device)
+        return Gates(tuple(state.select(rows) for state in self.history), self.end)
+
+    def after(self, past: int | Tensor) -> GateState:
+        """The state when `past` keys are in the cache."""
+        if len(self.history) == 1:
+            return self.history[0]
+        back = int(self.end) - int(past)
+        return self.history[max(0, len(self.history) - 1 - back)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +55,7 @@ class CacheState:
         statement: what the user said, if these scores come from the user.
         speaks: whether any key has a score; known at prefill, so that a decode step need not ask the device.
         tensors: strengths that were used with these scores, and their mass shifts, so that a decode step makes none.
+        gates: what the gates remember of these rows; None where nobody asked.
     """
 
     scores: TokenScores
@@ -36,6 +63,7 @@ class CacheState:
     statement: Saliency | None
     speaks: bool
     tensors: dict[tuple[tuple[float, ...], bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    gates: Gates | None = None
 
     @property
     def rows(self) -> int:
@@ -78,7 +106,8 @@ class CacheState:
         tensors = {
             key: (strength, None if shift is None else shift[rows]) for key, (strength, shift) in self.tensors.items()
         }
-        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors)
+        gates = None if self.gates is None else self.gates.select(rows)
+        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates)
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
@@ -88,11 +117,14 @@ class CacheState:
             F.pad(self.scores.values, (0, missing))[:, keys], F.pad(self.scores.group, (0, missing), value=-1)[:, keys]
         )
 
-    def strength(self, values: tuple[float, ...], *, preserve_mass: bool) -> tuple[Tensor, Tensor | None]:
+    def strength(self, values: tuple[float, ...] | Tensor, *, preserve_mass: bool) -> tuple[Tensor, Tensor | None]:
         """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.
 
-        The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold.
+        The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold. Learned strengths
+        change, so nothing is kept of them.
         """
+        if isinstance(values, Tensor):
+            return values, mass_shift(self.scores, values) if preserve_mass else None
         key = (values, preserve_mass)
         if key not in self.tensors:
             strength = torch.tensor(values, dtype=torch.float32, device=self.scores.values.device)

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_steer.checks import Heads, Strength, check_strength
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.patching.context import steering_of
 from hf_steer.patching.plan import resolve_strengths
 from hf_steer.values import Plan
 
-Strengths = Mapping[int, tuple[float, ...]]
+Strengths = Mapping[int, tuple[float, ...] | Tensor]
+"""Layer -> λ per query head: numbers, or a tensor where they are learned."""
 
 _OVERRIDES: ContextVar[Mapping[int, Strengths]] = ContextVar("hf_steer_strengths", default={})  # noqa: B039 - never mutated
 
@@ -44,10 +48,12 @@ def use_strength(model: Any, strength: Strength) -> Iterator[None]:
         _OVERRIDES.reset(token)
 
 
-def strengths_for(steering: Any) -> Strengths:
-    """Layer -> λ per query head, for the calls of this thread."""
-    strengths: Strengths = _OVERRIDES.get().get(id(steering), steering.plan.strengths)
-    return strengths
+def strengths_for(steering: Any, device: torch.device) -> Strengths:
+    """Layer -> λ per query head, for the calls of this thread: in force, learned, or configured."""
+    own = _OVERRIDES.get().get(id(steering))
+    if own is None and steering.learned is not None:
+        return steering.learned.strengths(device)  # type: ignore[no-any-return]
+    return steering.plan.strengths if own is None else own
 
 
 def _resolve(plan: Plan, strength: Strength) -> Strengths:

@@ -126,13 +126,16 @@ def test_preserved_mass_is_exact_where_attention_inside_a_group_is_uniform(backe
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "none"])
-def test_merging_never_opens_a_masked_position(kind):
-    bias = torch.full((1, 2, 3, 3), 1e4)
+@pytest.mark.parametrize("queries", [1, 3], ids=["one bias for all queries", "one each"])
+def test_merging_never_opens_a_masked_position_and_never_closes_an_open_one(kind, queries):
+    bias = torch.full((1, 2, queries, 3), 1e4)
     allowed = torch.ones(3, 3, dtype=torch.bool).tril()
     masks = {"bool": allowed, "float": torch.zeros(3, 3).masked_fill(~allowed, torch.finfo(torch.float32).min), "none": None}
-    merged = merge_mask(bias, masks[kind], causal=True)
+    merged = merge_mask(bias, masks[kind], causal_queries=3)
     weights = torch.softmax(merged, -1)
+    assert weights.shape[2] == 3
     assert weights[..., ~allowed].max() == 0
+    assert weights[..., allowed].min() > 0
     assert torch.isfinite(merged).all()
 
 

@@ -60,7 +60,7 @@ def logits_in_chunks(
     for start in range(first, last, step):
         chunk = slice(start, min(start + step, last))
         raw = call.query[:, :, chunk].float() @ key * call.scaling
-        logits = merge_mask(raw, _mask_of(call, chunk, count, keys), causal=False)
+        logits = merge_mask(raw, _mask_of(call, chunk, count, keys), causal_queries=None)
         yield chunk, logits, None if call.bias is None else dense_bias(_cut(call.bias, chunk), torch.float32)
 
 

@@ -24,7 +24,8 @@ def attend_masked(
     """Attend with the dense bias added to the mask; arguments as for `attend_folded`."""
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    mask = merge_mask(dense_bias(bias, query.dtype), attention_mask, causal=causal and query.shape[2] > 1)
+    queries = query.shape[2]
+    mask = merge_mask(dense_bias(bias, query.dtype), attention_mask, causal_queries=queries if causal and queries > 1 else None)
     return inner(module, query, key, value, mask, is_causal=False, **kwargs)
 
 
@@ -33,7 +34,7 @@ def dense_bias(bias: HeadBias, dtype: torch.dtype) -> Tensor:
     return torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(bias.key), -1, -1, -1), bias.key).to(dtype)
 
 
-def merge_mask(bias: Tensor, attention_mask: Tensor | None, *, causal: bool) -> Tensor:
+def merge_mask(bias: Tensor, attention_mask: Tensor | None, *, causal_queries: int | None) -> Tensor:
     """Add the bias to a mask of any kind without ever opening a masked position.
 
     transformers hands eager a float mask and sdpa a bool mask or None. Adding a float to a bool mask would turn "masked"
@@ -42,14 +43,14 @@ def merge_mask(bias: Tensor, attention_mask: Tensor | None, *, causal: bool) -> 
     Args:
         bias: `(batch, heads, queries or 1, keys)`.
         attention_mask: None, bool (True may attend), or float (added to the logits).
-        causal: whether None means causal, aligned to the top left as in sdpa.
+        causal_queries: how many queries there are, if no mask means causal, aligned to the top left as in sdpa; the bias may be
+            one for all of them.
     """
     lowest = torch.finfo(bias.dtype).min
     if attention_mask is None:
-        if not causal:
+        if causal_queries is None:
             return bias
-        queries = bias.shape[2]
-        attention_mask = torch.ones(queries, bias.shape[3], dtype=torch.bool, device=bias.device).tril()
+        attention_mask = torch.ones(causal_queries, bias.shape[3], dtype=torch.bool, device=bias.device).tril()
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, bias, lowest)
     return (attention_mask + bias).clamp(min=lowest)

@@ -32,7 +32,8 @@ class LearnedStrengths(nn.Module):
     def _spread(self, layer: int, heads: tuple[int, ...]) -> Tensor:
         own = self.layers[str(layer)].float()
         places = torch.tensor(heads, device=own.device)
-        return torch.zeros(self.num_heads, dtype=torch.float32, device=own.device).index_put((places,), own)
+        spread: Tensor = own.new_zeros(self.num_heads).index_put((places,), own)
+        return spread
 
     def _silent(self) -> bool:
         """So that a fresh patch is bit-equal to no patch. The parameters are looked at once per change, not once per step."""

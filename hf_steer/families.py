@@ -53,6 +53,7 @@ class Family:
         blocks: path of the blocks from a vision tower whose attention can be read; None for other families.
         block_attention: path of the attention module from a block.
         placeholders: modality -> name of the config value that holds its placeholder token.
+        layout: row of `saliency.LAYOUTS` that says where in a picture or sound each placeholder token lies.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
         encoders: modality -> where its aligners go.
         counts_items: the model's loss heeds `num_items_in_batch`, Trainer's count over all accumulation steps.
@@ -63,6 +64,7 @@ class Family:
     blocks: str | None = None
     block_attention: str = "attn"
     placeholders: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    layout: str | None = None
     windowed: bool = False
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
     counts_items: bool = True
@@ -86,17 +88,21 @@ _CTC = Family(
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "qwen2_vl": Family(
-            blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, encoders=_eye(
+            blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, layout="qwen", encoders=_eye(
                 layers="blocks", projector="visual.merger", size="embed_dim"
             ),
         ),
-        "qwen2_5_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, windowed=True, encoders=_QWEN_EYE),
-        "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, encoders=_QWEN_EYE),
-        "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), encoders=_LLAVA_EYE),
-        "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, encoders=_LLAVA_EYE),
-        "qwen2_audio": Family(placeholders=_AUDIO, counts_items=False, encoders=_ear(mask="feature_attention_mask")),
-        "audioflamingo3": Family(placeholders=_AUDIO, encoders=_ear(mask="input_features_mask")),
-        "voxtral": Family(placeholders=_AUDIO, encoders=_ear(outlet="output")),
+        "qwen2_5_vl": Family(
+            blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, layout="qwen", windowed=True, encoders=_QWEN_EYE
+        ),
+        "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, layout="qwen", encoders=_QWEN_EYE),
+        "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), layout="llava", encoders=_LLAVA_EYE),
+        "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, layout="llava_onevision", encoders=_LLAVA_EYE),
+        "qwen2_audio": Family(
+            placeholders=_AUDIO, layout="qwen2_audio", counts_items=False, encoders=_ear(mask="feature_attention_mask")
+        ),
+        "audioflamingo3": Family(placeholders=_AUDIO, layout="audioflamingo3", encoders=_ear(mask="input_features_mask")),
+        "voxtral": Family(placeholders=_AUDIO, layout="voxtral", encoders=_ear(outlet="output")),
         "whisper": Family(layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="attention_mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,
@@ -153,6 +159,7 @@ def resolve(model: Any) -> Anatomy:
         tower=tower,
         blocks=() if family.blocks is None else _attention_sites(names, tower, family.blocks, family.block_attention),
         placeholder_ids={modality: getattr(model.config, name) for modality, name in family.placeholders.items()},
+        layout=family.layout,
         merge_size=1 if vision is None else vision.spatial_merge_size,
         temporal_patch_size=1 if vision is None else vision.temporal_patch_size,
         windowed=family.windowed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -91,6 +92,7 @@ class Anatomy:
     """Where things are in one live model: what a row of `families.FAMILIES` resolves to.
 
     `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
+    `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie; None for a model that reads text only.
     """
 
     family: str
@@ -104,6 +106,7 @@ class Anatomy:
     tower: Any
     blocks: tuple[Site, ...]
     placeholder_ids: Mapping[str, int]
+    layout: str | None
     merge_size: int
     temporal_patch_size: int
     windowed: bool
@@ -156,23 +159,60 @@ class Plan:
         return self.config.has_weights
 
 
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one picture or one video in one row of a prompt.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of one picture, video or sound lie.
 
     Attributes:
-        modality: `"image"` or `"video"`.
+        grid: frames, height and width in tokens, where those that have a place form a regular grid; else None.
+        cells: `(tokens, 4)` float64: left, top, right, bottom in fractions of the sides of the original picture; or `(tokens, 2)`:
+            start and end in seconds of a sound. NaN for a token without a place (a newline, a class token). None where the
+            grid has all tokens and covers the whole picture evenly.
+        crop_px: the cells are fractions of the centre square that is left of the picture when its shorter side is resized to
+            so many pixels; None when they are fractions of the whole.
+        size: `(width, height)` in pixels, or `(seconds,)`, of the original, as far as the model's inputs tell; else None.
+        slack: by how much each number of `size` may be off (what the processor rounds or pads); infinite where a sound may
+            have been cut.
+        continues: a full window of a long sound: the next one goes on with it if no token lies between.
+    """
+
+    grid: tuple[int, int, int] | None = None
+    cells: Tensor | None = None
+    crop_px: int | None = None
+    size: tuple[float, ...] | None = None
+    slack: float = 0.0
+    continues: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid or (0,)) if self.cells is None else len(self.cells)
+
+    @property
+    def frames(self) -> int:
+        return 1 if self.grid is None else self.grid[0]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one picture, video or sound in one row of a prompt.
+
+    Attributes:
+        modality: `"image"`, `"video"` or `"audio"`.
         row: batch row, before `generate` expands it.
-        index: which picture (or video) of that row, from 0.
+        index: which picture (or video, or sound) of that row, from 0.
         positions: `(tokens,)` key positions; not always contiguous (Qwen3-VL writes timestamps between frames).
-        grid: frames, height, width, counted in tokens; None when the caller's encoder outputs hide it.
+        layout: where in the picture or sound each of them lies.
     """
 
     modality: str
     row: int
     index: int
     positions: Tensor
-    grid: tuple[int, int, int]
+    layout: Layout
+
+    @property
+    def grid(self) -> tuple[int, int, int] | None:
+        return self.layout.grid
 
 
 @dataclass(frozen=True)

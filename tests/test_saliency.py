@@ -8,7 +8,7 @@ from PIL import Image
 from hf_steer import Saliency, SaliencyError
 from hf_steer.saliency import EyeRecord, attention_received, find_spans, normalize, scores_from_eyes, scores_from_user
 from hf_steer.saliency.paint import Boxes, Picture, Points
-from hf_steer.values import Span, TokenScores
+from hf_steer.values import Layout, Span, TokenScores
 
 
 def scored(values, group=None):
@@ -107,12 +107,16 @@ def test_char_spans_mark_every_token_that_they_touch():
     assert weighted.tokens.tolist() == [[0, 0.5, 0.5, 0], [0.5, 0, 0, 0]]
 
 
+def laid_out(**grids):
+    return {modality: [Layout(grid=grid) for grid in own] for modality, own in grids.items()}
+
+
 def spans_of(*grids):
     start, spans = 2, []
     for index, grid in enumerate(grids):
         count = math.prod(grid)
         modality, place = ("image", index) if grid[0] == 1 else ("video", 0)
-        spans.append(Span(modality, 0, place, torch.arange(start, start + count), grid))
+        spans.append(Span(modality, 0, place, torch.arange(start, start + count), Layout(grid=grid)))
         start += count + 1
     return tuple(spans)
 
@@ -135,9 +139,9 @@ def test_regions_land_on_the_tokens_of_the_picture_they_name():
 def test_pictures_that_were_encoded_once_per_beam_are_read_once(copies):
     """Row by row, all pictures of a row, then all of them again: as transformers repeated pixels up to 5.17."""
     spans = (
-        Span("image", 0, 0, torch.tensor([1, 2]), (1, 1, 2)),
-        Span("image", 0, 1, torch.tensor([4]), (1, 1, 1)),
-        Span("image", 1, 0, torch.tensor([0, 1]), (1, 1, 2)),
+        Span("image", 0, 0, torch.tensor([1, 2]), Layout(grid=(1, 1, 2))),
+        Span("image", 0, 1, torch.tensor([4]), Layout(grid=(1, 1, 1))),
+        Span("image", 1, 0, torch.tensor([0, 1]), Layout(grid=(1, 1, 2))),
     )
     scores = torch.tensor([*[1.0, 2.0, 3.0] * copies, *[4.0, 5.0] * copies])
     laid_out = scores_from_eyes(
@@ -159,8 +163,8 @@ def test_frames_of_a_video_count_sampled_frames():
 
 def test_spans_follow_rows_and_modalities_and_may_be_interrupted():
     ids = torch.tensor([[1, 9, 9, 1, 9, 9, 9, 9, 1], [1, 1, 8, 8, 1, 8, 8, 1, 9]])
-    grids = {"image": [(1, 1, 2), (1, 2, 2), (1, 1, 1)], "video": [(2, 1, 2)]}
-    spans = find_spans(ids, {"image": 9, "video": 8}, grids, first_position=100)
+    layouts = laid_out(image=[(1, 1, 2), (1, 2, 2), (1, 1, 1)], video=[(2, 1, 2)])
+    spans = find_spans(ids, {"image": 9, "video": 8}, layouts, first_position=100)
     found = [(span.row, span.modality, span.index, span.positions.tolist()) for span in spans]
     assert found == [
         (0, "image", 0, [101, 102]), (0, "image", 1, [104, 105, 106, 107]), (1, "image", 0, [108]),
@@ -171,7 +175,7 @@ def test_spans_follow_rows_and_modalities_and_may_be_interrupted():
 @pytest.mark.parametrize("grids", [{"image": [(1, 1, 2)]}, {"image": [(1, 1, 4)]}, {"image": [(1, 1, 3), (1, 1, 1)]}, {}])
 def test_a_token_count_that_does_not_match_is_an_error_with_both_counts(grids):
     with pytest.raises(SaliencyError, match=r"image token count does not match: .* hold \[3\] image tokens"):
-        find_spans(torch.tensor([[9, 9, 9, 1]]), {"image": 9}, grids)
+        find_spans(torch.tensor([[9, 9, 9, 1]]), {"image": 9}, laid_out(**grids))
 
 
 @pytest.mark.parametrize(
@@ -198,8 +202,8 @@ def test_a_token_count_that_does_not_match_is_an_error_with_both_counts(grids):
         (lambda: Saliency.from_char_spans([[(0, 9)]], [[(0, 3)]]), "row 0: characters 0 to 9 are empty or outside its text of 3"),
         (lambda: Saliency.from_char_spans([[(2, 2)]], [[(0, 3)]]), "are empty"),
         (lambda: Saliency.from_char_spans([[], []], [[(0, 3)]]), "2 rows of spans for 1 rows"),
-        (lambda: Saliency.from_tokens([[1.0]]) + Saliency.from_mask([[1]]), "cannot be added"),
-        (lambda: Saliency.from_tokens([[1.0]]) + Saliency.from_tokens([[1.0, 2.0]]), "cannot be added"),
+        (lambda: Saliency.from_tokens([[1.0]]) + Saliency.from_mask([[1]]), "cannot be combined"),
+        (lambda: Saliency.from_tokens([[1.0]]) + Saliency.from_tokens([[1.0, 2.0]]), "cannot be combined"),
         (lambda: laid(Saliency.from_mask([[1]], image=2), spans_of((1, 2, 2))), "no image 2 in row 0: .* holds 1 of them"),
         (lambda: laid(Saliency.from_mask([[1]], row=3), spans_of((1, 2, 2))), "no image 0 in row 3"),
         (lambda: laid(Saliency.from_mask([[1]], video=0, frames=(0, 9)), spans_of((3, 1, 2))), "past the video's 6 sampled"),

@@ -20,13 +20,12 @@ from hf_steer.saliency import (
     Saliency,
     find_spans,
     normalize,
+    read_layouts,
     scores_from_eyes,
     scores_from_user,
-    token_grid,
 )
-from hf_steer.values import MODALITIES, Anatomy, HeadBias, Plan, Span, TokenScores
+from hf_steer.values import MODALITIES, HeadBias, Plan, Span, TokenScores
 
-GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 IGNORED_LABEL = -100
 
@@ -88,7 +87,7 @@ def read_prompt(
         real=real_tokens(mask, first + tokens) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
-        spans=_new_spans(ids, _token_grids(named, encoded, plan.anatomy), plan, statement, first=first, past=past),
+        spans=_new_spans(ids, named, encoded, plan, statement, first=first, past=past),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
 
@@ -213,36 +212,33 @@ def _refuse_hidden_tokens(ids: Tensor | None, statement: Saliency | None) -> Non
 
 def _new_spans(
     ids: Tensor | None,
-    grids: Mapping[str, list[tuple[int, int, int]]],
+    named: Mapping[str, Any],
+    encoded: Mapping[str, EyeRecord],
     plan: Plan,
     statement: Saliency | None,
     *,
     first: int,
     past: int,
 ) -> tuple[Span, ...]:
-    """Pictures and videos that come after the first `past` tokens; `ids` begin at key position `first`."""
+    """Pictures, videos and sounds that come after the first `past` tokens; `ids` begin at key position `first`.
+
+    They are kept for what may be said later, even if nothing is said of them now.
+    """
     placeholders = plan.anatomy.placeholder_ids
     needed = plan.eyes if statement is None else statement.regions
-    if ids is None or not placeholders or not (grids or needed):
+    if ids is None or not placeholders:
         return ()
-    if plan.anatomy.tower is None:
-        raise SaliencyError(
-            f"boxes, masks, maps and points need to know where in a picture each token lies, which is known of Qwen-VL models; "
-            f"this one is {plan.anatomy.family!r}. Give one score per token with Saliency.from_tokens(...)."
-        )
+    try:
+        layouts = read_layouts(named, encoded, plan.anatomy)
+    except SaliencyError:
+        if needed:
+            raise
+        return ()
+    if not (layouts or needed):
+        return ()
     fresh = ids[:, max(0, past - first) :]
     count = sum(int((fresh == token).sum()) for token in placeholders.values())
-    if count == sum(t * h * w for sizes in grids.values() for t, h, w in sizes):
-        return find_spans(fresh, placeholders, grids, first_position=max(past, first))
-    every = find_spans(ids, placeholders, grids, first_position=first)
+    if count == sum(layout.tokens for own in layouts.values() for layout in own):
+        return find_spans(fresh, placeholders, layouts, first_position=max(past, first))
+    every = find_spans(ids, placeholders, layouts, first_position=first)
     return tuple(span for span in every if int(span.positions[0]) >= past)
-
-
-def _token_grids(
-    named: Mapping[str, Any], records: Mapping[str, EyeRecord], anatomy: Anatomy
-) -> dict[str, list[tuple[int, int, int]]]:
-    grids = {modality: list(record.grids) for modality, record in records.items()}
-    for modality, name in GRIDS.items():
-        if named.get(name) is not None:
-            grids[modality] = [token_grid(grid, anatomy.merge_size) for grid in named[name].tolist()]
-    return grids

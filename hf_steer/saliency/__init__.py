@@ -2,8 +2,9 @@
 
 from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received
 from hf_steer.saliency.given import Saliency
+from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
-from hf_steer.saliency.spans import find_spans, token_grid
+from hf_steer.saliency.spans import find_spans
 from hf_steer.saliency.tokens import scores_from_eyes, scores_from_user
 
 __all__ = [
@@ -14,7 +15,7 @@ __all__ = [
     "attention_received",
     "find_spans",
     "normalize",
+    "read_layouts",
     "scores_from_eyes",
     "scores_from_user",
-    "token_grid",
 ]

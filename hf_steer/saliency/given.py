@@ -1,41 +1,48 @@
-"""What the user says: "look here", as token scores, character spans, boxes, masks, maps or points."""
+"""What the user says: "look here", as token scores, stretches of text, boxes, masks, maps, points, or seconds of a sound."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
-from hf_steer.saliency.paint import Boxes, Paint, Picture, Points, box_fractions, point_fractions
+from hf_steer.saliency.checked import check_boxes, check_map, check_mask, check_points, check_stretches, finite, picture_size
+from hf_steer.saliency.paint import Paint
+from hf_steer.saliency.regions import OPERATIONS, Joint, Region, Term, regions_of
+from hf_steer.saliency.text import char_scores, text_scores
 
 Box = Sequence[float]
 
 
-@dataclass(frozen=True)
-class Region:
-    """A painting on one picture or video: which row, which one of that row, which of its frames."""
-
-    paint: Paint
-    row: int
-    modality: str
-    index: int
-    frames: tuple[int, int] | None
-
-
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """Where to look; hand it to `use_saliency`. Build it with one of the `from_*` methods; `a + b` says both.
+    """Where to look, or to listen; hand it to `use_saliency`. Build it with one of the `from_*` methods.
 
-    Pixels are those of the original picture, before the processor resized it: x to the right, y down, from the top left.
+    Statements combine token by token, before they are normalised: `a + b` is both, `2.0 * a` twice as much, `a * b` the product and
+    `a & b` the smaller of the two; on a picture or sound of which one of the two says nothing, these last two say nothing.
+
+    Pixels are those of the original picture, before the processor resized, cut or padded it: x to the right, y down, from the top
+    left. Where the model's inputs tell the shape of the picture, a statement about a picture of another shape is refused.
+
+    Attributes:
+        tokens: `(batch, prompt tokens)` scores, for a statement about tokens.
+        terms: what is said of pictures and sounds, to be summed.
     """
 
     tokens: Tensor | None = None
-    regions: tuple[Region, ...] = ()
+    terms: tuple[Term, ...] = ()
+
+    __array_ufunc__ = None  # a NumPy number times a statement is a statement
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All pictures and sounds that are spoken of, one entry per statement."""
+        return regions_of(self.terms)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saliency:
         """Itself: it is frozen, and a copied cache still carries the same statement."""
@@ -53,7 +60,7 @@ class Saliency:
         Raises:
             SaliencyError: wrong number of dimensions, NaN or infinite.
         """
-        values = _finite("scores", scores)
+        values = finite("scores", scores)
         values = values[None] if values.ndim == 1 else values
         if values.ndim != 2 or not values.numel():
             raise SaliencyError(f"from_tokens takes (batch, prompt tokens); got shape {tuple(values.shape)}.")
@@ -74,38 +81,34 @@ class Saliency:
         Raises:
             SaliencyError: a row without its spans, an empty span, or one outside the text.
         """
-        offsets = torch.as_tensor(np.asarray(offset_mapping))
-        if offsets.ndim != 3 or offsets.shape[-1] != 2:
-            raise SaliencyError(
-                f"offset_mapping must have shape (batch, tokens, 2); got {tuple(offsets.shape)}. "
-                "Call the tokenizer with a list of prompts and return_offsets_mapping=True."
-            )
-        if len(spans) != len(offsets):
-            raise SaliencyError(f"{len(spans)} rows of spans for {len(offsets)} rows of tokens; give one list per row.")
-        scores = torch.zeros(offsets.shape[:2])
-        for row, (row_spans, pairs) in enumerate(zip(spans, offsets, strict=True)):
-            start_of, end_of = pairs[:, 0], pairs[:, 1]
-            for number, (start, end) in enumerate(row_spans):
-                if not 0 <= start < end <= int(end_of.max()):
-                    raise SaliencyError(
-                        f"row {row}: characters {start} to {end} are empty or outside its text of {int(end_of.max())} "
-                        "characters; spans are (start, end) with the end excluded."
-                    )
-                weight = 1.0 if weights is None else float(weights[number])
-                scores[row, (start_of < end) & (end_of > start)] = weight
-        return cls.from_tokens(scores)
+        return cls.from_tokens(char_scores(spans, offset_mapping, weights))
+
+    @classmethod
+    def from_text(
+        cls, substrings: str | Sequence[str | Sequence[str]], tokenizer: Any, input_ids: Any, *, occurrence: int | None = None
+    ) -> Saliency:
+        """Stretches of the prompt's text, by what they read. A token that a stretch touches scores 1.
+
+        The text is what `input_ids` decode to, special and padding tokens included; it is what the tokenizer saw after the
+        processor put in its placeholders, so no offsets of the processor's are needed.
+
+        Args:
+            substrings: one for all rows; or one entry per row, a string or a list of strings (empty to say nothing there).
+            tokenizer: that made `input_ids`, or the processor that holds it.
+            input_ids: `(batch, tokens)` as the model gets them, or `(tokens,)` for one row.
+            occurrence: which one, from 0, where a substring is there several times.
+
+        Raises:
+            SaliencyError: a substring that is not there, or several times without `occurrence`; entries for other rows; a
+                tokenizer whose tokens do not decode one after the other.
+        """
+        return cls.from_tokens(text_scores(substrings, tokenizer, input_ids, occurrence))
 
     @classmethod
     def from_boxes(
-        cls,
-        boxes: Sequence[Box] | Box,
-        image_size: Any,
-        *,
-        row: int = 0,
-        image: int = 0,
-        video: int | None = None,
+        cls, boxes: Sequence[Box] | Box, image_size: Any, *, row: int = 0, image: int = 0, video: int | None = None,
         frames: tuple[int, int] | None = None,
-    ) -> Saliency:
+    ) -> Saliency:  # fmt: skip
         """Boxes in pixels of the original picture; each token scores the share of its area that they cover.
 
         Args:
@@ -119,52 +122,44 @@ class Saliency:
         Raises:
             SaliencyError: a box that is empty or reaches outside the picture.
         """
-        return cls._region(Boxes(box_fractions(boxes, image_size)), row, image, video, frames)
+        return cls._region(check_boxes(boxes, image_size), image_size, row, image, video, frames)
 
     @classmethod
     def from_mask(
-        cls, mask: Any, *, row: int = 0, image: int = 0, video: int | None = None, frames: tuple[int, int] | None = None
-    ) -> Saliency:
+        cls, mask: Any, *, image_size: Any = None, row: int = 0, image: int = 0, video: int | None = None,
+        frames: tuple[int, int] | None = None,
+    ) -> Saliency:  # fmt: skip
         """A mask over the whole picture, `(height, width)`, bool or in [0, 1], at any resolution; averaged per token.
+
+        Args:
+            mask: the mask.
+            image_size: as in `from_boxes`, for a mask of another shape than the picture; None for one of the same.
+            row: as in `from_boxes`, like `image`, `video` and `frames`.
 
         Raises:
             SaliencyError: not two-dimensional, NaN, below 0 or above 1.
         """
-        values = _finite("mask", mask)
-        if values.numel() and (values.min() < 0 or values.max() > 1):
-            raise SaliencyError(
-                f"a mask must lie in [0, 1]; got {values.min():g} to {values.max():g}. For other scores use from_map."
-            )
-        return cls._region(Picture(_flat("mask", values)), row, image, video, frames)
+        paint = check_mask(mask)
+        return cls._region(paint, _own_size(paint.values, image_size), row, image, video, frames)
 
     @classmethod
     def from_map(
-        cls, scores: Any, *, row: int = 0, image: int = 0, video: int | None = None, frames: tuple[int, int] | None = None
-    ) -> Saliency:
-        """A saliency map over the whole picture, `(height, width)`, at least 0, at any resolution.
+        cls, scores: Any, *, image_size: Any = None, row: int = 0, image: int = 0, video: int | None = None,
+        frames: tuple[int, int] | None = None,
+    ) -> Saliency:  # fmt: skip
+        """A saliency map over the whole picture, `(height, width)`, at least 0, at any resolution; otherwise as `from_mask`.
 
         Raises:
             SaliencyError: not two-dimensional, NaN, or negative.
         """
-        values = _finite("map", scores)
-        if values.numel() and values.min() < 0:
-            raise SaliencyError(
-                f"a saliency map must not be negative; got {values.min():g}. To turn the gaze away, use a negative strength."
-            )
-        return cls._region(Picture(_flat("map", values)), row, image, video, frames)
+        paint = check_map(scores)
+        return cls._region(paint, _own_size(paint.values, image_size), row, image, video, frames)
 
     @classmethod
     def from_points(
-        cls,
-        points: Sequence[Sequence[float]] | Sequence[float],
-        image_size: Any,
-        *,
-        radius_px: float | None = None,
-        row: int = 0,
-        image: int = 0,
-        video: int | None = None,
-        frames: tuple[int, int] | None = None,
-    ) -> Saliency:
+        cls, points: Sequence[Sequence[float]] | Sequence[float], image_size: Any, *, radius_px: float | None = None,
+        row: int = 0, image: int = 0, video: int | None = None, frames: tuple[int, int] | None = None,
+    ) -> Saliency:  # fmt: skip
         """Points in pixels of the original picture, each a Gaussian spot.
 
         Args:
@@ -172,53 +167,78 @@ class Saliency:
             image_size: `(width, height)` of the original picture, or the PIL picture itself.
             radius_px: standard deviation of a spot; a sixteenth of the longer side when None. It is never narrower than
                 half a token.
-            row: batch row, as in `input_ids`.
-            image: which picture of that row, from 0.
-            video: which video of that row instead.
-            frames: first and last (excluded) of the video's sampled frames; all when None.
+            row: as in `from_boxes`, like `image`, `video` and `frames`.
 
         Raises:
             SaliencyError: a point outside the picture, a radius that is not above 0.
         """
-        paint = Points(*point_fractions(points, image_size, radius_px))
-        return cls._region(paint, row, image, video, frames)
+        return cls._region(check_points(points, image_size, radius_px), image_size, row, image, video, frames)
+
+    @classmethod
+    def from_seconds(
+        cls, spans: Sequence[Sequence[float]] | Sequence[float], *, duration_seconds: float | None = None, row: int = 0,
+        sound: int = 0,
+    ) -> Saliency:  # fmt: skip
+        """Stretches of a sound; each token scores the share of its time that they cover.
+
+        Args:
+            spans: one or several `(start, end)` in seconds.
+            duration_seconds: of the sound, which Voxtral's inputs do not tell: without it spans may reach into the padding. The
+                other families know it, and check it.
+            row: batch row, as in `input_ids`.
+            sound: which sound of that row, from 0.
+
+        Raises:
+            SaliencyError: a span that is empty, negative or outside the sound.
+        """
+        if row < 0 or sound < 0:
+            raise SaliencyError(f"rows and sounds count from 0; got row={row}, sound={sound}.")
+        return cls(terms=(Region(check_stretches(spans, duration_seconds), row, "audio", sound),))
 
     def __add__(self, other: Saliency) -> Saliency:
-        """Both statements: regions add up where they overlap; token scores add token by token."""
+        return self._combined(other, "sum")
+
+    def __and__(self, other: Saliency) -> Saliency:
+        return self._combined(other, "least")
+
+    def __mul__(self, other: Saliency | float) -> Saliency:
+        if not isinstance(other, Real) or isinstance(other, bool):
+            return self._combined(other, "product")
+        weight = float(other)
+        if not math.isfinite(weight):
+            raise SaliencyError(f"the weight of a statement must be a finite number; got {weight}.")
+        if self.tokens is not None:
+            return Saliency(tokens=self.tokens * weight)
+        return Saliency(terms=tuple(replace(term, weight=term.weight * weight) for term in self.terms))
+
+    __rmul__ = __mul__
+
+    def _combined(self, other: Any, operation: str) -> Saliency:
+        """Token scores at once, regions as terms: what they are on tokens is known with the prompt."""
         if not isinstance(other, Saliency):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         if (self.tokens is None) != (other.tokens is None):
-            raise SaliencyError("token scores and picture regions cannot be added; they are scaled over different tokens.")
+            raise SaliencyError("token scores and regions cannot be combined; they are scaled over different tokens.")
         if self.tokens is None or other.tokens is None:
-            return Saliency(regions=self.regions + other.regions)
+            both = (*self.terms, *other.terms)
+            return Saliency(terms=both if operation == "sum" else (Joint(operation, self.terms, other.terms),))
         if self.tokens.shape != other.tokens.shape:
             shapes = f"{tuple(self.tokens.shape)} and {tuple(other.tokens.shape)}"
-            raise SaliencyError(f"token scores of shapes {shapes} cannot be added; both are (batch, prompt tokens).")
-        return Saliency(tokens=self.tokens + other.tokens)
+            raise SaliencyError(f"token scores of shapes {shapes} cannot be combined; both are (batch, prompt tokens).")
+        return Saliency(tokens=OPERATIONS[operation](self.tokens, other.tokens))
 
     @classmethod
     def _region(
-        cls, paint: Paint, row: int, image: int, video: int | None, frames: tuple[int, int] | None
+        cls, paint: Paint, size: Any, row: int, image: int, video: int | None, frames: tuple[int, int] | None
     ) -> Saliency:
         modality, index = ("image", image) if video is None else ("video", video)
         if row < 0 or index < 0:
             raise SaliencyError(f"rows and pictures count from 0; got row={row}, {modality}={index}.")
         if frames is not None and (video is None or not 0 <= frames[0] < frames[1]):
-            raise SaliencyError(
-                f"frames={frames} must be (first, last excluded) of a video, with video=... saying which one."
-            )
-        return cls(regions=(Region(paint, row, modality, index, frames),))
+            raise SaliencyError(f"frames={frames} must be (first, last excluded) of a video, with video=... saying which one.")
+        return cls(terms=(Region(paint, row, modality, index, frames, picture_size(size)),))
 
 
-def _finite(name: str, values: Any) -> Tensor:
-    tensor = torch.as_tensor(values.detach() if isinstance(values, Tensor) else np.asarray(values))
-    tensor = tensor.to(torch.float32)
-    if not torch.isfinite(tensor).all():
-        raise SaliencyError(f"{name} must be finite; {int((~torch.isfinite(tensor)).sum())} values are NaN or infinite.")
-    return tensor
-
-
-def _flat(name: str, values: Tensor) -> Tensor:
-    if values.ndim != 2 or not values.numel():
-        raise SaliencyError(f"a {name} must have shape (height, width); got {tuple(values.shape)}.")
-    return values
+def _own_size(values: Tensor, image_size: Any) -> Any:
+    """A map's own `(width, height)` where no other is given."""
+    return values.shape[::-1] if image_size is None else image_size

@@ -1,30 +1,29 @@
-"""Resampling of boxes, maps and points in the original picture to a grid of tokens.
+"""Boxes, maps, points and stretches of time, laid onto the tokens of a picture or sound.
 
-The processors of all families here resize the whole picture onto the whole grid, so a position is a fraction of each side.
+Each knows two kinds of tokens: a regular grid over the whole picture, and single cells wherever they lie.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_steer.errors import SaliencyError
-
-DEFAULT_RADIUS_FRACTION = 1 / 16
-
 
 class Paint(Protocol):
-    """Something that can be laid onto a grid of tokens."""
+    """Something that can be laid onto the tokens of a picture."""
 
     def on_grid(self, height: int, width: int) -> Tensor:
-        """`(height, width)` float32 scores of the tokens."""
+        """`(height, width)` float32 scores of the tokens of a grid over the whole picture."""
+
+    def on_cells(self, cells: Tensor) -> Tensor:
+        """`(tokens,)` float32 scores of cells `(tokens, 4)`: left, top, right, bottom in fractions of the sides."""
+
+    def misses(self, shown: Tensor) -> bool:
+        """Whether any of it lies outside `(4,)`, the part of the picture that the cells show."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,20 @@ class Boxes:
             covered = torch.maximum(covered, share)
         return covered
 
+    def on_cells(self, cells: Tensor) -> Tensor:
+        boxes = torch.tensor(self.fractions, dtype=torch.float64)
+        shares = _shares(cells[:, 0::2], boxes[:, 0::2]) * _shares(cells[:, 1::2], boxes[:, 1::2])
+        return shares.amax(1).to(torch.float32)
+
+    def misses(self, shown: Tensor) -> bool:
+        left, top, right, bottom = shown.tolist()
+        return any(box[0] >= right or box[1] >= bottom or box[2] <= left or box[3] <= top for box in self.fractions)
+
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """`(height, width)` scores at any resolution: averaged where the grid is coarser, interpolated where it is finer."""
+    """`(height, width)` scores at any resolution. On a grid they are averaged where that is coarser and interpolated where it is
+    finer; a cell gets their mean over its area."""
 
     values: Tensor
 
@@ -53,10 +62,21 @@ class Picture:
             return F.interpolate(image, size=(height, width), mode="area")[0, 0]
         return F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)[0, 0]
 
+    def on_cells(self, cells: Tensor) -> Tensor:
+        height, width = self.values.shape
+        # a map has few rows and columns of cells, though many cells; sums of shares keep equal cells equal and silence silent
+        rows, row_of = torch.unique(cells[:, 1::2], dim=0, return_inverse=True)
+        columns, column_of = torch.unique(cells[:, 0::2], dim=0, return_inverse=True)
+        means = _shares(rows, _edges(height)) @ self.values.double() @ _shares(columns, _edges(width)).T
+        return means[row_of, column_of].to(torch.float32)
+
+    def misses(self, shown: Tensor) -> bool:
+        return bool(self.values.any()) and not self.on_cells(shown[None]).any()
+
 
 @dataclass(frozen=True)
 class Points:
-    """Gaussian spots: `(x, y)` in fractions of the sides, standard deviations `(x, y)` likewise."""
+    """Gaussian spots: `(x, y)` in fractions of the sides, standard deviations `(x, y)` likewise, but at least half a token."""
 
     fractions: tuple[tuple[float, float], ...]
     radii: tuple[float, float]
@@ -71,65 +91,47 @@ class Points:
         ]
         return torch.stack(spots).amax(0)
 
+    def on_cells(self, cells: Tensor) -> Tensor:
+        centres, halves = (cells[:, :2] + cells[:, 2:]) / 2, (cells[:, 2:] - cells[:, :2]) / 2
+        radii = torch.maximum(halves, torch.tensor(self.radii, dtype=torch.float64))
+        away = (centres[:, None] - torch.tensor(self.fractions, dtype=torch.float64)) / radii[:, None]
+        return torch.exp(-0.5 * away.square().sum(-1)).amax(1).to(torch.float32)
 
-def box_fractions(boxes: Any, image_size: Any) -> tuple[tuple[float, float, float, float], ...]:
-    """Boxes in pixels as fractions of the sides; SaliencyError for one that is empty or reaches outside."""
-    width, height = _size(image_size)
-    fractions = []
-    for box in _several(boxes, 4, "box", "(left, top, right, bottom)"):
-        left, top, right, bottom = box
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise SaliencyError(
-                f"box {tuple(box)} is empty or outside the picture of {width:g} x {height:g} pixels; boxes are "
-                "(left, top, right, bottom) in pixels of the original picture."
-            )
-        fractions.append((left / width, top / height, right / width, bottom / height))
-    return tuple(fractions)
+    def misses(self, shown: Tensor) -> bool:
+        left, top, right, bottom = shown.tolist()
+        return not all(left <= x <= right and top <= y <= bottom for x, y in self.fractions)
 
 
-def point_fractions(
-    points: Any, image_size: Any, radius_px: float | None
-) -> tuple[tuple[tuple[float, float], ...], tuple[float, float]]:
-    """Points and radius in pixels as fractions of the sides; SaliencyError for one outside."""
-    width, height = _size(image_size)
-    radius = max(width, height) * DEFAULT_RADIUS_FRACTION if radius_px is None else float(radius_px)
-    if not (math.isfinite(radius) and radius > 0):
-        raise SaliencyError(f"radius_px must be above 0; got {radius_px}.")
-    fractions = []
-    for x, y in _several(points, 2, "point", "(x, y)"):
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise SaliencyError(f"point ({x:g}, {y:g}) is outside the picture of {width:g} x {height:g} pixels.")
-        fractions.append((x / width, y / height))
-    return tuple(fractions), (radius / width, radius / height)
+@dataclass(frozen=True)
+class Stretches:
+    """Stretches of a sound, `(start, end)` in seconds, sorted and apart; a token scores the share of it that they cover.
+
+    Attributes:
+        spans: the stretches.
+        duration: of the sound, as far as the user says.
+    """
+
+    spans: tuple[tuple[float, float], ...]
+    duration: float | None
+
+    def on_cells(self, cells: Tensor) -> Tensor:
+        return _shares(cells, torch.tensor(self.spans, dtype=torch.float64)).sum(1).to(torch.float32)
 
 
 def _covered(start: float, end: float, cells: int) -> Tensor:
     """`(cells,)` share of each cell of the unit interval that `start` to `end` covers."""
+    stretch = torch.tensor([[start, end]], dtype=torch.float64)
+    return _shares(_edges(cells), stretch)[:, 0].to(torch.float32)
+
+
+def _edges(cells: int) -> Tensor:
+    """`(cells, 2)` starts and ends of equal cells of the unit interval."""
     edges = torch.arange(cells + 1, dtype=torch.float64) / cells
-    overlap = torch.clamp(edges[1:], max=end) - torch.clamp(edges[:-1], min=start)
-    return (overlap.clamp(min=0) * cells).to(torch.float32)
+    return torch.stack([edges[:-1], edges[1:]], 1)
 
 
-def _size(image_size: Any) -> tuple[float, float]:
-    size = getattr(image_size, "size", None)
-    try:
-        width, height = size if isinstance(size, tuple) else image_size
-        sides = float(width), float(height)
-    except (TypeError, ValueError) as error:
-        raise SaliencyError(f"image_size must be (width, height) in pixels or a PIL picture; got {image_size!r}.") from error
-    if not (sides[0] > 0 and sides[1] > 0):
-        raise SaliencyError(f"image_size must be (width, height) in pixels, both above 0; got {sides}.")
-    return sides
-
-
-def _several(values: Any, length: int, noun: str, form: str) -> Sequence[Sequence[float]]:
-    """One or several tuples of finite numbers."""
-    try:
-        table = torch.as_tensor(np.atleast_2d(np.asarray(values, dtype=np.float64)))
-        table = table.view(len(table), length)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SaliencyError(f"a {noun} is {form}; got {values!r}.") from error
-    if not len(table) or not torch.isfinite(table).all():
-        raise SaliencyError(f"there must be at least one {noun}, and all must be finite; got {values!r}.")
-    rows: list[list[float]] = table.tolist()
-    return rows
+def _shares(cells: Tensor, stretches: Tensor) -> Tensor:
+    """`(cells, stretches)` share of each cell `(start, end)` that each stretch `(start, end)` covers."""
+    start = torch.maximum(cells[:, None, 0], stretches[None, :, 0])
+    end = torch.minimum(cells[:, None, 1], stretches[None, :, 1])
+    return (end - start).clamp(min=0) / (cells[:, 1] - cells[:, 0])[:, None]

@@ -1,44 +1,41 @@
-"""Which prompt tokens belong to which picture or video."""
+"""Which prompt tokens belong to which picture, video or sound."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
-from hf_steer.values import Span
-
-
-def token_grid(grid: Sequence[int], merge_size: int) -> tuple[int, int, int]:
-    """Frames, height and width in tokens, from the same in patches."""
-    frames, height, width = (int(side) for side in grid)
-    return frames, height // merge_size, width // merge_size
+from hf_steer.saliency.sounds import join_windows
+from hf_steer.values import Layout, Span
 
 
 def find_spans(
     input_ids: Tensor,
     placeholder_ids: Mapping[str, int],
-    grids: Mapping[str, Sequence[tuple[int, int, int]]],
+    layouts: Mapping[str, Sequence[Layout]],
     *,
     first_position: int = 0,
 ) -> tuple[Span, ...]:
-    """Deal out each row's placeholder tokens to the pictures and videos, in their order.
+    """Deal out each row's placeholder tokens to the pictures, videos and sounds, in their order.
 
     Args:
         input_ids: `(batch, tokens)`.
         placeholder_ids: modality -> id of its placeholder token.
-        grids: modality -> token grids of all pictures of the batch, row by row, as processors list them.
+        layouts: modality -> those of all pictures of the batch, row by row, as processors list them. Windows of one long sound
+            become one span where no token lies between them.
         first_position: key position of `input_ids[:, 0]`.
 
     Returns:
         Spans, row by row; within a row image spans come before video spans.
 
     Raises:
-        SaliencyError: the number of placeholder tokens and the grids disagree.
+        SaliencyError: the number of placeholder tokens and the layouts disagree.
     """
-    remaining = {modality: list(grids.get(modality, ())) for modality in placeholder_ids}
+    remaining = {modality: list(layouts.get(modality, ())) for modality in placeholder_ids}
     spans: list[Span] = []
     rows = input_ids.detach().cpu()
     for row in range(rows.shape[0]):
@@ -46,24 +43,37 @@ def find_spans(
             positions = (rows[row] == token).nonzero().flatten() + first_position
             index = 0
             while len(positions) and remaining[modality]:
-                frames, height, width = grid = remaining[modality].pop(0)
-                count = frames * height * width
-                if count > len(positions):
-                    _refuse(modality, rows, token, grids)
-                spans.append(Span(modality, row, index, positions[:count].to(input_ids.device), grid))
-                positions, index = positions[count:], index + 1
+                layout = remaining[modality].pop(0)
+                if not 0 < layout.tokens <= len(positions):
+                    _refuse(modality, rows, token, layouts)
+                span = Span(modality, row, index, positions[: layout.tokens].to(input_ids.device), layout)
+                positions = positions[layout.tokens :]
+                if index and _continues(spans[-1], span):
+                    spans[-1] = _joined(spans[-1], span)
+                    continue
+                spans.append(span)
+                index += 1
             if len(positions):
-                _refuse(modality, rows, token, grids)
+                _refuse(modality, rows, token, layouts)
     for modality, rest in remaining.items():
         if rest:
-            _refuse(modality, rows, placeholder_ids[modality], grids)
+            _refuse(modality, rows, placeholder_ids[modality], layouts)
     return tuple(spans)
 
 
-def _refuse(modality: str, rows: Tensor, token: int, grids: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
+def _continues(before: Span, span: Span) -> bool:
+    return before.layout.continues and int(span.positions[0]) == int(before.positions[-1]) + 1
+
+
+def _joined(before: Span, span: Span) -> Span:
+    positions = torch.cat([before.positions, span.positions])
+    return dataclasses.replace(before, positions=positions, layout=join_windows(before.layout, span.layout))
+
+
+def _refuse(modality: str, rows: Tensor, token: int, layouts: Mapping[str, Sequence[Layout]]) -> None:
     per_row = (rows == token).sum(1).tolist()
-    sizes = [int(torch.tensor(grid).prod()) for grid in grids.get(modality, ())]
+    sizes = [layout.tokens for layout in layouts.get(modality, ())]
     raise SaliencyError(
-        f"{modality} token count does not match: the prompt's rows hold {per_row} {modality} tokens, the {modality} grids "
-        f"make {sizes} tokens. Build the prompt and the pixels with one call of the model's processor."
+        f"{modality} token count does not match: the prompt's rows hold {per_row} {modality} tokens, the {modality} inputs "
+        f"make {sizes} tokens. Build the whole prompt with one call of the model's processor."
     )

@@ -1,4 +1,4 @@
-"""From pictures to prompt tokens: scores of the model's own eyes, or the user's, laid onto key positions."""
+"""From pictures and sounds to prompt tokens: scores of the model's own eyes, or the user's, laid onto key positions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_steer.errors import SaliencyError
 from hf_steer.saliency.eyes import EyeRecord
-from hf_steer.saliency.given import Region, Saliency
+from hf_steer.saliency.given import Saliency
+from hf_steer.saliency.regions import Region, paint_region, total
 from hf_steer.values import Span, TokenScores
 
 
@@ -51,7 +52,7 @@ def scores_from_eyes(
             first = start
             for span in (span for span in own if span.row == row):
                 count = len(span.positions)
-                _lay(scores, span, record.scores[start : start + count], groups=span.grid[0])
+                _lay(scores, span, record.scores[start : start + count], groups=span.layout.frames)
                 start += count
             start += (repeated - 1) * (start - first)
     return scores
@@ -69,31 +70,28 @@ def scores_from_user(
 
     Args:
         saliency: what the user said.
-        spans: of all pictures of the conversation.
+        spans: of all pictures, videos and sounds of the conversation.
         real: `(batch, keys)` bool, False for padding; its length is what is to be covered.
         first_position: where the newest tokens start; token scores may cover just these.
         temporal_patch_size: video frames per grid step.
 
     Raises:
-        SaliencyError: token scores of another length or batch; a row, picture or frame that is not there.
+        SaliencyError: token scores of another length or batch; a row, picture, frame or second that is not there; a picture of
+            another shape.
     """
     batch, length = real.shape
     scores = _blank(batch, length, real.device)
     if saliency.tokens is not None:
         return _token_scores(saliency.tokens, scores, real, first_position)
+    painted: dict[int, tuple[Span, dict[int, Tensor]]] = {}
     for region in saliency.regions:
         span = _find(region, spans, batch)
-        frames, height, width = span.grid
-        painted = region.paint.on_grid(height, width).expand(frames, height, width).clone()
-        if region.frames is not None:
-            first, last = region.frames
-            if last > frames * temporal_patch_size:
-                raise SaliencyError(
-                    f"frames={region.frames} reach past the video's {frames * temporal_patch_size} sampled frames."
-                )
-            painted[: first // temporal_patch_size] = 0
-            painted[-(-last // temporal_patch_size) :] = 0
-        _lay(scores, span, painted.reshape(-1).to(real.device), groups=1)
+        _, own = painted.setdefault(id(span), (span, {}))
+        own[id(region)] = paint_region(region, span.layout, temporal_patch_size)
+    for span, own in painted.values():
+        said = total(saliency.terms, own)
+        if said is not None:
+            _lay(scores, span, said.to(real.device), groups=1)
     return scores
 
 
@@ -105,12 +103,18 @@ def _blank(batch: int, length: int, device: torch.device) -> TokenScores:
 
 
 def _lay(scores: TokenScores, span: Span, values: Tensor, *, groups: int) -> None:
-    """Add values to a span's tokens and number its groups: one for all that the user says, one per frame for the eyes."""
-    scores.values[span.row, span.positions] += values.to(scores.values.device)
-    if (scores.group[span.row, span.positions] < 0).all():
-        first = int(scores.group[span.row].max()) + 1
-        numbers = torch.arange(first, first + groups, device=scores.group.device)
-        scores.group[span.row, span.positions] = numbers.repeat_interleave(len(span.positions) // groups)
+    """Put values on a span's tokens and number its groups: one for all that the user says, one per frame for the eyes.
+
+    Tokens without a place in the picture belong to none.
+    """
+    device, count = scores.values.device, len(span.positions)
+    first = int(scores.group[span.row].max()) + 1
+    numbers = first + (torch.arange(count, device=device) // (count // groups)).clamp(max=groups - 1)
+    placed = torch.ones(count, dtype=torch.bool, device=device)
+    if span.layout.cells is not None:
+        placed = ~torch.isnan(span.layout.cells).any(1).to(device)
+    scores.values[span.row, span.positions] = torch.where(placed, values.to(device), 0.0)
+    scores.group[span.row, span.positions] = torch.where(placed, numbers, -1)
 
 
 def _token_scores(tokens: Tensor, blank: TokenScores, real: Tensor, first_position: int) -> TokenScores:
@@ -133,7 +137,7 @@ def _find(region: Region, spans: Sequence[Span], batch: int) -> Span:
     if region.row >= batch or region.index not in there:
         raise SaliencyError(
             f"no {region.modality} {region.index} in row {region.row}: the prompt has {batch} rows, and row {region.row} "
-            f"holds {len(there)} of them. Rows and pictures count from 0."
+            f"holds {len(there)} of them. Rows, pictures and sounds count from 0."
         )
     return next(
         span

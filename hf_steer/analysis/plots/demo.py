@@ -81,7 +81,8 @@ def overlay_saliency(image: Image.Image, saliency: Saliency, *, grid: tuple[int,
         saliency: with at least one region.
         grid: height and width in tokens.
     """
-    scores = saliency.regions[0].paint.on_grid(*grid)
+    paint: Any = saliency.regions[0].paint
+    scores = paint.on_grid(*grid)
     shades = torch.nn.functional.interpolate(scores[None, None], size=image.size[::-1], mode="nearest")[0, 0].numpy()
     shades = shades / max(float(shades.max()), 1e-12)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255

@@ -1,0 +1,199 @@
+"""What is said of one picture, video or sound, and how several such statements combine, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_steer.errors import SaliencyError
+from hf_steer.saliency.paint import Paint, Stretches
+from hf_steer.values import Layout
+
+
+@dataclass(frozen=True)
+class Region:
+    """A painting on one picture, video or sound.
+
+    Attributes:
+        paint: what is painted.
+        row: batch row.
+        modality: `"image"`, `"video"` or `"audio"`.
+        index: which one of that row.
+        frames: first and last (excluded) of a video's sampled frames; all when None.
+        size: `(width, height)` that the user gave the picture; None for a sound.
+        weight: factor on its scores.
+    """
+
+    paint: Paint | Stretches
+    row: int
+    modality: str
+    index: int
+    frames: tuple[int, int] | None = None
+    size: tuple[float, float] | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Two sums of terms that hold together: where nothing is said by one of them, nothing is said.
+
+    Attributes:
+        operation: a key of `OPERATIONS`.
+        left: terms that are summed.
+        right: likewise.
+        weight: factor on the result.
+    """
+
+    operation: str
+    left: tuple[Term, ...]
+    right: tuple[Term, ...]
+    weight: float = 1.0
+
+
+Term: TypeAlias = "Region | Joint"
+
+OPERATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {"sum": torch.add, "product": torch.mul, "least": torch.minimum}
+)
+
+
+def regions_of(terms: Sequence[Term]) -> tuple[Region, ...]:
+    """All regions of some terms, from left to right."""
+    found: list[Region] = []
+    for term in terms:
+        found += [term] if isinstance(term, Region) else regions_of((*term.left, *term.right))
+    return tuple(found)
+
+
+def total(terms: Sequence[Term], painted: Mapping[int, Tensor]) -> Tensor | None:
+    """What the terms say together of one picture, video or sound.
+
+    Args:
+        terms: to be summed.
+        painted: `id` of a region that speaks of it -> its `(tokens,)` scores, before its weight.
+
+    Returns:
+        `(tokens,)` scores; None where nothing is said.
+    """
+    result: Tensor | None = None
+    for term in terms:
+        value = painted.get(id(term)) if isinstance(term, Region) else _joint(term, painted)
+        if value is not None:
+            value = value * term.weight
+            result = value if result is None else result + value
+    return result
+
+
+def _joint(term: Joint, painted: Mapping[int, Tensor]) -> Tensor | None:
+    left, right = total(term.left, painted), total(term.right, painted)
+    return None if left is None or right is None else OPERATIONS[term.operation](left, right)
+
+
+def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Tensor:
+    """A region's scores on the tokens of its picture, video or sound, before its weight.
+
+    Args:
+        region: what is said.
+        layout: where the tokens lie.
+        temporal_patch_size: video frames per grid step.
+
+    Returns:
+        `(tokens,)` float32, 0 for tokens without a place.
+
+    Raises:
+        SaliencyError: frames or seconds past the end, a size or length that the model's inputs contradict, or something that
+            lies where no token looks.
+    """
+    if isinstance(region.paint, Stretches):
+        return _on_sound(region, region.paint, layout)
+    _refuse_other_aspect(region, layout)
+    if layout.cells is None:
+        assert layout.grid is not None
+        painted = region.paint.on_grid(*layout.grid[1:]).flatten().repeat(layout.frames)
+    else:
+        painted = _on_cells(region, region.paint, layout)
+    if region.frames is not None:
+        sampled = layout.frames * temporal_patch_size
+        first, last = region.frames
+        if last > sampled:
+            raise SaliencyError(f"frames={region.frames} reach past the video's {sampled} sampled frames.")
+        per_step = layout.tokens // layout.frames  # a newline at the end is 0 already
+        painted[: first // temporal_patch_size * per_step] = 0
+        painted[-(-last // temporal_patch_size) * per_step :] = 0
+    return painted
+
+
+def cells_of_original(layout: Layout, size: tuple[float, float] | None) -> Tensor:
+    """`(tokens, 4)` cells in fractions of the whole picture, of which the layout may know a centre square alone.
+
+    Args:
+        layout: with cells.
+        size: `(width, height)` of the original, in pixels or to another scale.
+    """
+    assert layout.cells is not None
+    if layout.crop_px is None:
+        return layout.cells
+    assert size is not None
+    # the shorter side becomes crop_px long; the longer one follows, rounded down, and is cut to as much in the middle
+    sides = [layout.crop_px if side == min(size) else int(layout.crop_px * side / min(size)) for side in size]
+    before = torch.tensor([(side - layout.crop_px) // 2 for side in sides] * 2, dtype=torch.float64)
+    return (layout.cells * layout.crop_px + before) / torch.tensor(sides * 2, dtype=torch.float64)
+
+
+def _on_cells(region: Region, paint: Paint, layout: Layout) -> Tensor:
+    cells = cells_of_original(layout, region.size)
+    placed = ~torch.isnan(cells).any(1)
+    shown = torch.cat([cells[placed, :2].amin(0), cells[placed, 2:].amax(0)])
+    if paint.misses(shown):
+        left, top, right, bottom = (100 * shown).tolist()
+        raise SaliencyError(
+            f"what is said of {region.modality} {region.index} in row {region.row} lies where no token looks: of its width the "
+            f"model sees {left:.1f} to {right:.1f} %, of its height {top:.1f} to {bottom:.1f} %. Look inside, or hand the "
+            "processor a picture of the shape that it does not cut."
+        )
+    painted = torch.zeros(len(cells), dtype=torch.float32)
+    painted[placed] = paint.on_cells(cells[placed])
+    return painted
+
+
+def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
+    assert layout.cells is not None
+    assert layout.size is not None
+    name, heard, end = f"audio {region.index} in row {region.row}", layout.size[0], float(layout.cells[-1, 1])
+    token = end / layout.tokens
+    if paint.duration is not None and abs(paint.duration - heard) > layout.slack + token:
+        raise SaliencyError(
+            f"duration_seconds={paint.duration:g} was said of {name}, but the model hears {heard:g} s of it. Give the length of "
+            "the sound itself, without padding, and check row= and sound=."
+        )
+    for span in paint.spans:
+        if span[1] > heard + 1e-6:  # the user's seconds may be rounded
+            raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) reaches past {name}, of which the model hears {heard:g} s.")
+        if span[0] >= end:  # what is left over after the last whole token
+            raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) lies after the last token of {name}, which ends at {end:g} s.")
+    return paint.on_cells(layout.cells)
+
+
+def _refuse_other_aspect(region: Region, layout: Layout) -> None:
+    if layout.size is None or region.size is None:
+        return
+    (width, height), (own_width, own_height), slack = region.size, layout.size, layout.slack
+    least, most = _ratio(own_width - slack, own_height + slack), _ratio(own_width + slack, own_height - slack)
+    if _ratio(width + 1, height - 1) < least or _ratio(width - 1, height + 1) > most:  # it is in whole pixels, too
+        allowed = f"{least:.3g}" if slack == 0 else f"between {least:.3g} and {most:.3g}"
+        raise SaliencyError(
+            f"{region.modality} {region.index} in row {region.row} was said to have {width:g} x {height:g} pixels, a ratio of "
+            f"{width / height:.3g}; the model's inputs say {allowed}. Give image_size=(width, height) of the original picture, "
+            "also for a mask or map of another shape."
+        )
+
+
+def _ratio(width: float, height: float) -> float:
+    """Width to height, 0 or infinite where rounding may have taken a whole side."""
+    return max(width, 0.0) / height if height > 0 else math.inf

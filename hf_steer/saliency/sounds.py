@@ -1,0 +1,64 @@
+"""Seconds of the tokens of sounds. Whisper's feature extractor, which all these families use, makes a mel frame every 10 ms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.values import Anatomy, Layout
+
+FRAME_SECONDS = 0.01
+FRAMES_PER_TOKEN = 4
+"""Of Qwen2-Audio and Audio Flamingo 3: a convolution of stride 2, then the mean of two."""
+
+
+def masked_sounds(named: Mapping[str, Any], anatomy: Anatomy, *, long: bool) -> dict[str, list[Layout]]:
+    """One layout per row of `input_features`, as long as its mask says.
+
+    Args:
+        named: arguments of the call by name.
+        anatomy: of the model.
+        long: whether a full window goes on in the next (Audio Flamingo 3) or the processor cuts the sound there (Qwen2-Audio).
+    """
+    encoder = anatomy.encoders["audio"]
+    mask = None if encoder.mask is None else named.get(encoder.mask)
+    if mask is None:
+        return {}
+    lengths = mask.sum(-1)
+    counts = encoder.tower._get_feat_extract_output_lengths(lengths)[1].tolist()
+    layouts = []
+    for frames, tokens in zip(lengths.tolist(), counts, strict=True):
+        full = frames == mask.shape[-1]
+        slack = math.inf if full else FRAME_SECONDS  # a full window may have been cut: its sound may be longer
+        size = (frames * FRAME_SECONDS,)
+        layouts.append(Layout(cells=_intervals(tokens, FRAMES_PER_TOKEN), size=size, slack=slack, continues=long and full))
+    return {"audio": layouts}
+
+
+def padded_sounds(named: Mapping[str, Any], anatomy: Anatomy) -> dict[str, list[Layout]]:
+    """One layout per row of `input_features`, all full windows: Voxtral pads a sound with silence, and does not say where."""
+    features = named.get("input_features")
+    if features is None:
+        return {}
+    config = anatomy.root.config.audio_config
+    tokens = config.max_source_positions * config.hidden_size // config.intermediate_size  # frames side by side in a token
+    frames = 2 * config.max_source_positions
+    seconds = frames * FRAME_SECONDS
+    layout = Layout(cells=_intervals(tokens, frames / tokens), size=(seconds,), slack=seconds, continues=True)
+    return {"audio": [layout] * len(features)}
+
+
+def join_windows(first: Layout, second: Layout) -> Layout:
+    """One sound out of a full window and what goes on with it."""
+    (before,), (more,) = first.size or (), second.size or ()
+    cells = torch.cat([first.cells, second.cells + before])  # type: ignore[list-item, operator]
+    return Layout(cells=cells, size=(before + more,), slack=second.slack, continues=second.continues)
+
+
+def _intervals(tokens: int, frames_per_token: float) -> Tensor:
+    edges = torch.arange(tokens + 1, dtype=torch.float64) * (frames_per_token * FRAME_SECONDS)
+    return torch.stack([edges[:-1], edges[1:]], 1)

@@ -10,11 +10,13 @@ from hf_steer.patching import (
     get_steer_status,
     patch_model,
     print_trainable_parameters,
+    read_saliency,
     trace_steering,
     unpatch_model,
     use_saliency,
     use_strength,
 )
+from hf_steer.provider import SaliencyProvider
 from hf_steer.saliency import Saliency
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __all__ = [
     "Saliency",
     "SaliencyConfig",
     "SaliencyError",
+    "SaliencyProvider",
     "SteerConfig",
     "SteerError",
     "SteerStatus",
@@ -40,6 +43,7 @@ __all__ = [
     "load_steering",
     "patch_model",
     "print_trainable_parameters",
+    "read_saliency",
     "save_steering",
     "trace_steering",
     "unpatch_model",

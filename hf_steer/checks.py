@@ -47,15 +47,15 @@ def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int,
     return indices
 
 
-def check_heads(heads: Any) -> Heads:
+def check_heads(heads: Any, name: str = "attention.heads") -> Heads:
     if heads == "all":
         return "all"
     if not isinstance(heads, Mapping) or not heads:
-        raise ConfigError(f'attention.heads must be "all" or a mapping of layers to heads; got {heads!r}.')
-    check_indices("attention.heads", heads, signed=True)
+        raise ConfigError(f'{name} must be "all" or a mapping of layers to heads; got {heads!r}.')
+    check_indices(name, heads, signed=True)
     return FrozenMap(
         {
-            layer: "all" if chosen == "all" else check_indices(f"attention.heads of layer {layer}", chosen)
+            layer: "all" if chosen == "all" else check_indices(f"{name} of layer {layer}", chosen)
             for layer, chosen in heads.items()
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ class Plan:
         eyes: the vision blocks whose attention is read; empty when the source is not the tower.
         aligners: what is inserted, in the configuration's order.
         projectors: the projectors that are trained and saved with the steering.
+        readers: layer -> heads whose attention is the saliency; empty when the source is another.
         patterns: the tokens of think tags and phrases; None where what is said does not matter.
     """
 
@@ -152,6 +153,12 @@ class Plan:
     aligners: tuple[PlannedAligner, ...] = ()
     projectors: tuple[nn.Module, ...] = ()
     patterns: Patterns | None = None
+    readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model itself says where to look, when nobody else does."""
+        return bool(self.strengths) and self.config.attention is not None and self.config.attention.saliency.source is not None
 
     @property
     def trains(self) -> bool:

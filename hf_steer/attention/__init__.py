@@ -2,7 +2,7 @@
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
-from hf_steer.attention.chunks import AttentionCall, logits_in_chunks
+from hf_steer.attention.chunks import AttentionCall, Reader, call_of, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
@@ -15,7 +15,9 @@ __all__ = [
     "BACKENDS",
     "STEERABLE",
     "AttentionCall",
+    "Reader",
     "SteeredCall",
+    "call_of",
     "choose_backend",
     "head_bias",
     "logits_in_chunks",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,25 @@ class AttentionCall:
     scaling: float
     causal: bool
     bias: HeadBias | None
+
+
+Reader = Callable[[AttentionCall], None]
+
+
+def call_of(
+    module: Any, query: Tensor, key: Tensor, mask: Tensor | None, bias: HeadBias | None, kwargs: Mapping[str, Any]
+) -> AttentionCall:
+    """From the arguments of an attention function."""
+    scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    return AttentionCall(
+        layer=module.layer_idx,
+        query=query,
+        key=key,
+        mask=mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=getattr(module, "is_causal", True) if causal is None else causal,
+        bias=bias,
+    )
 
 
 def logits_in_chunks(

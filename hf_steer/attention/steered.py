@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
+from hf_steer.attention.chunks import Reader, call_of
 from hf_steer.errors import SteerError
 from hf_steer.saliency import EyeRecorder
 from hf_steer.values import HeadBias
@@ -26,10 +27,12 @@ class SteeredCall:
     Attributes:
         biases: layer -> bias, for the layers to steer in this pass.
         backend: what the user asked for.
+        read: is handed what the layers of a first pass attend with; None in a pass that is steered.
     """
 
     biases: Mapping[int, HeadBias] = field(default_factory=dict)
     backend: str = "auto"
+    read: Reader | None = None
 
 
 def registered_name(implementation: str, part: str, family: str) -> str:
@@ -49,6 +52,8 @@ def steered_attention(
     **kwargs: Any,
 ) -> Any:
     """Attention of a decoder layer with its heads' bias; exactly `inner` when this pass has none for the layer."""
+    if hf_steer is not None and hf_steer.read is not None:
+        hf_steer.read(call_of(module, query, key, attention_mask, None, kwargs))
     bias = None if hf_steer is None else hf_steer.biases.get(module.layer_idx)
     if bias is None or hf_steer is None:
         return inner(module, query, key, value, attention_mask, **kwargs)

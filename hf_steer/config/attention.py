@@ -11,6 +11,7 @@ from hf_steer.checks import (
     Heads,
     Strength,
     check_choice,
+    check_count,
     check_flag,
     check_heads,
     check_indices,
@@ -23,7 +24,9 @@ from hf_steer.config.gate import GateConfig
 from hf_steer.errors import ConfigError
 
 NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
-SOURCES = ("vision_attention", None)
+PROMPT_SOURCES = ("feature_norm", "text_similarity", "decoder_attention", "gradient")
+"""Sources that look at the prompt as the decoder gets it; `saliency.SOURCES` has them."""
+SOURCES = ("vision_attention", *PROMPT_SOURCES, None)
 PHASES = ("prompt", "thinking", "answer")
 QUERIES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {"all": (1.0, 1.0, 1.0), "generated": (0.0, 1.0, 1.0), "thinking": (0.0, 1.0, 0.0), "answer": (0.0, 0.0, 1.0)}
@@ -39,7 +42,10 @@ class SaliencyConfig:
 
     Args:
         source: `"vision_attention"` reads the model's own eyes: the attention that each patch receives in the vision
-            tower. None takes only what `use_saliency` supplies.
+            tower. Of the prompt as the decoder gets it: `"feature_norm"`, the length of each picture or sound token;
+            `"text_similarity"`, its mean cosine with the text; `"decoder_attention"`, what `source_heads` look at from the last
+            `last_tokens` of the prompt in a first, unsteered pass; `"gradient"`, gradient × input of `answer_token`'s logit,
+            also in a first pass. None takes only what `use_saliency` supplies.
         normalize: per picture, per video frame, or over the row's real tokens for token scores. `"zscore"` is clipped
             at `clip`; `"minmax"` and `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores
             become zeros.
@@ -47,13 +53,21 @@ class SaliencyConfig:
         blocks: vision blocks to read; negative counts from the last. Several are averaged.
         preserve_mass: subtract `log mean exp(λs)` over each group, so that the bias moves attention *within* a picture
             rather than towards it. Exact where the unsteered attention inside the picture is uniform.
+        source_heads: for `"decoder_attention"`: `"all"` or `{layer: heads}`; the steered heads when None.
+        last_tokens: for `"decoder_attention"`: how many of the prompt's last tokens look; 1 when None.
+        answer_token: for `"gradient"`: a token id; when None the likeliest next token of each row.
     """
 
-    source: Literal["vision_attention"] | None = "vision_attention"
+    source: (
+        Literal["vision_attention", "feature_norm", "text_similarity", "decoder_attention", "gradient"] | None
+    ) = "vision_attention"
     normalize: Literal["zscore", "minmax", "rank", "none"] = "zscore"
     clip: float = 3.0
     blocks: tuple[int, ...] = (-1,)
     preserve_mass: bool = False
+    source_heads: Heads | None = None
+    last_tokens: int | None = None
+    answer_token: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("saliency.source", self.source, SOURCES)
@@ -64,6 +78,19 @@ class SaliencyConfig:
         check_flag("saliency.preserve_mass", self.preserve_mass)
         blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
         object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
+        self._check_own("source_heads", "decoder_attention")
+        self._check_own("last_tokens", "decoder_attention")
+        self._check_own("answer_token", "gradient")
+        if self.source_heads is not None:
+            object.__setattr__(self, "source_heads", check_heads(self.source_heads, "saliency.source_heads"))
+        if self.last_tokens is not None:
+            check_count("saliency.last_tokens", self.last_tokens)
+        if self.answer_token is not None and (isinstance(self.answer_token, bool) or not isinstance(self.answer_token, int)):
+            raise ConfigError(f"saliency.answer_token must be a token id; got {self.answer_token!r}.")
+
+    def _check_own(self, name: str, source: str) -> None:
+        if getattr(self, name) is not None and self.source != source:
+            raise ConfigError(f"saliency.{name} is of source {source!r}; this one is {self.source!r}.")
 
 
 @dataclass(frozen=True)

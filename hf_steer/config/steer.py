@@ -178,7 +178,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if isinstance(built.get("aligners"), (list, tuple)):
         rows = enumerate(built["aligners"])
         built["aligners"] = tuple(_build(AlignerConfig, value, f"aligners[{index}]") for index, value in rows)
-    for key in ("heads", "strength"):
+    for key in ("heads", "strength", "source_heads"):
         if isinstance(built.get(key), Mapping):
             built[key] = _integer_keys(f"{where}.{key}", built[key])
     return cls(**built)

@@ -9,11 +9,14 @@ from hf_steer.patching.patch import (
     unpatch_model,
 )
 from hf_steer.patching.plan import make_plan
+from hf_steer.patching.preview import read_saliency
 from hf_steer.patching.probe import anatomy_of, probe_attention
+from hf_steer.patching.reading import SaliencyReading
 from hf_steer.patching.strength import use_strength
 from hf_steer.patching.trace import Trace, TraceStep, trace_steering
 
 __all__ = [
+    "SaliencyReading",
     "SteerStatus",
     "Trace",
     "TraceStep",
@@ -24,6 +27,7 @@ __all__ = [
     "patch_model",
     "print_trainable_parameters",
     "probe_attention",
+    "read_saliency",
     "trace_steering",
     "unpatch_model",
     "use_saliency",

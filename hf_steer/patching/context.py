@@ -22,6 +22,10 @@ STEERING = "hf_steer"
 Thing = TypeVar("Thing")
 
 
+class Enough(Exception):
+    """Raised inside a pass whose rest need not run: what was wanted has been read. It never leaves the package."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a call says about its input, before anything ran.

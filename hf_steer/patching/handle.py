@@ -18,11 +18,13 @@ from hf_steer.config import TRAINABLE
 from hf_steer.errors import PatchError
 from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, named_arguments, scope_for, statement_for
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
+from hf_steer.patching.firstpass import look_at_prompt
 from hf_steer.patching.insertion import Aligners
 from hf_steer.patching.learned import LearnedStrengths
 from hf_steer.patching.pacing import PassFacts, gates_after, pace
 from hf_steer.patching.passes import whole_prompt
 from hf_steer.patching.plan import implementation_of
+from hf_steer.patching.reading import tell_reader
 from hf_steer.patching.runtime import (
     PIXELS,
     Ride,
@@ -76,7 +78,7 @@ class Steering(nn.Module):
     def _attention_edits(self) -> Iterator[Edit]:
         anatomy = self.plan.anatomy
         for site in anatomy.layers:
-            if site.index in self.plan.strengths:
+            if site.index in self.plan.strengths or site.index in self.plan.readers:
                 yield SetAttentionFunction(site.module, registered_name(str(self.implementation), "gaze", anatomy.family))
         for site in self.plan.eyes:
             name = registered_name(str(self.eyes_implementation), "eyes", anatomy.family)
@@ -128,7 +130,7 @@ class Steering(nn.Module):
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
         named = named_arguments(module, args, kwargs)
         ride = kwargs.get(STEERING) or self._begin(named)
-        if ride is None:
+        if not isinstance(ride, Ride):  # nothing to steer, or a first pass that looks for it
             return None
         tokens: Tensor = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
         (rows, queries), device = tokens.shape[:2], tokens.device
@@ -138,7 +140,13 @@ class Steering(nn.Module):
         if ride.state is not None and (ride.prompt is None or int(past)):
             gates = ride.state.for_rows(rows).gates
         if ride.prompt is not None:
-            ride.state = resolve_state(ride, ride.prompt, self.plan, rows=rows, past=int(past), device=device)
+            prompt, start = ride.prompt, int(past)
+
+            def look() -> Tensor:
+                return look_at_prompt(self.plan, prompt, named, rows=rows, past=start, prompt_end=ride.prompt_end)
+
+            ride.state = resolve_state(ride, prompt, self.plan, rows=rows, past=start, device=device, look=look)
+            tell_reader(self, ride)
         if ride.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
         ride.state = ride.state.for_rows(rows)  # no-op but for a cache whose rows were repeated since
@@ -158,7 +166,7 @@ class Steering(nn.Module):
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Decoder: now that the keys are in the cache, the caller's or its own, the state goes there, too."""
         ride = kwargs.get(STEERING)
-        if ride is None or ride.state is None:
+        if not isinstance(ride, Ride) or ride.state is None:
             return
         values = output.values() if isinstance(output, ModelOutput) else output
         for cache in (value for value in values if isinstance(value, Cache) and read_state(value) is not ride.state):

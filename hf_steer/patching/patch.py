@@ -162,7 +162,7 @@ def _adapters(root: nn.Module) -> set[int]:
 def _register_functions(plan: Plan) -> None:
     """Make our attention functions known under names of their own; a registry entry changes no model."""
     anatomy = plan.anatomy
-    gaze = [site for site in anatomy.layers if site.index in plan.strengths]
+    gaze = [site for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers]
     for sites, part, function, owner in (
         (gaze, "gaze", steered_attention, anatomy.decoder),
         (plan.eyes, "eyes", recording_attention, anatomy.tower),

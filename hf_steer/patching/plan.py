@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_steer.attention import STEERABLE
-from hf_steer.config import TRAINABLE, AttentionConfig, SteerConfig
+from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
 from hf_steer.patching.patterns import read_patterns
@@ -48,7 +48,8 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
     refuse_implementation(anatomy.decoder.config, "decoder")
     eyes = _eyes(attention, anatomy) if strengths else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
-    return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns)
+    readers = _readers(attention, anatomy, strengths)
+    return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns, readers)
 
 
 def implementation_of(config: Any) -> str:
@@ -117,6 +118,13 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     """The vision blocks to read; none when only the user supplies saliency."""
     if attention.saliency.source is None:
         return ()
+    if attention.saliency.source in PROMPT_SOURCES:
+        if not anatomy.placeholder_ids:
+            raise ConfigError(
+                f"saliency source {attention.saliency.source!r} scores picture and sound tokens, which {anatomy.family!r} has "
+                "none of. Use SaliencyConfig(source=None) and give the saliency with use_saliency."
+            )
+        return ()
     if anatomy.tower is None:
         seeing = ", ".join(name for name, row in FAMILIES.items() if row.blocks is not None)
         raise ConfigError(
@@ -129,3 +137,18 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     if outside:
         raise ConfigError(f"vision blocks {outside} are not there; the tower has {depth}, 0 to {depth - 1}.")
     return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in attention.saliency.blocks}))
+
+
+def _readers(
+    attention: AttentionConfig, anatomy: Anatomy, strengths: Mapping[int, tuple[float, ...]]
+) -> dict[int, tuple[int, ...]]:
+    """Layer -> heads whose attention is the saliency: those that were named, or the steered ones."""
+    if attention.saliency.source != "decoder_attention" or not strengths:
+        return {}
+    if attention.saliency.source_heads is not None:
+        named = AttentionConfig(heads=attention.saliency.source_heads)
+        try:
+            strengths = resolve_strengths(named, anatomy)
+        except ConfigError as error:
+            raise ConfigError(f"saliency.source_heads: {error}") from error
+    return {layer: tuple(head for head, value in enumerate(values) if value) for layer, values in strengths.items()}

@@ -12,15 +12,13 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_steer.attention import AttentionCall, SteeredCall
+from hf_steer.attention import Reader, SteeredCall, call_of
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.patching.context import STEERING, find_steering
 from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.plan import implementation_of, refuse_implementation
 from hf_steer.values import Anatomy
-
-Reader = Callable[[AttentionCall], None]
 
 _READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
 
@@ -94,17 +92,6 @@ def probing_attention(
     read = _READERS.get().get(decoder)
     if read is not None:
         ride: SteeredCall | None = kwargs.get(STEERING)
-        scaling = kwargs.get("scaling")
-        causal = kwargs.get("is_causal")
-        read(
-            AttentionCall(
-                layer=module.layer_idx,
-                query=query,
-                key=key,
-                mask=attention_mask,
-                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                causal=getattr(module, "is_causal", True) if causal is None else causal,
-                bias=None if ride is None else ride.biases.get(module.layer_idx),
-            )
-        )
+        bias = None if ride is None else ride.biases.get(module.layer_idx)
+        read(call_of(module, query, key, attention_mask, bias, kwargs))
     return inner(module, query, key, value, attention_mask, **kwargs)

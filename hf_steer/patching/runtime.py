@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,14 @@ from hf_steer.patching.context import Prompt
 from hf_steer.patching.pacing import Pace
 from hf_steer.patching.state import CacheState, join_scores, join_spans
 from hf_steer.saliency import (
+    SOURCES,
     EyeRecord,
     Saliency,
     find_spans,
     normalize,
     read_layouts,
     scores_from_eyes,
+    scores_from_prompt,
     scores_from_user,
 )
 from hf_steer.values import MODALITIES, HeadBias, Plan, Span, TokenScores
@@ -43,6 +45,7 @@ class Ride(SteeredCall):
         tokens: of this pass; None when only embeddings came.
         watched: whether the root model's own call surrounds this pass.
         pace: when it is steered.
+        raw: scores of a new prompt before they are normalised.
     """
 
     prompt: Prompt | None = None
@@ -53,6 +56,7 @@ class Ride(SteeredCall):
     tokens: Tensor | None = None
     watched: bool = False
     pace: Pace = field(default_factory=Pace)
+    raw: TokenScores | None = None
 
 
 def read_prompt(
@@ -126,8 +130,12 @@ def real_tokens(mask: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(mask[:, :length].bool(), (max(0, length - mask.shape[1]), 0), value=True)
 
 
-def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: int, device: torch.device) -> CacheState:
+def resolve_state(
+    ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: int, device: torch.device, look: Callable[[], Tensor]
+) -> CacheState:
     """The saliency of all keys once this prompt is in the cache, for the rows of this pass.
+
+    `look` reads the prompt as the decoder gets it, for the sources that do.
 
     Raises:
         SaliencyError: the statement or the records do not fit the prompt, or nothing says where to look.
@@ -148,11 +156,15 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
         )
         given = ride.statement.tokens
         adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
+    elif prompt.spans and attention.saliency.source in SOURCES:
+        scores = scores_from_prompt(look(), prompt.spans, first_position=past, batch=batch, length=length, device=device)
+        adds = True
     else:
         wanted = prompt.spans if plan.eyes else ()
         records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
+    ride.raw = scores
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
@@ -225,7 +237,7 @@ def _new_spans(
     They are kept for what may be said later, even if nothing is said of them now.
     """
     placeholders = plan.anatomy.placeholder_ids
-    needed = plan.eyes if statement is None else statement.regions
+    needed = plan.sees if statement is None else statement.regions
     if ids is None or not placeholders:
         return ()
     try:

@@ -3,19 +3,25 @@
 from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
+from hf_steer.saliency.maps import map_of
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
+from hf_steer.saliency.sources import SOURCES, Sight
 from hf_steer.saliency.spans import find_spans
-from hf_steer.saliency.tokens import scores_from_eyes, scores_from_user
+from hf_steer.saliency.tokens import scores_from_eyes, scores_from_prompt, scores_from_user
 
 __all__ = [
     "NORMALIZERS",
+    "SOURCES",
     "EyeRecord",
     "EyeRecorder",
     "Saliency",
+    "Sight",
     "attention_received",
     "find_spans",
+    "map_of",
     "normalize",
     "read_layouts",
     "scores_from_eyes",
+    "scores_from_prompt",
     "scores_from_user",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,13 @@ from hf_steer.saliency.regions import OPERATIONS, Joint, Region, Term, regions_o
 from hf_steer.saliency.text import char_scores, text_scores
 
 Box = Sequence[float]
+
+
+class Provider(Protocol):
+    """Something that looks at pictures for another model."""
+
+    def look(self, conversations: Sequence[Any]) -> Mapping[tuple[str, int, int], tuple[Tensor, tuple[int, int], int]]:
+        """`(modality, row, index)` -> map, size of the original, sampled frames per frame of the map."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +201,29 @@ class Saliency:
         if row < 0 or sound < 0:
             raise SaliencyError(f"rows and sounds count from 0; got row={row}, sound={sound}.")
         return cls(terms=(Region(check_stretches(spans, duration_seconds), row, "audio", sound),))
+
+    @classmethod
+    def external(cls, provider: Provider, messages: Sequence[Any]) -> Saliency:
+        """Another model's eyes: what a Qwen2-VL sees in the same pictures and videos, laid onto this model's tokens and crops.
+
+        Args:
+            provider: an `hf_steer.SaliencyProvider`.
+            messages: one conversation, or one per row of the batch, with the original pictures, in the form that
+                `qwen_vl_utils.process_vision_info` takes. Rows and pictures are those of the steered model's prompt.
+
+        Raises:
+            SaliencyError: no picture or video in the messages. That the steered model's pictures have the same shape is
+                checked when it is called.
+        """
+        rows = list(messages) if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        total = cls()
+        for (modality, row, index), (seen, size, frames) in provider.look(rows).items():
+            for number, own in enumerate(seen):
+                place: dict[str, Any] = {"image": index}
+                if modality == "video":
+                    place = {"video": index, "frames": (number * frames, (number + 1) * frames)}
+                total = total + cls.from_map(own, image_size=size, row=row, **place)
+        return total
 
     def __add__(self, other: Saliency) -> Saliency:
         return self._combined(other, "sum")

@@ -58,6 +58,26 @@ def scores_from_eyes(
     return scores
 
 
+def scores_from_prompt(
+    raw: Tensor, spans: Sequence[Span], *, first_position: int, batch: int, length: int, device: torch.device
+) -> TokenScores:
+    """Lay what a source of `SOURCES` makes of a prompt onto its pictures, videos and sounds.
+
+    Args:
+        raw: `(batch, tokens)` scores of the new tokens, text included.
+        spans: among them.
+        first_position: key position of the first of them.
+        batch: rows of the prompt.
+        length: key positions to cover.
+        device: of the result.
+    """
+    scores = _blank(batch, length, device)
+    for span in spans:
+        values = raw[span.row, span.positions.to(raw.device) - first_position]
+        _lay(scores, span, values, groups=span.layout.frames)
+    return scores
+
+
 def scores_from_user(
     saliency: Saliency,
     spans: Sequence[Span],

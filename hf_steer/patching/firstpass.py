@@ -85,6 +85,8 @@ class HeadReader:
     seen: set[int] = field(default_factory=set)
 
     def __call__(self, call: AttentionCall) -> None:
+        if call.layer not in self.heads:  # steered, but not asked
+            return
         looking = self.queries.to(call.query.device)
         first = int(looking.any(0).float().argmax())
         total = torch.zeros(looking.shape[0], call.key.shape[2], device=call.query.device)
@@ -144,7 +146,7 @@ def slope_first(
         arguments = {name: _plain(value) for name, value in _without_cache(named).items()}
         arguments |= {"input_ids": None, "inputs_embeds": leaf, STEERING: SteeredCall()}
         hidden = decoder(**arguments)[0]
-        logits = head(hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)])
+        logits = head(hidden[torch.arange(len(hidden), device=hidden.device), _plain(last).to(hidden.device)])
         if answer is not None and not 0 <= answer < logits.shape[-1]:
             raise SaliencyError(f"answer_token={answer} is not in the vocabulary of {logits.shape[-1]} tokens.")
         chosen = logits.argmax(-1) if answer is None else torch.full((len(logits),), answer, device=logits.device)

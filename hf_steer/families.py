@@ -79,7 +79,7 @@ def _ear(**row: Any) -> Mapping[str, EncoderRow]:
 
 
 _QWEN_EYE = _eye(layers="blocks", projector="visual.merger")
-_LLAVA_EYE = _eye(layers="encoder.layers")
+_LLAVA_EYE = _eye()
 _AUDIO = MappingProxyType({"audio": "audio_token_id"})
 _CTC = Family(
     layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="attention_mask")

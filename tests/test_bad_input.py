@@ -142,10 +142,10 @@ def test_an_image_token_count_that_does_not_match_is_refused(how):
     inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
     inputs["pixel_values"] = inputs["pixel_values"][:16]
     call = logits if how == "forward" else generate
-    with pytest.raises(SaliencyError, match=r"image token count does not match: .* \[6\] image tokens, the image inputs make \[4\]"):
+    with pytest.raises(SaliencyError, match=r"image token count does not match: .* \[6\] image tokens, .* inputs make \[4\]"):
         call(model, inputs)
     lacking = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(SaliencyError, match=r"image token count does not match: .* \[6\] image tokens, the image inputs make \[\]"):
+    with pytest.raises(SaliencyError, match=r"image token count does not match: .* \[6\] image tokens, .* inputs make \[\]"):
         call(model, lacking)
 
 

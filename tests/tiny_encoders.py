@@ -36,6 +36,7 @@ _CLASSES = {
     "whisper": ("WhisperConfig", "WhisperForConditionalGeneration"),
     "qwen2_audio": ("Qwen2AudioConfig", "Qwen2AudioForConditionalGeneration"),
     "voxtral": ("VoxtralConfig", "VoxtralForConditionalGeneration"),
+    "audioflamingo3": ("AudioFlamingo3Config", "AudioFlamingo3ForConditionalGeneration"),
     "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForCTC"),
     "hubert": ("HubertConfig", "HubertForCTC"),
     "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
@@ -52,6 +53,10 @@ def modality_of(family: str) -> str:
 
 
 def make_encoder_config(family: str) -> Any:
+    whisper = {
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "num_mel_bins": MELS,
+        "max_source_positions": FRAMES,
+    }
     sections: dict[str, Any] = {
         "whisper": {
             **_WHISPER, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 96,
@@ -63,11 +68,12 @@ def make_encoder_config(family: str) -> Any:
             "audio_token_index": PLACEHOLDER,
         },
         "voxtral": {
-            "audio_config": {
-                "model_type": "voxtral_encoder", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-                "intermediate_size": 64, "num_mel_bins": MELS, "max_source_positions": FRAMES,
-            },
-            "text_config": {**_TEXT, "model_type": "llama"}, "audio_token_id": PLACEHOLDER,
+            "audio_config": {**whisper, "model_type": "voxtral_encoder"}, "text_config": {**_TEXT, "model_type": "llama"},
+            "audio_token_id": PLACEHOLDER,
+        },
+        "audioflamingo3": {
+            "audio_config": {**whisper, "model_type": "audioflamingo3_encoder"}, "text_config": {**_TEXT, "model_type": "qwen2"},
+            "audio_token_id": PLACEHOLDER,
         },
         "wav2vec2": _WAVE,
         "hubert": _WAVE,
@@ -116,7 +122,10 @@ def make_encoder_inputs(family: str, *, padding: str = "left", seed: int = 1) ->
         mask = torch.ones(3, 400, dtype=torch.long)
         mask[1, 251:] = 0
         return {"input_values": noise(3, 400) * mask, "attention_mask": mask}
-    per_item = {"qwen2_audio": (10, 6, 4), "voxtral": (5, 5, 5), "llava": (9, 9, 9), "llava_onevision": (30, 30, 30)}[family]
+    per_item = {
+        "qwen2_audio": (10, 6, 4), "audioflamingo3": (10, 6, 4), "voxtral": (5, 5, 5), "llava": (9, 9, 9),
+        "llava_onevision": (30, 30, 30),
+    }[family]  # fmt: skip
     rows = [[3, per_item[0], 4, per_item[1], 2], [2, per_item[2], 5], [6]]
     ids: list[list[int]] = [[] for _ in rows]
     for tokens, row in zip(ids, rows, strict=True):
@@ -124,12 +133,12 @@ def make_encoder_inputs(family: str, *, padding: str = "left", seed: int = 1) ->
             words = torch.randint(2, 80, (count,), generator=generator).tolist()
             tokens.extend([PLACEHOLDER] * count if index % 2 else words)
     inputs: dict[str, Any] = tiny.pad_rows(ids, padding=padding)
-    if family in ("qwen2_audio", "voxtral"):
+    if family in ("qwen2_audio", "voxtral", "audioflamingo3"):
         inputs["input_features"] = noise(3, MELS, 2 * FRAMES)
-    if family == "qwen2_audio":
+    if family in ("qwen2_audio", "audioflamingo3"):
         mask = torch.ones(3, 2 * FRAMES, dtype=torch.long)
         mask[1, 24:], mask[2, 17:] = 0, 0  # 6 and 4 tokens
-        inputs["feature_attention_mask"] = mask
+        inputs["feature_attention_mask" if family == "qwen2_audio" else "input_features_mask"] = mask
     if family == "llava":
         inputs["pixel_values"] = noise(3, 3, 12, 12)
     if family == "llava_onevision":

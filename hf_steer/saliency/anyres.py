@@ -51,7 +51,8 @@ def anyres_layout(height_px: int, width_px: int, config: Any, vision_aspect_rati
     resized = get_patch_output_size(torch.empty(3, height_px, width_px, device="meta"), best, ChannelDimension.FIRST)
     edges = []
     for axis in (0, 1):
-        on_canvas = _part_edges(int(kept[axis, 0, 0]), sizes[axis], tokens[axis], side, patch)
+        first = int(kept[axis, 0, 0]) if kept.numel() else 0  # nothing is left of a picture like a thread
+        on_canvas = _part_edges(first, sizes[axis], tokens[axis], side, patch)
         edges.append((on_canvas - (best[axis] - resized[axis]) // 2) / resized[axis])
     parts = _grid_cells(*edges).view(*tokens, 4)
     newlines = torch.full((tokens[0], 1, 4), torch.nan, dtype=torch.float64)
@@ -91,7 +92,7 @@ def _part_edges(first: int, kept: int, tokens: int, side: int, patch: int) -> Te
         last = math.ceil(end) - 1  # patches of one part touch, but there may be a gap before the next part
         edges.append([_pixel(int(start), count, side, patch) + (start - int(start)) * patch,
                       _pixel(last, count, side, patch) + (end - last) * patch])  # fmt: skip
-    return torch.tensor(edges, dtype=torch.float64)
+    return torch.tensor(edges, dtype=torch.float64).view(-1, 2)
 
 
 def _pixel(index: int, count: int, side: int, patch: int) -> int:

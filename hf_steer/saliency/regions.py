@@ -185,7 +185,9 @@ def _refuse_other_aspect(region: Region, layout: Layout) -> None:
         return
     (width, height), (own_width, own_height), slack = region.size, layout.size, layout.slack
     least, most = _ratio(own_width - slack, own_height + slack), _ratio(own_width + slack, own_height - slack)
-    if _ratio(width + 1, height - 1) < least or _ratio(width - 1, height + 1) > most:  # it is in whole pixels, too
+    # whole pixels may be one off; in a picture that was enlarged so was what a resizing before that had rounded; so are coarse maps
+    off = max(1.0, slack / 2) if width * height < own_width * own_height else 1.0
+    if _ratio(width + off, height - off) < least or _ratio(width - off, height + off) > most:
         allowed = f"{least:.3g}" if slack == 0 else f"between {least:.3g} and {most:.3g}"
         raise SaliencyError(
             f"{region.modality} {region.index} in row {region.row} was said to have {width:g} x {height:g} pixels, a ratio of "

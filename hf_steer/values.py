@@ -90,6 +90,8 @@ class Anatomy:
     """Where things are in one live model: what a row of `families.FAMILIES` resolves to.
 
     `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
+    `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out as tokens (see
+    `families.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
     """
 
     family: str
@@ -106,6 +108,8 @@ class Anatomy:
     merge_size: int
     temporal_patch_size: int
     windowed: bool
+    arrangement: str | None
+    class_tokens: int
     hidden_size: int
     encoders: Mapping[str, Encoder]
 

@@ -61,7 +61,7 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: AttentionConfig(backend="flash"), "attention.backend must be one of 'auto', 'folded', 'mask'"),
         (lambda: AttentionConfig(saliency={"clip": 1}), "must be a SaliencyConfig; got dict"),
         (lambda: SaliencyConfig(normalize="l2"), "'zscore', 'minmax', 'rank', 'none'; got 'l2'"),
-        (lambda: SaliencyConfig(source="dino"), "'vision_attention', None; got 'dino'"),
+        (lambda: SaliencyConfig(source="dino"), "'vision_attention', 'vision_rollout', None; got 'dino'"),
         (lambda: SaliencyConfig(clip=0), "clip must be above 0"),
         (lambda: SaliencyConfig(blocks=()), "non-empty sequence"),
         (lambda: SaliencyConfig(preserve_mass=1), "True or False; got 1"),

@@ -141,11 +141,11 @@ def test_pictures_that_were_encoded_once_per_beam_are_read_once(copies):
     )
     scores = torch.tensor([*[1.0, 2.0, 3.0] * copies, *[4.0, 5.0] * copies])
     laid_out = scores_from_eyes(
-        spans, {"image": EyeRecord(scores, ())}, batch=2, copies=copies, length=5, device=torch.device("cpu")
+        spans, {"image": EyeRecord(scores, torch.arange(len(scores)))}, batch=2, copies=copies, length=5, device=torch.device("cpu")
     )
     assert laid_out.values.tolist() == [[0, 1, 2, 0, 3], [4, 5, 0, 0, 0]]
     with pytest.raises(SaliencyError, match="the prompt holds 5, the vision tower made 4"):
-        record = EyeRecord(torch.ones(4), ())
+        record = EyeRecord(torch.ones(4), torch.zeros(4).long())
         scores_from_eyes(spans, {"image": record}, batch=2, copies=copies, length=5, device=torch.device("cpu"))
 
 

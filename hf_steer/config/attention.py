@@ -19,7 +19,7 @@ from hf_steer.checks import (
 from hf_steer.errors import ConfigError
 
 NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
-SOURCES = ("vision_attention", None)
+SOURCES = ("vision_attention", "vision_rollout", None)
 QUERIES = ("all", "generated")
 BACKENDS = ("auto", "folded", "mask")
 
@@ -30,20 +30,22 @@ class SaliencyConfig:
 
     Args:
         source: `"vision_attention"` reads the model's own eyes: the attention that each patch receives in the vision
-            tower. None takes only what `use_saliency` supplies.
+            tower. `"vision_rollout"` follows that attention through the blocks, residual connections included
+            (https://arxiv.org/abs/2005.00928). None takes only what `use_saliency` supplies.
         normalize: per picture, per video frame, or over the row's real tokens for token scores. `"zscore"` is clipped
-            at `clip`; `"minmax"` and `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores
-            become zeros.
+            at `clip`, and a few far outliers do not set its scale (see `hf_steer.saliency.normalize`); `"minmax"` and
+            `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores become zeros.
         clip: largest absolute z-score, above 0. Two outlier patches would otherwise take most of the bias.
-        blocks: vision blocks to read; negative counts from the last. Several are averaged.
+        blocks: vision blocks to read, or `"all"`; negative counts from the last whose output the model reads. Several
+            are averaged, or rolled out. None: the last for `"vision_attention"`, all for `"vision_rollout"`.
         preserve_mass: subtract `log mean exp(λs)` over each group, so that the bias moves attention *within* a picture
             rather than towards it. Exact where the unsteered attention inside the picture is uniform.
     """
 
-    source: Literal["vision_attention"] | None = "vision_attention"
+    source: Literal["vision_attention", "vision_rollout"] | None = "vision_attention"
     normalize: Literal["zscore", "minmax", "rank", "none"] = "zscore"
     clip: float = 3.0
-    blocks: tuple[int, ...] = (-1,)
+    blocks: tuple[int, ...] | Literal["all"] | None = None
     preserve_mass: bool = False
 
     def __post_init__(self) -> None:
@@ -53,8 +55,9 @@ class SaliencyConfig:
         if self.clip <= 0:
             raise ConfigError(f"saliency.clip must be above 0; got {self.clip}. The default is 3.0.")
         check_flag("saliency.preserve_mass", self.preserve_mass)
-        blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
-        object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
+        if self.blocks is not None and self.blocks != "all":
+            blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
+            object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import SaliencyError
+from hf_steer.patching.arrange import Arrangement, read_arrangements
 from hf_steer.patching.context import Prompt
 from hf_steer.patching.state import CacheState, join_scores, join_spans
 from hf_steer.saliency import (
@@ -74,6 +75,9 @@ def read_prompt(
     outputs = named.get("mm_encoder_outputs") or {}
     encoded = {modality: output.hf_steer for modality, output in outputs.items() if hasattr(output, "hf_steer")}
     _refuse_hidden_tokens(ids, statement)
+    watched = bool(plan.eyes) and statement is None
+    arrangements = read_arrangements(named, plan.anatomy, PIXELS, whole=whole) if watched else {}
+    grids = _token_grids(named, encoded, arrangements, plan.anatomy)
     return Prompt(
         input_ids=ids,
         shape=(batch, tokens),
@@ -81,7 +85,8 @@ def read_prompt(
         real=real_tokens(mask, first + tokens) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
-        spans=_new_spans(ids, _token_grids(named, encoded, plan.anatomy), plan, statement, first=first, past=past),
+        arrangements=arrangements,
+        spans=_new_spans(ids, grids, plan, statement, first=first, past=past),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
 
@@ -145,6 +150,8 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
     else:
         wanted = prompt.spans if plan.eyes else ()
         records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
+        for modality in records.keys() & prompt.arrangements.keys():
+            records[modality] = prompt.arrangements[modality].arrange(records[modality])
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
@@ -243,7 +250,7 @@ def _new_spans(
     needed = plan.eyes if statement is None else statement.regions
     if ids is None or not placeholders or not (grids or needed):
         return ()
-    if plan.anatomy.tower is None:
+    if plan.anatomy.tower is None or (statement is not None and plan.anatomy.arrangement is not None):
         raise SaliencyError(
             f"boxes, masks, maps and points need to know where in a picture each token lies, which is known of Qwen-VL models; "
             f"this one is {plan.anatomy.family!r}. Give one score per token with Saliency.from_tokens(...)."
@@ -257,9 +264,12 @@ def _new_spans(
 
 
 def _token_grids(
-    named: Mapping[str, Any], records: Mapping[str, EyeRecord], anatomy: Anatomy
+    named: Mapping[str, Any], records: Mapping[str, EyeRecord], arrangements: Mapping[str, Arrangement], anatomy: Anatomy
 ) -> dict[str, list[tuple[int, int, int]]]:
+    """Modality -> tokens of its pictures; those that a LLaVA arranges count as one line."""
     grids = {modality: list(record.grids) for modality, record in records.items()}
+    for modality, arrangement in arrangements.items():
+        grids[modality] = [(1, 1, count) for count in arrangement.counts()]
     for modality, name in GRIDS.items():
         if named.get(name) is not None:
             grids[modality] = [token_grid(grid, anatomy.merge_size) for grid in named[name].tolist()]

@@ -50,9 +50,9 @@ def scores_from_eyes(
         for row in range(batch):
             first = start
             for span in (span for span in own if span.row == row):
-                count = len(span.positions)
-                _lay(scores, span, record.scores[start : start + count], groups=span.grid[0])
-                start += count
+                own_part = slice(start, start + len(span.positions))
+                _lay(scores, span, record.scores[own_part], record.group[own_part])
+                start = own_part.stop
             start += (repeated - 1) * (start - first)
     return scores
 
@@ -93,7 +93,7 @@ def scores_from_user(
                 )
             painted[: first // temporal_patch_size] = 0
             painted[-(-last // temporal_patch_size) :] = 0
-        _lay(scores, span, painted.reshape(-1).to(real.device), groups=1)
+        _lay(scores, span, painted.reshape(-1).to(real.device), torch.zeros(painted.numel(), dtype=torch.long))
     return scores
 
 
@@ -104,13 +104,15 @@ def _blank(batch: int, length: int, device: torch.device) -> TokenScores:
     )
 
 
-def _lay(scores: TokenScores, span: Span, values: Tensor, *, groups: int) -> None:
-    """Add values to a span's tokens and number its groups: one for all that the user says, one per frame for the eyes."""
-    scores.values[span.row, span.positions] += values.to(scores.values.device)
-    if (scores.group[span.row, span.positions] < 0).all():
-        first = int(scores.group[span.row].max()) + 1
-        numbers = torch.arange(first, first + groups, device=scores.group.device)
-        scores.group[span.row, span.positions] = numbers.repeat_interleave(len(span.positions) // groups)
+def _lay(scores: TokenScores, span: Span, values: Tensor, group: Tensor) -> None:
+    """Add values to a span's tokens and number its groups after those that the row has: one for all that the user says, one
+    per frame for the eyes; -1 says nothing."""
+    group = group.to(scores.group.device)
+    speaks = group >= 0
+    scores.values[span.row, span.positions] += torch.where(speaks, values.to(scores.values.device), 0.0)
+    if (scores.group[span.row, span.positions] < 0).all() and speaks.any():
+        first = scores.group[span.row].max() + 1 - group[speaks].min()
+        scores.group[span.row, span.positions] = torch.where(speaks, group + first, -1)
 
 
 def _token_scores(tokens: Tensor, blank: TokenScores, real: Tensor, first_position: int) -> TokenScores:

@@ -19,7 +19,10 @@ FULL = SteerConfig(
 )
 
 
-@pytest.mark.parametrize("config", [FULL, SteerConfig(), SteerConfig(attention=AttentionConfig())])
+ROLLOUT = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(source="vision_rollout", blocks="all")))
+
+
+@pytest.mark.parametrize("config", [FULL, ROLLOUT, SteerConfig(), SteerConfig(attention=AttentionConfig())])
 def test_a_configuration_survives_dict_json_disk_copy_and_pickle(config, tmp_path):
     assert SteerConfig.from_dict(config.to_dict()) == config
     assert SteerConfig.from_dict(json.loads(config.to_json())) == config
@@ -64,6 +67,7 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: SaliencyConfig(source="dino"), "'vision_attention', 'vision_rollout', None; got 'dino'"),
         (lambda: SaliencyConfig(clip=0), "clip must be above 0"),
         (lambda: SaliencyConfig(blocks=()), "non-empty sequence"),
+        (lambda: SaliencyConfig(blocks="last"), "saliency.blocks must be .*; got 'last'"),
         (lambda: SaliencyConfig(preserve_mass=1), "True or False; got 1"),
         (lambda: SteerConfig(attention="all"), "must be an AttentionConfig or None; got str"),
         (lambda: SteerConfig(schema_version=99), "schema_version 99; this hf_steer reads up to 1. Upgrade"),

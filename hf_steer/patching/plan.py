@@ -115,7 +115,7 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     if attention.saliency.source is None:
         return ()
     saliency, depth = attention.saliency, len(anatomy.blocks)
-    if not depth:
+    if anatomy.tower is None:
         seeing = ", ".join(name for name, row in FAMILIES.items() if row.blocks is not None)
         raise ConfigError(
             f"saliency source {saliency.source!r} needs a vision tower, which {anatomy.family!r} lacks (these have one: "
@@ -127,8 +127,9 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     wanted = by_default if saliency.blocks is None else saliency.blocks
     chosen = tuple(range(depth)) if isinstance(wanted, str) else wanted
     outside = [block for block in chosen if not -depth <= block < depth]
-    if outside:
+    if outside or not depth:
         raise ConfigError(
-            f"vision blocks {outside} are not there; the tower has {depth} whose output the model reads, 0 to {depth - 1}."
+            f"vision blocks {outside or wanted} are not there; the tower has {depth} whose output the model reads"
+            f"{f', 0 to {depth - 1}' if depth else ', since vision_feature_layer is its input'}."
         )
     return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in chosen}))

@@ -154,7 +154,8 @@ def resolve_state(ride: Ride, prompt: Prompt, plan: Plan, *, rows: int, past: in
             records[modality] = prompt.arrangements[modality].arrange(records[modality])
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
-    scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
+    drawn = ride.statement is not None and ride.statement.tokens is None
+    scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip, winsorize=not drawn)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     return CacheState(scores, spans, ride.statement, speaks=bool(scores.values.any())).for_rows(rows)

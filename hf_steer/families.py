@@ -19,6 +19,8 @@ from hf_steer.values import Anatomy, Encoder, Site
 
 _QWEN_PLACEHOLDERS = MappingProxyType({"image": "image_token_id", "video": "video_token_id"})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_CLASS_TOKENS: Mapping[str, int] = MappingProxyType({"clip_vision_model": 1, "siglip_vision_model": 0})
+"""Vision towers of LLaVAs whose attention can be read, and how many tokens they put before the patches."""
 _NO_ENCODER: Mapping[str, EncoderRow] = MappingProxyType({})
 
 
@@ -55,6 +57,8 @@ class Family:
         placeholders: modality -> name of the config value that holds its placeholder token.
         layout: row of `saliency.LAYOUTS` that says where in a picture or sound each placeholder token lies.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
+        arrangement: how the model lays out what the tower saw as tokens: `"whole"`, every picture its patches; `"anyres"`,
+            base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
         encoders: modality -> where its aligners go.
         counts_items: the model's loss heeds `num_items_in_batch`, Trainer's count over all accumulation steps.
     """
@@ -66,6 +70,7 @@ class Family:
     placeholders: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     layout: str | None = None
     windowed: bool = False
+    arrangement: Literal["whole", "anyres"] | None = None
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
     counts_items: bool = True
 
@@ -96,8 +101,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, layout="qwen", windowed=True, encoders=_QWEN_EYE
         ),
         "qwen3_vl": Family(blocks="blocks", placeholders=_QWEN_PLACEHOLDERS, layout="qwen", encoders=_QWEN_EYE),
-        "llava": Family(placeholders=MappingProxyType({"image": "image_token_id"}), layout="llava", encoders=_LLAVA_EYE),
-        "llava_onevision": Family(placeholders=_QWEN_PLACEHOLDERS, layout="llava_onevision", encoders=_LLAVA_EYE),
+        "llava": Family(
+            blocks="encoder.layers", block_attention="self_attn", placeholders=MappingProxyType({"image": "image_token_id"}),
+            layout="llava", arrangement="whole", encoders=_LLAVA_EYE,
+        ),
+        "llava_onevision": Family(
+            blocks="encoder.layers", block_attention="self_attn", placeholders=_QWEN_PLACEHOLDERS, layout="llava_onevision",
+            arrangement="anyres", encoders=_LLAVA_EYE,
+        ),
         "qwen2_audio": Family(
             placeholders=_AUDIO, layout="qwen2_audio", counts_items=False, encoders=_ear(mask="feature_attention_mask")
         ),
@@ -145,8 +156,8 @@ def resolve(model: Any) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
     decoder = model.get_decoder() if family.layers is not None else None
     text = model.config.get_text_config(decoder=True)
-    tower: Any = model.get_encoder(modality="image") if family.blocks is not None else None
-    vision = model.config.vision_config if tower is not None else None
+    tower = _readable_tower(model, family)
+    vision = None if tower is None or family.arrangement is not None else model.config.vision_config
     return Anatomy(
         family=model.config.model_type,
         root=model,
@@ -157,17 +168,34 @@ def resolve(model: Any) -> Anatomy:
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         tower=tower,
-        blocks=() if family.blocks is None else _attention_sites(names, tower, family.blocks, family.block_attention),
+        blocks=() if tower is None else _blocks(names, model, tower, family),
         placeholder_ids={modality: getattr(model.config, name) for modality, name in family.placeholders.items()},
         layout=family.layout,
         merge_size=1 if vision is None else vision.spatial_merge_size,
         temporal_patch_size=1 if vision is None else vision.temporal_patch_size,
         windowed=family.windowed,
+        arrangement=family.arrangement,
+        class_tokens=0 if tower is None else _CLASS_TOKENS.get(tower.config.model_type, 0),
         hidden_size=text.hidden_size,
         encoders={
             modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()
         },
     )
+
+
+def _readable_tower(model: Any, family: Family) -> Any | None:
+    """The vision tower whose attention can be read, if this family, or this LLaVA, has one."""
+    if family.blocks is None:
+        return None
+    tower = model.get_encoder(modality="image")
+    return tower if family.arrangement is None or tower.config.model_type in _CLASS_TOKENS else None
+
+
+def _blocks(names: Mapping[nn.Module, str], model: Any, tower: Any, family: Family) -> tuple[Site, ...]:
+    """Attention modules of the tower's blocks whose output is read."""
+    blocks = list(_ending(tower, str(family.blocks)).children())[: _layers_read(model)]
+    modules = [block.get_submodule(family.block_attention) for block in blocks]
+    return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
 
 
 def _attention_sites(names: Mapping[nn.Module, str], owner: nn.Module, layers: str, attention: str) -> tuple[Site, ...]:

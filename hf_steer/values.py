@@ -93,6 +93,8 @@ class Anatomy:
 
     `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
     `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie; None for a model that reads text only.
+    `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out as tokens (see
+    `families.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
     """
 
     family: str
@@ -110,6 +112,8 @@ class Anatomy:
     merge_size: int
     temporal_patch_size: int
     windowed: bool
+    arrangement: str | None
+    class_tokens: int
     hidden_size: int
     encoders: Mapping[str, Encoder]
 

@@ -58,7 +58,7 @@ def test_a_configuration_that_does_not_fit_is_refused(config, message):
 
 def test_a_vision_block_that_is_not_there_is_refused():
     config = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(blocks=(0, 5))))
-    with pytest.raises(ConfigError, match=r"vision blocks \[5\] are not there; the tower has 2, 0 to 1"):
+    with pytest.raises(ConfigError, match=r"blocks \[5\] are not there; the tower has 2 whose output the model reads, 0 to 1"):
         patch_model(make_model("qwen2_vl"), config)
 
 

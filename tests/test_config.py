@@ -19,7 +19,10 @@ FULL = SteerConfig(
 )
 
 
-@pytest.mark.parametrize("config", [FULL, SteerConfig(), SteerConfig(attention=AttentionConfig())])
+ROLLOUT = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(source="vision_rollout", blocks="all")))
+
+
+@pytest.mark.parametrize("config", [FULL, ROLLOUT, SteerConfig(), SteerConfig(attention=AttentionConfig())])
 def test_a_configuration_survives_dict_json_disk_copy_and_pickle(config, tmp_path):
     assert SteerConfig.from_dict(config.to_dict()) == config
     assert SteerConfig.from_dict(json.loads(config.to_json())) == config
@@ -57,13 +60,14 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: AttentionConfig(heads={1: (2, 2)}), "names one twice"),
         (lambda: AttentionConfig(heads={1: (0,)}, strength={2: 1.0}), r"names layers \[2\], attention.heads \[1\]"),
         (lambda: AttentionConfig(heads={1: (0, 3)}, strength={1: {0: 1.0}}), r"layer 1 names heads \[0\].*\[0, 3\]"),
-        (lambda: AttentionConfig(queries="some"), "attention.queries must be one of 'all', 'generated'; got 'some'"),
+        (lambda: AttentionConfig(queries="some"), "attention.queries must be one of 'all', 'generated', 'thinking', 'answer'; got 'some'"),
         (lambda: AttentionConfig(backend="flash"), "attention.backend must be one of 'auto', 'folded', 'mask'"),
         (lambda: AttentionConfig(saliency={"clip": 1}), "must be a SaliencyConfig; got dict"),
         (lambda: SaliencyConfig(normalize="l2"), "'zscore', 'minmax', 'rank', 'none'; got 'l2'"),
-        (lambda: SaliencyConfig(source="dino"), "'vision_attention', None; got 'dino'"),
+        (lambda: SaliencyConfig(source="dino"), "'gradient', None; got 'dino'"),
         (lambda: SaliencyConfig(clip=0), "clip must be above 0"),
         (lambda: SaliencyConfig(blocks=()), "non-empty sequence"),
+        (lambda: SaliencyConfig(blocks="last"), "saliency.blocks must be .*; got 'last'"),
         (lambda: SaliencyConfig(preserve_mass=1), "True or False; got 1"),
         (lambda: SteerConfig(attention="all"), "must be an AttentionConfig or None; got str"),
         (lambda: SteerConfig(schema_version=99), "schema_version 99; this hf_steer reads up to 1. Upgrade"),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 
+import eyes_oracle as oracle
 import pytest
 import torch
 from test_contract import logits, steer
 from tiny import IMPLEMENTATIONS, SEEING, make_model, make_prompt
 
-from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, patch_model
+from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, patch_model, unpatch_model
 
 
-def looking_with(family, blocks):
-    saliency = SaliencyConfig(blocks=blocks)
+def looking_with(family, blocks, source="vision_attention"):
+    saliency = SaliencyConfig(source=source, blocks=blocks)
     return SteerConfig(attention=AttentionConfig(heads={1: "all"}, strength=1.0, saliency=saliency))
 
 
@@ -87,6 +88,67 @@ def test_recorded_scores_equal_a_recomputation_from_the_blocks_own_input(family,
     else:
         torch.testing.assert_close(record.scores, tokens, rtol=1e-4, atol=1e-5)
     assert record.scores.std() > 0.01
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", SEEING)
+@pytest.mark.parametrize("blocks", [None, "all", (0,), (-1,), (1, 0)])
+def test_rollout_equals_the_product_of_whole_matrices(family, implementation, blocks):
+    """Qwen2.5-VL's block 1 attends in windows and block 0 frame by frame: one chain over all patches has to hold both."""
+    model = patch_model(make_model(family, implementation), looking_with(family, blocks, "vision_rollout"))
+    inputs = make_prompt(family, [[3, ("image", 3, 3), 2, ("image", 2, 1), 1]])
+    taken = {}
+
+    def take(module, args, kwargs):
+        taken[module] = {"hidden": args[0], **kwargs}
+
+    tower = model.model.visual
+    hooks = [block.attn.register_forward_pre_hook(take, with_kwargs=True) for block in tower.blocks]
+    with torch.no_grad():
+        record = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True).hf_steer
+        matrices = [whole_matrix(block.attn, **taken[block.attn]) for block in tower.blocks]
+    for hook in hooks:
+        hook.remove()
+    segments = [len(taken[block.attn]["cu_seqlens"]) - 1 for block in tower.blocks]
+    assert segments == ([2, 5] if family == "qwen2_5_vl" else [2, 2])
+    chosen = {None: (0, 1), "all": (0, 1), (0,): (0,), (-1,): (1,), (1, 0): (0, 1)}[blocks]
+    patches = oracle.rollout([matrices[block] for block in chosen])
+    tokens = patches.view(-1, 4).mean(1)
+    if family == "qwen2_5_vl":
+        order = oracle.windows(1, 3, 3, 2) + [9 + place for place in oracle.windows(1, 2, 1, 2)]
+        assert order != sorted(order)
+        tokens = torch.stack([tokens[order.index(place)] for place in range(11)])
+    torch.testing.assert_close(record.scores.double(), tokens, rtol=1e-4, atol=1e-5)
+    assert record.scores[:9].mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert record.scores.std() > 0.01
+
+
+def whole_matrix(attention, hidden, cu_seqlens, position_embeddings, **_):
+    """The attention weights of one block over all patches of the call, by loops."""
+    query, key, _ = attention.qkv(hidden).reshape(len(hidden), 3, 2, -1).permute(1, 2, 0, 3)
+    cos, sin = position_embeddings
+
+    def turn(values):
+        low, high = values.chunk(2, -1)
+        return values * cos + torch.cat([-high, low], -1) * sin
+
+    bounds = itertools.pairwise(cu_seqlens.tolist())
+    return oracle.block_diagonal([oracle.attention(turn(query)[:, a:b], turn(key)[:, a:b], attention.scaling) for a, b in bounds])
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_rollout_steers_the_same_in_a_pass_and_in_generate(family):
+    inputs = make_prompt(family, [[3, ("image", 3, 2), 1, ("video", 2, 2, 3), 2], [2, ("image", 2, 2), 4]])
+    model = make_model(family)
+    outputs = [logits(model, inputs)]
+    for source in ("vision_attention", "vision_rollout"):
+        patch_model(model, looking_with(family, None, source))
+        outputs.append(logits(model, inputs))
+        first = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        torch.testing.assert_close(first.logits[0], outputs[-1][:, -1], rtol=1e-4, atol=2e-5)
+        unpatch_model(model)
+    for one, other in itertools.combinations(outputs, 2):
+        assert (one - other).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("family", SEEING)

@@ -1,5 +1,6 @@
 import math
 
+import eyes_oracle as oracle
 import numpy as np
 import pytest
 import torch
@@ -46,8 +47,61 @@ def test_two_outliers_do_not_take_the_whole_bias():
     raw = torch.tensor(normalized(values, "zscore", clip=1e9))
     clipped, ranked = torch.tensor(normalized(values, "zscore")), torch.tensor(normalized(values, "rank"))
     share = [float(scores[-2:].abs().sum() / scores.abs().sum()) for scores in (raw, clipped, ranked)]
-    assert share[0] > 0.4 > share[1] > share[2]
+    assert share[0] > 0.4 > 0.10 > share[1] > share[2]
     assert share[2] < 0.02
+
+
+BULKS = {
+    "even": lambda count: 1 + 0.01 * (torch.arange(count) % 7),
+    "normal": lambda count: 1 + 0.2 * torch.randn(count),
+    "exponential": lambda count: torch.empty(count).exponential_(),
+    "lognormal": lambda count: torch.randn(count).exp(),
+    "heavy-tailed": lambda count: (2 * torch.randn(count)).exp(),
+}
+
+
+@pytest.mark.parametrize("tokens", [196, 256, 576])
+@pytest.mark.parametrize("bulk", BULKS)
+def test_two_tokens_at_fifty_times_the_others_take_a_tenth_at_most(bulk, tokens):
+    """Of the whole bias, and of the part that draws the gaze."""
+    others = BULKS[bulk](tokens - 2)
+    scores = torch.cat([others, torch.full((2,), 50 * float(others.median()))])
+    robust, plain = (normalize(scored(scores.tolist()), "zscore", 3.0, winsorize=how).values[0] for how in (True, False))
+    for part in (torch.abs, torch.relu):
+        share, before = (float(part(values)[-2:].sum() / part(values).sum()) for values in (robust, plain))
+        assert share <= 0.10
+    if tokens == 196 and bulk != "heavy-tailed":
+        assert before > 0.20  # what a clipped z-score alone gives them of that part
+    assert robust.abs().max() <= 3
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 25, 256])
+def test_scores_of_two_values_keep_their_plain_zscore_to_the_last_bit(tokens):
+    for ones in range(1, tokens):
+        for low, high in ((0.0, 1.0), (0.25, 50.0)):
+            values = torch.tensor([high] * ones + [low] * (tokens - ones))
+            plain = ((values - values.mean()) / values.std(unbiased=False)).clamp(-3, 3)
+            assert torch.equal(normalize(scored(values.tolist()), "zscore", 3.0).values[0], plain)
+
+
+def test_scores_without_outliers_keep_their_plain_zscore_to_the_last_bit():
+    for tokens in (9, 64, 300):
+        for values in (torch.rand(tokens), torch.linspace(0, 1, tokens).pow(2), 3 + torch.rand(tokens)):
+            plain = ((values - values.mean()) / values.std(unbiased=False)).clamp(-3, 3)
+            assert torch.equal(normalize(scored(values.tolist()), "zscore", 3.0).values[0], plain)
+
+
+def test_winsorizing_equals_its_formula():
+    values = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 9.0]
+    spread = 1.4826 * 0.2  # deviations from the median 1.4: .4 .3 .2 .1 0 .1 .2 .3 7.6
+    pulled = [*values[:-1], 1.4 + 5 * spread]
+    mean = sum(pulled) / 9
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in pulled) / 9)
+    assert normalized(values, "zscore") == pytest.approx([(value - mean) / deviation for value in pulled], rel=1e-5)
+    third = [1.0, 1.1, 1.2, 9.0, 9.0, 1.3]  # too many to be outliers
+    assert torch.equal(
+        normalize(scored(third), "zscore", 3.0).values, normalize(scored(third), "zscore", 3.0, winsorize=False).values
+    )
 
 
 def test_groups_are_normalised_by_themselves_and_silence_stays_zero():
@@ -69,6 +123,11 @@ def test_attention_received_equals_plain_loops_in_chunks_of_any_size(patches, ch
     received = attention_received(query, key, 0.4, scores_per_chunk=chunk)
     torch.testing.assert_close(received.double(), expected, rtol=1e-5, atol=1e-6)
     assert received.mean().item() == pytest.approx(1.0)
+    weights = torch.rand(patches)
+    rows = oracle.attention(query, key, 0.4)
+    weighted = [sum(float(weights[q]) * rows[q][k] for q in range(patches)) for k in range(patches)]
+    received = attention_received(query, key, 0.4, weights, scores_per_chunk=chunk)
+    torch.testing.assert_close(received.double(), torch.tensor(weighted).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_box_scores_the_share_of_each_token_that_it_covers():
@@ -145,11 +204,11 @@ def test_pictures_that_were_encoded_once_per_beam_are_read_once(copies):
     )
     scores = torch.tensor([*[1.0, 2.0, 3.0] * copies, *[4.0, 5.0] * copies])
     laid_out = scores_from_eyes(
-        spans, {"image": EyeRecord(scores, ())}, batch=2, copies=copies, length=5, device=torch.device("cpu")
+        spans, {"image": EyeRecord(scores, torch.arange(len(scores)))}, batch=2, copies=copies, length=5, device=torch.device("cpu")
     )
     assert laid_out.values.tolist() == [[0, 1, 2, 0, 3], [4, 5, 0, 0, 0]]
     with pytest.raises(SaliencyError, match="the prompt holds 5, the vision tower made 4"):
-        record = EyeRecord(torch.ones(4), ())
+        record = EyeRecord(torch.ones(4), torch.zeros(4).long())
         scores_from_eyes(spans, {"image": record}, batch=2, copies=copies, length=5, device=torch.device("cpu"))
 
 

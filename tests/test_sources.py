@@ -134,8 +134,10 @@ def test_the_model_is_steered_by_what_is_previewed(family, implementation, sourc
     attention = AttentionConfig(heads={1: "all"}, strength=2.0, saliency=SaliencyConfig(source=None, normalize="none"))
     patch_model(unpatch_model(model), SteerConfig(attention=attention))
     with hf_steer.use_saliency(model, found.saliency()):
-        torch.testing.assert_close(logits(model, inputs), own, **TOLERANCE)
-        torch.testing.assert_close(generate(model, inputs)[1], said[1], **TOLERANCE)
+        # a gradient is rounded by two passes, and a z-score magnifies that
+        close = {"rtol": 1e-4, "atol": 1e-4} if source == "gradient" else TOLERANCE
+        torch.testing.assert_close(logits(model, inputs), own, **close)
+        torch.testing.assert_close(generate(model, inputs)[1], said[1], **close)
     unpatch_model(model)
     assert torch.equal(logits(model, inputs), plain)
 

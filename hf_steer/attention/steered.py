@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.chunks import Reader, call_of
 from hf_steer.errors import SteerError
-from hf_steer.saliency import EyeRecorder
+from hf_steer.saliency import current_recorder
 from hf_steer.values import HeadBias
 
 STEERABLE = ("eager", "sdpa")
@@ -76,10 +76,10 @@ def recording_attention(
     attention_mask: Tensor | None,
     *,
     inner: Callable[..., Any],
-    hf_steer: EyeRecorder | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Attention of a vision block, unchanged; a recorder that rides along takes the attention that patches receive."""
-    if hf_steer is not None:
-        hf_steer.add(module, query, key, kwargs["scaling"])
+    """Attention of a vision block, unchanged; what watches the tower in this thread takes its queries and keys."""
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.add(module, query, key, kwargs["scaling"])
     return inner(module, query, key, value, attention_mask, **kwargs)

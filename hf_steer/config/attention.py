@@ -26,7 +26,7 @@ from hf_steer.errors import ConfigError
 NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
 PROMPT_SOURCES = ("feature_norm", "text_similarity", "decoder_attention", "gradient")
 """Sources that look at the prompt as the decoder gets it; `saliency.SOURCES` has them."""
-SOURCES = ("vision_attention", *PROMPT_SOURCES, None)
+SOURCES = ("vision_attention", "vision_rollout", *PROMPT_SOURCES, None)
 PHASES = ("prompt", "thinking", "answer")
 QUERIES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {"all": (1.0, 1.0, 1.0), "generated": (0.0, 1.0, 1.0), "thinking": (0.0, 1.0, 0.0), "answer": (0.0, 0.0, 1.0)}
@@ -42,15 +42,17 @@ class SaliencyConfig:
 
     Args:
         source: `"vision_attention"` reads the model's own eyes: the attention that each patch receives in the vision
-            tower. Of the prompt as the decoder gets it: `"feature_norm"`, the length of each picture or sound token;
-            `"text_similarity"`, its mean cosine with the text; `"decoder_attention"`, what `source_heads` look at from the last
-            `last_tokens` of the prompt in a first, unsteered pass; `"gradient"`, gradient × input of `answer_token`'s logit,
-            also in a first pass. None takes only what `use_saliency` supplies.
+            tower. `"vision_rollout"` follows that attention through the blocks, residual connections included
+            (https://arxiv.org/abs/2005.00928). Of the prompt as the decoder gets it: `"feature_norm"`, the length of each picture
+            or sound token; `"text_similarity"`, its mean cosine with the text; `"decoder_attention"`, what `source_heads` look
+            at from the last `last_tokens` of the prompt in a first, unsteered pass; `"gradient"`, gradient × input of
+            `answer_token`'s logit, also in a first pass. None takes only what `use_saliency` supplies.
         normalize: per picture, per video frame, or over the row's real tokens for token scores. `"zscore"` is clipped
-            at `clip`; `"minmax"` and `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores
-            become zeros.
+            at `clip`, and a few far outliers do not set its scale (see `hf_steer.saliency.normalize`); `"minmax"` and
+            `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores become zeros.
         clip: largest absolute z-score, above 0. Two outlier patches would otherwise take most of the bias.
-        blocks: vision blocks to read; negative counts from the last. Several are averaged.
+        blocks: vision blocks to read, or `"all"`; negative counts from the last whose output the model reads. Several
+            are averaged, or rolled out. None: the last for `"vision_attention"`, all for `"vision_rollout"`.
         preserve_mass: subtract `log mean exp(λs)` over each group, so that the bias moves attention *within* a picture
             rather than towards it. Exact where the unsteered attention inside the picture is uniform.
         source_heads: for `"decoder_attention"`: `"all"` or `{layer: heads}`; the steered heads when None.
@@ -59,11 +61,11 @@ class SaliencyConfig:
     """
 
     source: (
-        Literal["vision_attention", "feature_norm", "text_similarity", "decoder_attention", "gradient"] | None
+        Literal["vision_attention", "vision_rollout", "feature_norm", "text_similarity", "decoder_attention", "gradient"] | None
     ) = "vision_attention"
     normalize: Literal["zscore", "minmax", "rank", "none"] = "zscore"
     clip: float = 3.0
-    blocks: tuple[int, ...] = (-1,)
+    blocks: tuple[int, ...] | Literal["all"] | None = None
     preserve_mass: bool = False
     source_heads: Heads | None = None
     last_tokens: int | None = None
@@ -76,8 +78,9 @@ class SaliencyConfig:
         if self.clip <= 0:
             raise ConfigError(f"saliency.clip must be above 0; got {self.clip}. The default is 3.0.")
         check_flag("saliency.preserve_mass", self.preserve_mass)
-        blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
-        object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
+        if self.blocks is not None and self.blocks != "all":
+            blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
+            object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
         self._check_own("source_heads", "decoder_attention")
         self._check_own("last_tokens", "decoder_attention")
         self._check_own("answer_token", "gradient")

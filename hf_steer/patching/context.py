@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching.state import CacheState
 from hf_steer.saliency import EyeRecord, Saliency
 from hf_steer.values import Span
+
+if TYPE_CHECKING:
+    from hf_steer.patching.arrange import Arrangement
 
 STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
@@ -37,6 +40,7 @@ class Prompt:
         real: `(batch, first_position + tokens)` bool, False for padding; None when no mask came.
         encoded: modality -> what the patched tower recorded earlier, for encoder outputs that the caller passed in.
         raw: modalities whose pixels come with the call, in the order in which the model encodes them.
+        arrangements: modality -> how a LLaVA lays out what its tower sees as tokens, where its eyes are wanted.
         spans: pictures and videos that this prompt adds to the cache.
         labelled: `(batch, tokens)` bool, True where the next token is a label; None without labels.
     """
@@ -47,6 +51,7 @@ class Prompt:
     real: Tensor | None
     encoded: Mapping[str, EyeRecord]
     raw: tuple[str, ...]
+    arrangements: Mapping[str, Arrangement]
     spans: tuple[Span, ...]
     labelled: Tensor | None
 
@@ -66,6 +71,7 @@ class GenerateScope:
 
 _STATEMENTS: ContextVar[Mapping[int, Saliency | None]] = ContextVar("hf_steer_statements", default={})  # noqa: B039 - never mutated
 _SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated
+_SINKS: ContextVar[Mapping[int, list[EyeRecord]]] = ContextVar("hf_steer_sinks", default={})  # noqa: B039 - never mutated
 
 
 @contextmanager
@@ -135,6 +141,21 @@ def statement_for(steering: object) -> tuple[bool, Saliency | None]:
 def scope_for(steering: object) -> GenerateScope | None:
     """The call of `generate` that this thread is in."""
     return _SCOPES.get().get(id(steering))
+
+
+def collect_records(steering: object, sink: list[EyeRecord] | None) -> None:
+    """What the vision tower records in this thread goes to `sink`, until the decoder of that pass ends it with None."""
+    sinks = _SINKS.get()
+    if sink is not None:
+        _SINKS.set({**sinks, id(steering): sink})
+    elif id(steering) in sinks:
+        _SINKS.set({key: records for key, records in sinks.items() if key != id(steering)})
+
+
+def sink_for(steering: object) -> list[EyeRecord] | None:
+    """Where records go: to the call of `generate` that this thread is in, which encodes before its passes, or to its pass."""
+    scope = scope_for(steering)
+    return _SINKS.get().get(id(steering)) if scope is None else scope.records
 
 
 @contextmanager

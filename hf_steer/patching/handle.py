@@ -16,7 +16,16 @@ from transformers.utils.generic import ModelOutput
 from hf_steer.attention import registered_name
 from hf_steer.config import TRAINABLE
 from hf_steer.errors import PatchError
-from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, named_arguments, scope_for, statement_for
+from hf_steer.patching.context import (
+    STEERING,
+    GenerateScope,
+    collect_records,
+    generate_scope,
+    named_arguments,
+    scope_for,
+    sink_for,
+    statement_for,
+)
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.firstpass import look_at_prompt
 from hf_steer.patching.insertion import Aligners
@@ -38,7 +47,7 @@ from hf_steer.patching.state import read_state, write_state
 from hf_steer.patching.strength import strengths_for
 from hf_steer.patching.trace import mean_strength, trace_of
 from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
-from hf_steer.saliency import EyeRecorder
+from hf_steer.saliency import EyeRecorder, record_with
 from hf_steer.values import Plan
 
 NEW_PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
@@ -81,11 +90,11 @@ class Steering(nn.Module):
             if site.index in self.plan.strengths or site.index in self.plan.readers:
                 yield SetAttentionFunction(site.module, registered_name(str(self.implementation), "gaze", anatomy.family))
         for site in self.plan.eyes:
-            name = registered_name(str(self.eyes_implementation), "eyes", anatomy.family)
+            name = registered_name(str(self.eyes_implementation), "eyes", anatomy.tower.config.model_type)
             yield SetAttentionFunction(site.module, name)
         if self.plan.eyes:
             yield AddHook(anatomy.tower, "before", self.before_tower)
-            yield AddHook(anatomy.tower, "after", self.after_tower)
+            yield AddHook(anatomy.tower, "finally", self.after_tower)
         yield AddHook(anatomy.decoder, "before", self.before_decoder)
         yield AddHook(anatomy.decoder, "after", self.after_decoder)
         yield AddHook(anatomy.root, "after", self.after_model)
@@ -101,33 +110,40 @@ class Steering(nn.Module):
         if ride is None:
             return None
         ride.watched = module is self.plan.anatomy.root
+        if self.plan.eyes and ride.prompt is not None:
+            collect_records(self, ride.records)  # a LLaVA hands no arguments of ours on to its tower
         return args, {**kwargs, STEERING: ride}
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Vision tower: let a recorder ride along when the model's own eyes are wanted."""
+        """Vision tower: let a recorder watch it when the model's own eyes are wanted."""
         ride = kwargs.pop(STEERING, None)
         enabled, statement = statement_for(self)
         continues = ride is not None and ride.prompt is None
-        if enabled and statement is None and not continues:
-            scope = scope_for(self)
-            sink = ride.records if ride is not None else scope.records if scope is not None else None
-            kwargs = {**kwargs, STEERING: EyeRecorder(sink)}
+        wanted = enabled and statement is None and not continues
+        record_with(EyeRecorder(self.plan.config.attention.saliency.source) if wanted else None)  # type: ignore[union-attr,arg-type]
         return args, kwargs
 
-    def after_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Vision tower: leave the record on its output, which travels to the decoder even when the caller encodes first."""
-        recorder = kwargs.get(STEERING)
-        if recorder is None:
+        recorder, anatomy = record_with(None), self.plan.anatomy
+        if recorder is None or output is None:  # not wanted, or interrupted
             return
-        anatomy = self.plan.anatomy
-        window = (module.window_size, module.patch_size) if anatomy.windowed else None
-        grid = named_arguments(module, args, kwargs)["grid_thw"]
-        record = recorder.finish(grid, merge_size=anatomy.merge_size, window=window)
+        if anatomy.arrangement is None:
+            window = (module.window_size, module.patch_size) if anatomy.windowed else None
+            grid = named_arguments(module, args, kwargs)["grid_thw"]
+            record = recorder.tokens(grid, merge_size=anatomy.merge_size, window=window)
+        else:
+            record = recorder.pictures()
+        sink = sink_for(self)
+        if sink is not None:
+            sink.append(record)
         if isinstance(output, ModelOutput):
             output.hf_steer = record
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
+        if self.plan.eyes:
+            collect_records(self, None)
         named = named_arguments(module, args, kwargs)
         ride = kwargs.get(STEERING) or self._begin(named)
         if not isinstance(ride, Ride):  # nothing to steer, or a first pass that looks for it

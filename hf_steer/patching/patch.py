@@ -169,7 +169,7 @@ def _register_functions(plan: Plan) -> None:
     ):
         if sites:
             implementation = owner.config._attn_implementation or "eager"
-            name = registered_name(implementation, part, anatomy.family)
+            name = registered_name(implementation, part, owner.config.model_type if part == "eyes" else anatomy.family)
             ALL_ATTENTION_FUNCTIONS.register(name, partial(function, inner=_inner(sites[0], implementation)))
 
 

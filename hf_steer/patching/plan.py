@@ -118,6 +118,7 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     """The vision blocks to read; none when only the user supplies saliency."""
     if attention.saliency.source is None:
         return ()
+    saliency, depth = attention.saliency, len(anatomy.blocks)
     if attention.saliency.source in PROMPT_SOURCES:
         if not anatomy.placeholder_ids:
             raise ConfigError(
@@ -128,15 +129,21 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     if anatomy.tower is None:
         seeing = ", ".join(name for name, row in FAMILIES.items() if row.blocks is not None)
         raise ConfigError(
-            f"saliency source {attention.saliency.source!r} needs a vision tower, which {anatomy.family!r} lacks (these have "
-            f"one: {seeing}). Use SaliencyConfig(source=None) and give the saliency with use_saliency."
+            f"saliency source {saliency.source!r} needs a vision tower, which {anatomy.family!r} lacks (these have one: "
+            f"{seeing}; the LLaVAs if it is CLIP or SigLIP). Use SaliencyConfig(source=None) and give the saliency with "
+            "use_saliency."
         )
     refuse_implementation(anatomy.tower.config, "vision tower")
-    depth = len(anatomy.blocks)
-    outside = [block for block in attention.saliency.blocks if not -depth <= block < depth]
-    if outside:
-        raise ConfigError(f"vision blocks {outside} are not there; the tower has {depth}, 0 to {depth - 1}.")
-    return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in attention.saliency.blocks}))
+    by_default = "all" if saliency.source == "vision_rollout" else (-1,)
+    wanted = by_default if saliency.blocks is None else saliency.blocks
+    chosen = tuple(range(depth)) if isinstance(wanted, str) else wanted
+    outside = [block for block in chosen if not -depth <= block < depth]
+    if outside or not depth:
+        raise ConfigError(
+            f"vision blocks {outside or wanted} are not there; the tower has {depth} whose output the model reads"
+            f"{f', 0 to {depth - 1}' if depth else ', since vision_feature_layer is its input'}."
+        )
+    return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in chosen}))
 
 
 def _readers(

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import SaliencyError
+from hf_steer.patching.arrange import read_arrangements
 from hf_steer.patching.context import Prompt
 from hf_steer.patching.pacing import Pace
 from hf_steer.patching.state import CacheState, join_scores, join_spans
@@ -84,6 +85,8 @@ def read_prompt(
     outputs = named.get("mm_encoder_outputs") or {}
     encoded = {modality: output.hf_steer for modality, output in outputs.items() if hasattr(output, "hf_steer")}
     _refuse_hidden_tokens(ids, statement)
+    watched = bool(plan.eyes) and statement is None
+    arrangements = read_arrangements(named, plan.anatomy, PIXELS, whole=whole) if watched else {}
     return Prompt(
         input_ids=ids,
         shape=(batch, tokens),
@@ -91,6 +94,7 @@ def read_prompt(
         real=real_tokens(mask, first + tokens) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
+        arrangements=arrangements,
         spans=_new_spans(ids, named, encoded, plan, statement, first=first, past=past),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
@@ -162,10 +166,13 @@ def resolve_state(
     else:
         wanted = prompt.spans if plan.eyes else ()
         records = {**prompt.encoded, **dict(zip(prompt.raw, ride.records, strict=False))}
+        for modality in records.keys() & prompt.arrangements.keys():
+            records[modality] = prompt.arrangements[modality].arrange(records[modality])
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     ride.raw = scores
-    scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip)
+    drawn = ride.statement is not None and ride.statement.tokens is None
+    scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip, winsorize=not drawn)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     return CacheState(scores, spans, ride.statement, speaks=bool(scores.values.any())).for_rows(rows)

@@ -1,6 +1,6 @@
 """Pure tensors in, one score per vision, audio or text token out."""
 
-from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received
+from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received, current_recorder, record_with
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.maps import map_of
@@ -17,10 +17,12 @@ __all__ = [
     "Saliency",
     "Sight",
     "attention_received",
+    "current_recorder",
     "find_spans",
     "map_of",
     "normalize",
     "read_layouts",
+    "record_with",
     "scores_from_eyes",
     "scores_from_prompt",
     "scores_from_user",

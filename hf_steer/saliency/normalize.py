@@ -12,10 +12,29 @@ from hf_steer.values import TokenScores
 
 _FLAT = 1e-6
 """Spread, relative to the largest score, below which scores count as constant: above it, rounding would be amplified."""
+_FAR = 5.0
+"""Robust standard deviations from the median beyond which a score is an outlier."""
+_FEW = 0.25
+"""Largest share of outliers: heavy-tailed attention has up to a fifth that far out; more are what the scores say."""
+_NORMAL = 1.4826
+"""Standard deviations per median absolute deviation, in a normal distribution."""
 
 
 def _zscore(scores: Tensor, clip: float) -> Tensor:
     return ((scores - scores.mean()) / scores.std(unbiased=False)).clamp(-clip, clip)
+
+
+def _without_outliers(scores: Tensor, clip: float) -> Tensor:
+    """Pull a few far outliers to the edge of what is not far. Clipping z-scores alone comes too late: two tokens of a few
+    hundred set the mean and the deviation of all. Without outliers nothing changes, nor where there are but two values: then
+    the median deviation is 0, or nothing is far."""
+    median = scores.median()
+    spread = _NORMAL * (scores - median).abs().median()
+    reach = max(_FAR, clip) * spread
+    outliers = ((scores - median).abs() > reach).float().mean()
+    if spread <= _FLAT * scores.abs().max() or outliers > _FEW:
+        return scores
+    return scores.clamp(median - reach, median + reach)
 
 
 def _minmax(scores: Tensor, clip: float) -> Tensor:
@@ -39,13 +58,15 @@ NORMALIZERS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
 )
 
 
-def normalize(scores: TokenScores, method: str, clip: float) -> TokenScores:
+def normalize(scores: TokenScores, method: str, clip: float, *, winsorize: bool = True) -> TokenScores:
     """Scale each group of each row by itself.
 
     Args:
         scores: `(batch, keys)` values and their groups.
         method: a key of `NORMALIZERS`: `zscore` (clipped), `minmax` and `rank` (both into [0, 1], ties averaged), `none`.
         clip: largest absolute z-score.
+        winsorize: before a z-score, pull a few far outliers in: beyond 5 (or `clip`, if that is more) robust standard
+            deviations from the median, and a quarter of the group at most. Regions that a user draws mean their peaks.
 
     Returns:
         The same groups with scaled values. Constant scores become zeros, never NaN, except under `none`.
@@ -60,5 +81,6 @@ def normalize(scores: TokenScores, method: str, clip: float) -> TokenScores:
             members = scores.group[row] == group
             own = scores.values[row][members]
             if own.max() - own.min() > _FLAT * own.abs().max():
+                own = _without_outliers(own, clip) if winsorize and method == "zscore" else own
                 values[row, members] = NORMALIZERS[method](own, clip)
     return TokenScores(values, scores.group)

@@ -60,7 +60,7 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: AttentionConfig(heads={1: (2, 2)}), "names one twice"),
         (lambda: AttentionConfig(heads={1: (0,)}, strength={2: 1.0}), r"names layers \[2\], attention.heads \[1\]"),
         (lambda: AttentionConfig(heads={1: (0, 3)}, strength={1: {0: 1.0}}), r"layer 1 names heads \[0\].*\[0, 3\]"),
-        (lambda: AttentionConfig(queries="some"), "attention.queries must be one of 'all', 'generated', 'thinking', 'answer'; got 'some'"),
+        (lambda: AttentionConfig(queries="some"), "must be one of 'all', 'generated', 'thinking', 'answer'; got 'some'"),
         (lambda: AttentionConfig(backend="flash"), "attention.backend must be one of 'auto', 'folded', 'mask'"),
         (lambda: AttentionConfig(saliency={"clip": 1}), "must be a SaliencyConfig; got dict"),
         (lambda: SaliencyConfig(normalize="l2"), "'zscore', 'minmax', 'rank', 'none'; got 'l2'"),

@@ -128,14 +128,14 @@ def test_the_model_is_steered_by_what_is_previewed(family, implementation, sourc
     steered(model, source)
     own, said = logits(model, inputs), generate(model, inputs)
     assert (own - plain)[inputs["attention_mask"].bool()].abs().max() > 1e-3
-    torch.testing.assert_close(said[1][:, 0], own[:, -1], **TOLERANCE)
+    # a gradient is rounded by two passes, and a z-score magnifies that
+    close = {"rtol": 1e-4, "atol": 1e-4} if source == "gradient" else TOLERANCE
+    torch.testing.assert_close(said[1][:, 0], own[:, -1], **close)
     with disable_steering(model):
         assert torch.equal(logits(model, inputs), plain)
     attention = AttentionConfig(heads={1: "all"}, strength=2.0, saliency=SaliencyConfig(source=None, normalize="none"))
     patch_model(unpatch_model(model), SteerConfig(attention=attention))
     with hf_steer.use_saliency(model, found.saliency()):
-        # a gradient is rounded by two passes, and a z-score magnifies that
-        close = {"rtol": 1e-4, "atol": 1e-4} if source == "gradient" else TOLERANCE
         torch.testing.assert_close(logits(model, inputs), own, **close)
         torch.testing.assert_close(generate(model, inputs)[1], said[1], **close)
     unpatch_model(model)

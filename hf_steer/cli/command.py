@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
     return value
+
+
+def heads(text: str) -> dict[str, Any]:
+    """`{"layer": [heads]}` as JSON, or a file that holds it."""
+    try:
+        source = Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text
+        found = json.loads(source)
+    except (OSError, ValueError) as error:
+        form = '{"3": [0, 5]}'
+        raise argparse.ArgumentTypeError(f"must be JSON such as {form}, or a .json file; got {text!r} ({error})") from error
+    found = found.get("heads", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"3": [0, 5]}}; got {text!r}')
+    return found
 
 
 def numbers(text: str) -> tuple[float, ...]:

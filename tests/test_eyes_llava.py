@@ -14,9 +14,13 @@ import torch
 from test_contract import TOLERANCE, generate, logits, real_logits
 from tiny_encoders import PLACEHOLDER, VIDEO, make_encoder_config
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_steer
 from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SaliencyError, SteerConfig, patch_model, unpatch_model
+from hf_steer.patching import runtime
+from hf_steer.patching.arrange import read_arrangements
+from hf_steer.saliency import EyeRecord
 
 SIDE = 3
 PIXELS = 12
@@ -474,14 +478,74 @@ def test_threads_copies_and_saved_models_look_alike(variant, tmp_path):
     assert torch.equal(generate(hf_steer.from_pretrained(tmp_path).eval(), prompts[0])[1], in_turn[0])
 
 
-@each
-def test_two_models_of_one_process_watch_their_own_towers(variant):
-    models = {name: patch_model(make_model(name), steer()) for name in {variant, "clip", "siglip"}}
-    inputs = make_prompt(variant, ROWS)
-    first = logits(models[variant], inputs)
-    for name, other in models.items():
-        logits(other, make_prompt(name, ROWS, seed=3))
-    assert torch.equal(logits(models[variant], inputs), first)
+@pytest.mark.parametrize("implementation", tiny.IMPLEMENTATIONS)
+def test_two_models_of_one_family_run_the_functions_of_their_own_towers(implementation):
+    models = {name: patch_model(make_model(name, implementation), steer()) for name in ("clip", "siglip")}
+    inputs = make_prompt("clip", ROWS)
+    first = {name: logits(model, inputs) for name, model in models.items()}
+    for name, model in reversed(models.items()):
+        assert torch.equal(logits(model, inputs), first[name])
+        attention = model.hf_steer.plan.eyes[0].module
+        wrapped = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation].keywords["inner"]
+        if implementation == "eager":
+            assert wrapped.__module__ == type(attention).__module__
+        else:
+            assert wrapped is ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_what_a_call_says_about_its_pictures_is_heeded_as_far_as_the_model_heeds_it(how):
+    """`vision_aspect_ratio` reaches the pictures from `generate` alone; a forward pass of OneVision drops it."""
+    model = make_model("onevision")
+    rows, ratio = [[2, (36, 36), 3]], "anyres_max_2"
+    inputs = make_prompt("onevision", rows)
+    with torch.no_grad():
+        features = model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], vision_aspect_ratio=ratio, return_dict=True
+        ).pooler_output
+    assert len(features[0]) < picture_tokens("onevision", (36, 36))
+    patch_model(model, steer())
+    if how == "forward":
+        assert torch.equal(logits(model, inputs, vision_aspect_ratio=ratio), logits(model, inputs))
+    else:
+        ids = [[2, 3, *[PLACEHOLDER] * len(features[0]), 4]]
+        generate(model, {**inputs, **tiny.pad_rows(ids, padding="left"), "vision_aspect_ratio": ratio})
+    clip = patch_model(make_model("clip"), steer())
+    inputs, full = make_prompt("clip-full", ROWS), {"vision_feature_select_strategy": "full"}
+    expected = patch_model(make_model("clip-full"), steer())
+    if how == "forward":
+        assert torch.equal(logits(clip, inputs, **full), logits(expected, inputs))
+    else:
+        assert torch.equal(generate(clip, {**inputs, **full})[1], generate(expected, inputs)[1])
+
+
+@pytest.mark.parametrize(("variant", "rows"), [("clip-full", ROWS), ("onevision", ROWS), ("onevision", [[("video", 2), 3]])])
+def test_pictures_that_were_encoded_once_per_beam_are_arranged_as_often(variant, rows):
+    """As transformers repeated them up to 5.17: each picture, with its crops, several times in a row."""
+    model = patch_model(make_model(variant), steer())
+    inputs = make_prompt(variant, rows)
+    modality = "image" if rows is ROWS else "video"
+    arrangement = read_arrangements(inputs, model.hf_steer.plan.anatomy, runtime.PIXELS, whole=True)[modality]
+    positions = SIDE**2 + (variant == "clip-full")
+    crops = torch.rand(sum(arrangement.takes), positions)
+
+    def record(pictures):
+        return EyeRecord(pictures.flatten(), torch.arange(len(pictures)).repeat_interleave(positions))
+
+    once = arrangement.arrange(record(crops))
+    twice = arrangement.arrange(record(torch.cat([part.repeat(2, 1) for part in crops.split(arrangement.takes)])))
+    counts = arrangement.counts()
+    assert len(once.scores) == sum(counts)
+    for name in ("scores", "group"):
+        single, double = getattr(once, name).split(counts), getattr(twice, name).split([2 * count for count in counts])
+        for picture, pair in zip(single, double, strict=True):
+            if name == "scores":
+                assert torch.equal(torch.cat([picture, picture]), pair)
+            else:
+                assert torch.equal(pair < 0, torch.cat([picture, picture]) < 0)
+                first, second = (half[half >= 0].unique() for half in pair.chunk(2))
+                assert len(first) == len(second) == len(picture[picture >= 0].unique())
+                assert first.max() < second.min()
 
 
 @each

@@ -10,7 +10,9 @@ import torch
 from test_contract import logits, steer
 from tiny import IMPLEMENTATIONS, SEEING, make_model, make_prompt
 
-from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, patch_model, unpatch_model
+from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_saliency
+from hf_steer.saliency import normalize
+from hf_steer.values import TokenScores
 
 
 def looking_with(family, blocks, source="vision_attention"):
@@ -149,6 +151,20 @@ def test_rollout_steers_the_same_in_a_pass_and_in_generate(family):
         unpatch_model(model)
     for one, other in itertools.combinations(outputs, 2):
         assert (one - other).abs().max() > 0.05
+
+
+def test_regions_that_a_user_draws_keep_their_peaks():
+    """A few high scores are outliers in the tower's attention; in what a user points at they are what is meant."""
+    model = patch_model(make_model("qwen2_vl"), looking_with("qwen2_vl", (0,)))
+    inputs = make_prompt("qwen2_vl", [[3, ("image", 5, 2), 2]])
+    said = Saliency.from_points((139, 248), (200, 500))
+    with torch.no_grad(), use_saliency(model, said):
+        state = model(**inputs, use_cache=True).past_key_values.hf_steer_state
+    spot = said.regions[0].paint.on_grid(5, 2).flatten()
+    plain = ((spot - spot.mean()) / spot.std(unbiased=False)).clamp(-3, 3)
+    winsorized = normalize(TokenScores(spot[None], torch.zeros(1, 10).long()), "zscore", 3.0).values[0]
+    assert (winsorized - plain).abs().max() > 1
+    assert torch.equal(state.scores.values[0, state.spans[0].positions], plain)
 
 
 @pytest.mark.parametrize("family", SEEING)

@@ -21,27 +21,26 @@ RULES = ("forward", "effect", "mass", "localisation", "pointing", "selectivity")
 DESCRIPTION = """\
 Choose the attention heads to steer, and report on other pictures whether they are better than random heads.
 
-By default on the embedded model: open questions about four handwritten digits, one of them pointed at; heads are chosen on
-training digits and reported on held-out ones (one to two minutes). On your own model: --model, and --examples-file
-with one JSON object a line:
+By default on the embedded model: questions about four handwritten digits; heads are chosen on training digits and reported on
+held-out ones (one to two minutes). For pointing and selectivity the question names the digit's place; for the other rules it is
+open, and steering alone says which digit is meant. On your own model: --model, and --examples-file with one JSON object a line:
 
   {"image": "cat.png", "question": "What is this?", "box": [40, 10, 200, 180], "answer": "cat", "thought": "I see ...</think>"}
 
 answer and thought are optional; the box is (left, top, right, bottom) in pixels; half of the examples report.
 
 Which rule when:
-  forward       you have answers and time: grows a set by the head that most raises the share of right answers. Heads that
-                do the same are not taken twice. About --count times as long as effect.
+  forward       you have answers, and time: grows a set by the head that most raises the share of right answers, so heads that do
+                the same are not taken twice. About --count times as long as effect; --shortlist shortens it.
   effect        you have answers: steers each head alone and ranks by the change of log p(answer).
-  localisation  you have pictures and questions but nothing to answer, and pictures of many tokens: compact attention among heads
-                of much mass (arXiv 2503.06287).
-  mass          likewise, for pictures of few tokens: attention to the picture, wherever in it.
   pointing      the question itself says where to look: how often the most attended token is in the box.
-  selectivity   likewise, but counts how much of the attention is there.
+  selectivity   likewise, but by how much of the attention is there.
+  localisation  boxes are few or rough, and pictures large: compact attention among heads of much mass (arXiv 2503.06287).
+  mass          the simplest: attention to the picture, wherever in it. On the embedded model's pictures of 2 x 2 tokens, where
+                all attention is compact, localisation is the same.
 
-The last four take one pass over the examples. With an open question, which says nothing about the box, pointing and selectivity
-are at chance. The verdict is "found" where the interval of the gain over random heads of the same layers, and over the unsteered
-model, lies above 0; otherwise "none found", and why.
+The last four take one pass over the examples; effect takes one for each head. The verdict is "found" where the gain over random
+heads of the same layers and the gain over the unsteered model are above 0 (95 % intervals); otherwise "none found", and why.
 """
 
 
@@ -109,9 +108,9 @@ def _embedded(arguments: argparse.Namespace) -> tuple[Any, list[HeadExample], li
 
     if arguments.model is not None:
         raise ConfigError("--model needs --examples-file: what your model is to look at, and where.")
-    folder = embedded_model_dir()
-    examples = digit_examples(folder, "training", arguments.examples, seed=arguments.seed)
-    report = digit_examples(folder, "held-out", arguments.examples, seed=arguments.seed)
+    folder, asked = embedded_model_dir(), arguments.rule in ("pointing", "selectivity")
+    examples = digit_examples(folder, "training", arguments.examples, seed=arguments.seed, asked=asked)
+    report = digit_examples(folder, "held-out", arguments.examples, seed=arguments.seed, asked=asked)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), examples, report
 
 

@@ -44,6 +44,7 @@ class HeadReport:
         same_layers: share of each random set that has as many heads in each layer as the chosen one.
         all_heads: share of each random set of as many heads from anywhere.
         over_same_layers: chosen less the mean of `same_layers`, example by example; None without such sets.
+        over_all_heads: chosen less the mean of `all_heads`, likewise.
         over_baseline: chosen less baseline, likewise.
     """
 
@@ -54,6 +55,7 @@ class HeadReport:
     same_layers: tuple[float, ...]
     all_heads: tuple[float, ...]
     over_same_layers: Estimate | None
+    over_all_heads: Estimate | None
     over_baseline: Estimate
 
     @property
@@ -62,7 +64,10 @@ class HeadReport:
         if self.over_same_layers is None:
             return "all heads of the chosen layers are chosen, so there are no others to compare them with; choose fewer"
         if self.over_same_layers.low <= 0:
-            return f"the gain over random heads of the same layers, {self.over_same_layers}, is not above 0"
+            reason = f"the gain over random heads of the same layers, {self.over_same_layers}, is not above 0"
+            if self.over_all_heads is not None and min(self.over_all_heads.low, self.over_baseline.low) > 0:
+                reason += f"; over heads from anywhere it is {self.over_all_heads}: the layers matter, not which of their heads"
+            return reason
         if self.over_baseline.low <= 0:
             return f"the gain over {BASELINES[self.measure]}, {self.over_baseline}, is not above 0"
         return None
@@ -106,6 +111,7 @@ def make_report(
         same_layers=tuple(near.mean(1).tolist()),
         all_heads=tuple(far.mean(1).tolist()),
         over_same_layers=bootstrap(own - near.mean(0), random) if len(same) else None,
+        over_all_heads=bootstrap(own - far.mean(0), random) if len(anywhere) else None,
         over_baseline=bootstrap(own - baseline, random),
     )
 

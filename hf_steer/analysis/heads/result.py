@@ -80,7 +80,7 @@ class HeadResult:
             raise ConfigError(f"this is not JSON ({error}); it is truncated or foreign.") from error
         own = _checked("a result", values, cls, ("heads", "found", "verdict"))
         report = _checked("report", own["report"], HeadReport, ())
-        for name in ("chosen", "over_same_layers", "over_baseline"):
+        for name in ("chosen", "over_same_layers", "over_all_heads", "over_baseline"):
             if report[name] is not None:
                 report[name] = Estimate(**_checked(f"report.{name}", report[name], Estimate, ()))
         result = cls(**{**{name: _tuples(value) for name, value in own.items()}, "report": HeadReport(**_tuples(report))})
@@ -119,6 +119,7 @@ class HeadResult:
             _null_line("random heads, as many in the same layers", report.same_layers),
             _null_line("random heads, as many from anywhere", report.all_heads),
             f"{'gain over random heads of the same layers':<58}{report.over_same_layers or 'no such sets'}",
+            f"{'gain over random heads from anywhere':<58}{report.over_all_heads or 'no such sets'}",
             f"{f'gain over {BASELINES[report.measure]}':<58}{report.over_baseline}",
             "",
             f"{'layer, head':<14}" + "".join(f"{name:>14}" for name in self.scores),

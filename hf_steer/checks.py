@@ -52,11 +52,10 @@ def check_heads(heads: Any, name: str = "attention.heads") -> Heads:
         return "all"
     if not isinstance(heads, Mapping) or not heads:
         raise ConfigError(f'{name} must be "all" or a mapping of layers to heads; got {heads!r}.')
-    check_indices(name, heads, signed=True)
     return FrozenMap(
         {
             layer: "all" if chosen == "all" else check_indices(f"{name} of layer {layer}", chosen)
-            for layer, chosen in heads.items()
+            for layer, chosen in _by_number(name, heads, signed=True).items()
         }
     )
 
@@ -67,14 +66,13 @@ def check_strength(strength: Any) -> Strength:
         return float(strength)
     if not strength:
         raise ConfigError("attention.strength must not be empty; give one number, or one per layer or head.")
-    check_indices("attention.strength", strength, signed=True)
     checked: dict[int, float | Mapping[int, float]] = {}
-    for layer, value in strength.items():
+    for layer, value in _by_number("attention.strength", strength, signed=True).items():
         if isinstance(value, Mapping):
-            check_indices(f"attention.strength of layer {layer}", value)
-            for head, number in value.items():
+            by_head = _by_number(f"attention.strength of layer {layer}", value)
+            for head, number in by_head.items():
                 check_number(f"attention.strength of layer {layer}, head {head}", number)
-            checked[layer] = FrozenMap({head: float(number) for head, number in value.items()})
+            checked[layer] = FrozenMap({head: float(number) for head, number in by_head.items()})
         else:
             check_number(f"attention.strength of layer {layer}", value)
             checked[layer] = float(value)
@@ -96,3 +94,12 @@ def check_tags(tags: Any) -> tuple[str, str]:
     if len(given) != 2 or not all(isinstance(tag, str) and tag for tag in given) or given[0] == given[1]:
         raise ConfigError(f"attention.think_tags must be two different strings, such as ('<think>', '</think>'); got {tags!r}.")
     return given[0], given[1]
+
+
+def _by_number(name: str, values: Mapping[Any, Any], *, signed: bool = False) -> dict[int, Any]:
+    """The same values under layer or head numbers; JSON has string keys only: `{"1": [0, 3]}` is `{1: [0, 3]}`."""
+    try:
+        keys = [int(key) if isinstance(key, str) else key for key in values]
+    except ValueError as error:
+        raise ConfigError(f"{name}: keys must be layer or head numbers ({error}).") from error
+    return dict(zip(check_indices(name, keys, signed=signed), values.values(), strict=True))

@@ -33,6 +33,12 @@ def test_a_configuration_survives_dict_json_disk_copy_and_pickle(config, tmp_pat
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["steer_config.json"]
 
 
+def test_heads_and_strengths_are_taken_as_json_writes_them():
+    heads, strength = {1: (0, 3), -1: "all"}, {1: {0: 2.0, 3: -1.0}, -1: 4.0}
+    config = AttentionConfig(heads=heads, strength=strength)
+    assert AttentionConfig(heads=json.loads(json.dumps(heads)), strength=json.loads(json.dumps(strength))) == config
+
+
 def test_a_configuration_is_frozen_to_its_depth():
     heads = {1: [0, 3]}
     config = AttentionConfig(heads=heads)
@@ -58,6 +64,8 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: AttentionConfig(heads={1: ()}), "heads of layer 1 must be a non-empty sequence"),
         (lambda: AttentionConfig(heads={1: (-1,)}), "must not be negative"),
         (lambda: AttentionConfig(heads={1: (2, 2)}), "names one twice"),
+        (lambda: AttentionConfig(heads={"1": (2,), 1: (3,)}), "attention.heads names one twice"),
+        (lambda: AttentionConfig(heads={"first": (2,)}), "attention.heads: keys must be layer or head numbers"),
         (lambda: AttentionConfig(heads={1: (0,)}, strength={2: 1.0}), r"names layers \[2\], attention.heads \[1\]"),
         (lambda: AttentionConfig(heads={1: (0, 3)}, strength={1: {0: 1.0}}), r"layer 1 names heads \[0\].*\[0, 3\]"),
         (lambda: AttentionConfig(queries="some"), "must be one of 'all', 'generated', 'thinking', 'answer'; got 'some'"),

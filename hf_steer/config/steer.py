@@ -178,21 +178,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if isinstance(built.get("aligners"), (list, tuple)):
         rows = enumerate(built["aligners"])
         built["aligners"] = tuple(_build(AlignerConfig, value, f"aligners[{index}]") for index, value in rows)
-    for key in ("heads", "strength", "source_heads"):
-        if isinstance(built.get(key), Mapping):
-            built[key] = _integer_keys(f"{where}.{key}", built[key])
     return cls(**built)
-
-
-def _integer_keys(name: str, values: Mapping[Any, Any]) -> dict[int, Any]:
-    """JSON has string keys only: `{"1": {"0": 2.0}}` is `{1: {0: 2.0}}`."""
-    try:
-        return {
-            int(key): _integer_keys(name, value) if isinstance(value, Mapping) else value
-            for key, value in values.items()
-        }
-    except ValueError as error:
-        raise ConfigError(f"{name}: keys must be layer or head numbers ({error}).") from error
 
 
 def _plain(value: Any) -> Any:

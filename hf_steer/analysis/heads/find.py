@@ -1,0 +1,167 @@
+"""Which heads look where they are told to look, and let the answer follow?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_steer.analysis.heads.batches import batches_of
+from hf_steer.analysis.heads.examples import HeadExample, Row, resolve_examples
+from hf_steer.analysis.heads.report import make_report
+from hf_steer.analysis.heads.result import HeadResult, Table
+from hf_steer.analysis.heads.rules import BY_ANSWER, RULES, rank
+from hf_steer.analysis.heads.scores import attention_scores, look, pointing_hits
+from hf_steer.analysis.heads.selection import Head, measure, refuse_narrow_patch, right_answers, steerable, steering_scores
+from hf_steer.checks import check_choice, check_count, check_number
+from hf_steer.config import SaliencyConfig
+from hf_steer.errors import ConfigError, PatchError
+from hf_steer.patching import anatomy_of, get_steer_status
+from hf_steer.values import Anatomy
+
+FEWEST = 20
+"""Examples to choose with, and to report on: an interval of fewer would say nothing."""
+
+
+def find_grounding_heads(
+    model: Any,
+    examples: Sequence[HeadExample],
+    *,
+    count: int = 4,
+    rule: str | None = None,
+    strength: float = 16.0,
+    saliency: SaliencyConfig | None = None,
+    report: Sequence[HeadExample] | None = None,
+    report_fraction: float = 0.5,
+    null_sets: int = 20,
+    shortlist: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> HeadResult:
+    """Choose heads on one part of the examples, and report on the other whether they are better than chance.
+
+    The attention scores take one pass over the examples; `"effect"` takes one pass for each head, `"forward"` about `count` times
+    as many, and the report of answers two passes for each random set. The model is left as it was.
+
+    Args:
+        model: on any device, in evaluation mode, with vision or audio tokens. An unpatched one is patched meanwhile; a patched
+            one must reach all layers by the user's saliency.
+        examples: at least 40, or 20 when `report` is given; all with answers or none.
+        count: heads to choose.
+        rule: `"forward"`: grow a set by the head that most raises the share of right answers (the default, where there are
+            answers). `"effect"`: by the change of log p(answer) when the head alone is steered. `"mass"`: by attention to the
+            picture. `"localisation"`: compact attention among heads of much mass (arXiv 2503.06287). `"pointing"`: by how
+            often the most attended token is in the span. `"selectivity"`: by the span's attention over its equal share
+            (the default without answers).
+        strength: λ while measuring. The default is so hard that a steered head attends to the span alone.
+        saliency: scaling while measuring, with `source=None`; of an unpatched model. By default z-scores, and the picture keeps
+            its mass.
+        report: examples to report on; a random part of `examples` when None.
+        report_fraction: that part, above 0 and below 1.
+        null_sets: random sets of heads of each kind (same layers, anywhere).
+        shortlist: forward selection tries only this many heads, those that are best alone, after its first round; all when None.
+        batch_size: examples that go through the model together, as far as their lengths are equal.
+        seed: of the split, the random sets and the intervals.
+
+    Raises:
+        ConfigError: too few examples, one that does not fit the model, a rule without its answers, more heads than there are.
+        SaliencyError: a prompt without vision or audio tokens, a span that is empty, outside them or all of them.
+        PatchError: unknown family; patched so that not all heads can be reached; in training mode.
+    """
+    anatomy = anatomy_of(model)
+    shape = len(anatomy.layers), anatomy.num_heads
+    shortlist = shape[0] * shape[1] if shortlist is None else shortlist
+    _check_numbers(count, shape, strength, null_sets, shortlist, batch_size)
+    saliency = _check_model(model, saliency)
+    choosing, reporting = _split(examples, report, report_fraction, seed, anatomy)
+    answered = _all_answered([*choosing, *reporting])
+    rule = ("forward" if answered else "selectivity") if rule is None else rule
+    check_choice("rule", rule, RULES)
+    if rule in BY_ANSWER and not answered:
+        raise ConfigError(f"rule {rule!r} needs examples with answers; these have none. Use 'pointing' or 'selectivity'.")
+    choose, tell = batches_of(choosing, batch_size), batches_of(reporting, batch_size)
+    scores = attention_scores(look(model, choose, "attention"))
+    forward: tuple[Head, ...] = ()
+    if rule == "localisation" and rule not in scores:
+        raise ConfigError(f"the token grid of {anatomy.family!r} is not known, so its attention has no spatial entropy.")
+    with steerable(model, saliency) if answered else nullcontext():
+        if rule in BY_ANSWER:
+            own, forward = steering_scores(
+                partial(measure, model, choose, strength), shape, forward=rule == "forward", count=count, shortlist=shortlist
+            )
+            scores |= own
+        rankings = rank(scores) | ({"forward": forward} if forward else {})
+        judge = partial(make_report, chosen=rankings[rule][:count], shape=shape, null_sets=null_sets, seed=seed)
+        if answered:
+            answers = partial(measure, model, tell, strength)
+            outcome = judge("answers", partial(right_answers, answers), answers([]).right)
+        else:
+            chance = torch.stack([row.target.double().mean() for row in reporting])
+            outcome = judge("pointing", partial(pointing_hits, model, tell), chance)
+    tables = {name: _table(score) for name, score in scores.items()}
+    return HeadResult(rule, rankings[rule][:count], tables, rankings, outcome, float(strength), len(choosing))
+
+
+def _check_numbers(count: int, shape: tuple[int, int], strength: float, null_sets: int, shortlist: int, batch_size: int) -> None:
+    for name, value in (("count", count), ("null_sets", null_sets), ("shortlist", shortlist), ("batch_size", batch_size)):
+        check_count(name, value)
+    check_number("strength", strength)
+    if strength == 0:
+        raise ConfigError("strength must not be 0: it would steer nothing.")
+    heads = shape[0] * shape[1]
+    if count > heads or shortlist < count:
+        limit = f"the model has {heads}, {shape[1]} in each of {shape[0]} layers" if count > heads else f"shortlist={shortlist}"
+        raise ConfigError(f"count={count} is more heads than there are to choose from: {limit}.")
+
+
+def _check_model(model: Any, saliency: SaliencyConfig | None) -> SaliencyConfig:
+    refuse_narrow_patch(model)
+    if model.training:
+        raise PatchError("the model is in training mode, where dropout makes every measurement another; call model.eval() first.")
+    if saliency is None:
+        return SaliencyConfig(source=None, preserve_mass=True)
+    if get_steer_status(model).patched or saliency.source is not None:
+        raise ConfigError("saliency is for models that are not patched yet, with source=None; a patched one keeps its own.")
+    return saliency
+
+
+def _split(
+    examples: Sequence[HeadExample], report: Sequence[HeadExample] | None, fraction: float, seed: int, anatomy: Anatomy
+) -> tuple[list[Row], list[Row]]:
+    """Examples to choose with, and others to report on."""
+    examples = list(examples)
+    if not examples:
+        raise ConfigError("there are no examples; give HeadExample objects.")
+    if report is None:
+        check_number("report_fraction", fraction)
+        if not 0 < fraction < 1:
+            raise ConfigError(f"report_fraction must lie between 0 and 1; got {fraction}.")
+        rows = resolve_examples(examples, anatomy)
+        order = np.random.default_rng(seed).permutation(len(rows))
+        kept = len(rows) - round(len(rows) * fraction)
+        choosing, reporting = [rows[number] for number in order[:kept]], [rows[number] for number in order[kept:]]
+    else:
+        if {id(example) for example in examples} & {id(example) for example in report}:
+            raise ConfigError("some examples are in both examples and report; heads must be reported on others than chose them.")
+        choosing, reporting = resolve_examples(examples, anatomy), resolve_examples(list(report), anatomy)
+    if min(len(choosing), len(reporting)) < FEWEST:
+        raise ConfigError(
+            f"too few examples: {len(choosing)} to choose with, {len(reporting)} to report on; it takes at least {FEWEST} of each."
+        )
+    return choosing, reporting
+
+
+def _all_answered(rows: Sequence[Row]) -> bool:
+    given = sum(row.answer is not None for row in rows)
+    if given not in (0, len(rows)):
+        raise ConfigError(f"{given} of {len(rows)} examples have an answer; give all of them one, or none.")
+    return given > 0
+
+
+def _table(scores: Tensor) -> Table:
+    return tuple(tuple(None if value != value else value for value in row) for row in scores.tolist())

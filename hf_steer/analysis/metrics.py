@@ -1,0 +1,253 @@
+"""How focused attention is, where it goes, and how far steering moves it: per layer and head, on the user's own prompts.
+
+Attention is recomputed from each layer's queries and keys in chunks of queries, in float32; queries × keys weights of all heads
+never exist at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.analysis.distributions import entropy_nats, kl_nats
+from hf_steer.analysis.prompts import Inputs, Span, queries_of, span_of
+from hf_steer.analysis.tables import as_csv, as_text
+from hf_steer.attention import AttentionCall, logits_in_chunks
+from hf_steer.errors import PatchError, SaliencyError
+from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, probe_attention
+
+_MASKED = torch.finfo(torch.float32).min / 2
+"""Log-probabilities below it belong to keys that may not be attended to."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetrics:
+    """Means over queries, `(layers, heads)` float32 each; with `per_query`, `(layers, heads, batch, tokens)`, NaN where not asked.
+
+    What is steered is None for a model that is not patched; what concerns the span is None without one.
+
+    Attributes:
+        layers: numbers of the decoder layers that the tensors' rows stand for.
+        queries: how many were measured.
+        span_queries: per layer, those of them that may attend to a token of the span; a sliding window sees less far.
+        entropy_nats: of the unsteered attention.
+        steered_entropy_nats: likewise, steered.
+        entropy_reduction_percent: of the means, `100 · (1 - steered / unsteered)`; 0 where there is none to reduce.
+        kl_nats: KL(unsteered ‖ steered).
+        span_mass: share of the unsteered attention on the span, 0 for queries that come before it.
+        steered_span_mass: likewise, steered.
+        span_entropy_nats: of the unsteered attention inside the span, renormalised, over `span_queries`; NaN where there are none.
+        steered_span_entropy_nats: likewise, steered.
+        span_log_odds: `log(mass / (1 - mass))` unsteered, over the `span_queries`; infinite where they see nothing else.
+    """
+
+    layers: tuple[int, ...]
+    queries: int
+    span_queries: tuple[int, ...]
+    entropy_nats: Tensor
+    steered_entropy_nats: Tensor | None = None
+    entropy_reduction_percent: Tensor | None = None
+    kl_nats: Tensor | None = None
+    span_mass: Tensor | None = None
+    steered_span_mass: Tensor | None = None
+    span_entropy_nats: Tensor | None = None
+    steered_span_entropy_nats: Tensor | None = None
+    span_log_odds: Tensor | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dictionary per layer and head, and per row and query if they were asked for."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        names = ("layer", "head", "row", "query")
+        return [
+            {
+                **dict(zip(names, (self.layers[place[0]], *place[1:]), strict=False)),
+                **{name: _number(values, tuple(place)) for name, values in columns.items()},
+            }
+            for place in (~self.entropy_nats.isnan()).nonzero().tolist()
+        ]
+
+    def to_csv(self) -> str:
+        """The rows, a header first."""
+        return as_csv(self.rows())
+
+    def __str__(self) -> str:
+        return as_text(self.rows())
+
+
+_COLUMNS = tuple(item.name for item in dataclasses.fields(AttentionMetrics))[3:]
+_OVER_SPAN = ("span_entropy_nats", "steered_span_entropy_nats", "span_log_odds")
+"""Columns that only queries with a view of the span have."""
+
+Columns = dict[str, Tensor]
+"""Name -> `(batch, heads, queries)` of one layer."""
+
+
+def attention_metrics(
+    model: Any,
+    inputs: Inputs,
+    *,
+    span: Span = "image",
+    queries: Tensor | None = None,
+    per_query: bool = False,
+    same_logits: bool = False,
+    layers: Iterable[int] | None = None,
+) -> AttentionMetrics:
+    """Measure the attention of decoder layers on a prompt, unsteered and steered.
+
+    Unsteered is a pass inside `disable_steering`; steered is a pass with all that is in force where this is called, such as
+    `use_saliency` and `use_strength`. A steered layer changes what later layers compute, so that their attention differs, too.
+
+    Args:
+        model: a transformers model in eval mode, patched or not.
+        inputs: of a forward pass, padded on either side. Of several pictures all tokens together are the span.
+        span: tokens whose share is measured: `"image"`, `"video"` or `"audio"`, a bool tensor `(batch, tokens)`, or None.
+        queries: `(batch, tokens)` bool: which to take the means over; all real tokens when None.
+        per_query: keep each query's own values.
+        same_logits: compare the steered pass with itself without its bias, so that what earlier layers changed does not count:
+            `KL(A ‖ A') = log E_A[e^b] - E_A[b]`, layer by layer.
+        layers: decoder layers; all when None.
+
+    Raises:
+        SaliencyError: no token of the span in the prompt, none that a measured query can see, or no query to measure.
+        PatchError: unknown family, a layer that is not there, or an attention implementation that cannot be looked at.
+    """
+    anatomy = anatomy_of(model)
+    chosen = _layers(layers, len(anatomy.layers))
+    counted, marked = queries_of(inputs, queries), span_of(anatomy, inputs, span)
+    some = counted.any(0).nonzero()
+    asked = slice(int(some[0]), int(some[-1]) + 1)
+    patched = get_steer_status(model).patched
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, Columns] = {}
+
+    def keep(call: AttentionCall) -> None:
+        kept[call.layer] = call.query.cpu(), call.key.cpu()
+
+    def read(call: AttentionCall) -> None:
+        before = dataclasses.replace(call, bias=None)
+        if call.layer in kept:
+            query, key = (part.to(call.query.device) for part in kept[call.layer])
+            before = dataclasses.replace(before, query=query, key=key)
+        found[call.layer] = _measure_layer(before, call if patched else None, asked, marked)
+
+    if patched and not same_logits:
+        with disable_steering(model):
+            run_with(model, inputs, keep, chosen)
+    run_with(model, inputs, read, chosen)
+    tables = {name: torch.stack([found[layer][name] for layer in chosen]).transpose(1, 2) for name in found[chosen[0]]}
+    return _summary(chosen, tables, counted, asked, per_query=per_query)
+
+
+@torch.no_grad()
+def run_with(model: Any, inputs: Inputs, read: Callable[[AttentionCall], None], layers: Iterable[int]) -> None:
+    """One forward pass without a cache, and without the logits that nobody reads, under a probe."""
+    lean: dict[str, Any] = {"use_cache": False}
+    if inputs.get("labels") is None and "logits_to_keep" in inspect.signature(anatomy_of(model).root.forward).parameters:
+        lean["logits_to_keep"] = 1
+    with probe_attention(model, read, layers=layers):
+        model(**{**inputs, **lean})
+
+
+def pool(parts: Sequence[AttentionMetrics]) -> AttentionMetrics:
+    """Several batches of one model as one: means weighted by their queries.
+
+    Args:
+        parts: with the same layers and columns, not `per_query`.
+    """
+    values: dict[str, Any] = {}
+    for name in _COLUMNS:
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is None:
+            continue
+        counts = [torch.tensor(part.span_queries)[:, None] if name in _OVER_SPAN else part.queries for part in parts]
+        weighted = [torch.where(column.isnan(), 0, column * count) for column, count in zip(columns, counts, strict=True)]
+        values[name] = sum(weighted) / sum(counts)
+    if "steered_entropy_nats" in values:
+        values["entropy_reduction_percent"] = _reduction(values["entropy_nats"], values["steered_entropy_nats"])
+    seeing = tuple(sum(counts) for counts in zip(*(part.span_queries for part in parts), strict=True))
+    return AttentionMetrics(parts[0].layers, sum(part.queries for part in parts), seeing, **values)
+
+
+def _number(values: Tensor | None, place: tuple[int, ...]) -> float | None:
+    """None for what was not measured or is not defined."""
+    return None if values is None or values[place].isnan() else float(values[place])
+
+
+def _layers(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
+    chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise PatchError(f"layers {chosen} asked for; this model has {depth}, 0 to {depth - 1}; see `hf-steer inspect`.")
+    return chosen
+
+
+def _measure_layer(before: AttentionCall, after: AttentionCall | None, asked: slice, span: Tensor | None) -> Columns:
+    """All columns of one layer for a stretch of queries, chunk by chunk, then off the device."""
+    chunks = [
+        {**_describe(own, span), **({} if steered is None else _compare(own, steered, span))}
+        for own, steered in _pairs(before, after, asked)
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks], -1).cpu() for name in chunks[0]}
+
+
+def _pairs(before: AttentionCall, after: AttentionCall | None, asked: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Log-probabilities of the attention without and with steering, `(batch, heads, chunk, keys)`."""
+    for _, logits, _ in logits_in_chunks(before, queries=asked) if after is None else ():
+        yield torch.log_softmax(logits, -1), None
+    if after is not None:
+        both = zip(logits_in_chunks(before, queries=asked), logits_in_chunks(after, queries=asked), strict=True)
+        for (_, logits, _), (_, steered, bias) in both:
+            yield torch.log_softmax(logits, -1), torch.log_softmax(steered if bias is None else steered + bias, -1)
+
+
+def _describe(log_p: Tensor, span: Tensor | None) -> Columns:
+    columns = {"entropy_nats": entropy_nats(log_p)}
+    if span is not None:
+        inside = span.to(log_p.device)[:, None, None]
+        mass = log_p.masked_fill(~inside, -math.inf).logsumexp(-1)  # its logarithm, which does not underflow
+        rest = log_p.masked_fill(inside, -math.inf).logsumexp(-1)
+        columns["span_mass"] = mass.exp()
+        columns["span_entropy_nats"] = entropy_nats((log_p - mass[..., None]).masked_fill(~inside, -math.inf))
+        columns["span_log_odds"] = torch.where(rest > _MASKED, mass - rest, math.inf)
+        columns["seeing"] = mass > _MASKED
+    return columns
+
+
+def _compare(log_p: Tensor, log_q: Tensor, span: Tensor | None) -> Columns:
+    steered = _describe(log_q, span)
+    names = ("entropy_nats", "span_mass", "span_entropy_nats")
+    return {"kl_nats": kl_nats(log_p, log_q), **{f"steered_{name}": steered[name] for name in names if name in steered}}
+
+
+def _reduction(before: Tensor, after: Tensor) -> Tensor:
+    return torch.where(before == after, torch.zeros_like(before), 100 * (1 - after / before))
+
+
+def _summary(
+    layers: tuple[int, ...], tables: Columns, counted: Tensor, asked: slice, *, per_query: bool
+) -> AttentionMetrics:
+    """From `(layers, heads, batch, asked queries)` to means, or to each query at its place in the prompt."""
+    weight = counted[:, asked].expand_as(tables["entropy_nats"])
+    seeing = tables.pop("seeing") & weight if "seeing" in tables else torch.zeros_like(weight)
+    if "span_mass" in tables and not seeing.any():
+        raise SaliencyError(
+            "none of the measured queries can attend to the span: all of them come before it. Mark later ones in queries=."
+        )
+    values = {}
+    for name, table in tables.items():
+        own = seeing if name in _OVER_SPAN else weight
+        if per_query:
+            values[name] = torch.full((*table.shape[:3], counted.shape[1]), math.nan)
+            values[name][..., asked] = table.masked_fill(~own, math.nan)
+        else:
+            values[name] = table.masked_fill(~own, 0).sum((2, 3)) / own.sum((2, 3))
+    if "steered_entropy_nats" in values:
+        values["entropy_reduction_percent"] = _reduction(values["entropy_nats"], values["steered_entropy_nats"])
+    span_queries = tuple(seeing[:, 0].sum((1, 2)).tolist())
+    return AttentionMetrics(layers, int(counted.sum()), span_queries, **values)

@@ -45,7 +45,8 @@ class AttentionMetrics:
         steered_span_mass: likewise, steered.
         span_entropy_nats: of the unsteered attention inside the span, renormalised, over `span_queries`; NaN where there are none.
         steered_span_entropy_nats: likewise, steered.
-        span_log_odds: `log(mass / (1 - mass))` unsteered, over the `span_queries`; infinite where they see nothing else.
+        span_log_odds: `log(mass / (1 - mass))` unsteered, over the queries that may attend to the span and to something else;
+            NaN where there are none.
     """
 
     layers: tuple[int, ...]
@@ -156,13 +157,13 @@ def run_with(model: Any, inputs: Inputs, read: Callable[[AttentionCall], None], 
 
 
 def pool(parts: Sequence[AttentionMetrics]) -> AttentionMetrics:
-    """Several batches of one model as one: means weighted by their queries.
+    """Several batches of one model as one: means weighted by their queries, without `span_log_odds`.
 
     Args:
         parts: with the same layers and columns, not `per_query`.
     """
     values: dict[str, Any] = {}
-    for name in _COLUMNS:
+    for name in _COLUMNS[:-1]:
         columns = [getattr(part, name) for part in parts]
         if columns[0] is None:
             continue
@@ -214,7 +215,7 @@ def _describe(log_p: Tensor, span: Tensor | None) -> Columns:
         rest = log_p.masked_fill(inside, -math.inf).logsumexp(-1)
         columns["span_mass"] = mass.exp()
         columns["span_entropy_nats"] = entropy_nats((log_p - mass[..., None]).masked_fill(~inside, -math.inf))
-        columns["span_log_odds"] = torch.where(rest > _MASKED, mass - rest, math.inf)
+        columns["span_log_odds"] = torch.where(rest > _MASKED, mass - rest, math.nan)
         columns["seeing"] = mass > _MASKED
     return columns
 
@@ -241,7 +242,7 @@ def _summary(
         )
     values = {}
     for name, table in tables.items():
-        own = seeing if name in _OVER_SPAN else weight
+        own = seeing & ~table.isnan() if name in _OVER_SPAN else weight
         if per_query:
             values[name] = torch.full((*table.shape[:3], counted.shape[1]), math.nan)
             values[name][..., asked] = table.masked_fill(~own, math.nan)

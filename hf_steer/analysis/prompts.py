@@ -1,4 +1,4 @@
-"""What an experiment runs on: batches of prompts, what is said about each, and which of their tokens are asked about."""
+"""What an experiment runs on: steered heads, batches of prompts, what is said about each, which of their tokens are asked about."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import ConfigError, SaliencyError
-from hf_steer.patching import use_saliency
+from hf_steer.patching import get_steer_status, use_saliency, use_strength
 from hf_steer.patching.runtime import real_tokens
 from hf_steer.saliency import Saliency
 from hf_steer.values import Anatomy
@@ -65,6 +65,16 @@ def as_batches(inputs: Inputs | Sequence[tuple[Inputs, Saliency | None]], salien
     if saliency is not None:
         raise ConfigError("saliency= is for one batch; in a list, each batch brings its own: (inputs, saliency).")
     return tuple(Batch(*pair) for pair in pairs)
+
+
+def steered_heads(model: Any) -> Mapping[int, tuple[int, ...]]:
+    """Layer -> the query heads that a model's configuration steers.
+
+    Raises:
+        PatchError: the model is not patched, or its configuration steers none.
+    """
+    with use_strength(model, 0.0):  # which says what is wrong
+        return get_steer_status(model).heads or {}
 
 
 def shape_of(inputs: Inputs) -> tuple[int, int]:

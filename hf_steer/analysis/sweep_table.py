@@ -52,7 +52,8 @@ class SweepRow:
     def flat(self) -> dict[str, Any]:
         """Column -> value, the provenance's columns last."""
         values = dataclasses.asdict(self)
-        return {**values, **values.pop("provenance")}
+        origin = values.pop("provenance")
+        return {**values, **origin}
 
 
 @dataclass(frozen=True)

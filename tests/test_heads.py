@@ -117,7 +117,8 @@ def entropy_of(values, grids):
     for frames, height, width in grids:
         for _ in range(frames):
             frame = values[start : start + height * width]
-            above = {(place // width, place % width): value - mean for place, value in enumerate(frame) if value > mean * (1 + 1e-6)}
+            high = {place: value - mean for place, value in enumerate(frame) if value > mean * (1 + 1e-6)}
+            above = {(place // width, place % width): value for place, value in high.items()}
             weights += [sum(above[cell] for cell in own) for own in components_of(above)]
             start += height * width
     total = sum(weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -69,6 +69,14 @@ def regions_of(terms: Sequence[Term]) -> tuple[Region, ...]:
     for term in terms:
         found += [term] if isinstance(term, Region) else regions_of((*term.left, *term.right))
     return tuple(found)
+
+
+def moved(term: Term, row: int) -> Term:
+    """The same said of another batch row."""
+    if isinstance(term, Region):
+        return replace(term, row=row)
+    left, right = (tuple(moved(part, row) for part in side) for side in (term.left, term.right))
+    return replace(term, left=left, right=right)
 
 
 def total(terms: Sequence[Term], painted: Mapping[int, Tensor]) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hf_steer.analysis.heads.examples import Row
 from hf_steer.saliency import Saliency
+from hf_steer.saliency.regions import moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def _batch(numbers: Sequence[int], rows: Sequence[Row]) -> Batch:
     chosen = tuple(rows[number] for number in numbers)
     inputs = {name: torch.cat([row.inputs[name] for row in chosen]) for name in chosen[0].inputs}
     if chosen[0].statement.tokens is None:
-        regions = (dataclasses.replace(part, row=place) for place, row in enumerate(chosen) for part in row.statement.regions)
-        return Batch(tuple(numbers), chosen, inputs, Saliency(regions=tuple(regions)))
+        terms = (moved(term, place) for place, row in enumerate(chosen) for term in row.statement.terms)
+        return Batch(tuple(numbers), chosen, inputs, Saliency(terms=tuple(terms)))
     tokens = [row.statement.tokens for row in chosen if row.statement.tokens is not None]
     return Batch(tuple(numbers), chosen, inputs, Saliency.from_tokens(torch.cat(tokens)))

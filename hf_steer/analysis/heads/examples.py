@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_steer.errors import ConfigError, SaliencyError
-from hf_steer.patching.runtime import GRIDS, real_tokens
-from hf_steer.saliency import Saliency, find_spans, scores_from_user, token_grid
-from hf_steer.values import MODALITIES, Anatomy, Span
+from hf_steer.patching.runtime import real_tokens
+from hf_steer.saliency import Saliency, find_spans, read_layouts, scores_from_user
+from hf_steer.values import MODALITIES, Anatomy, Layout, Span
 
 _COVERED = 0.5
 """A token belongs to a span when it scores at least this share of the highest score: a box rarely ends where tokens end."""
@@ -99,9 +100,7 @@ def _resolve(example: HeadExample, anatomy: Anatomy) -> Row:
             "tokens; it must mark some of these and not all."
         )
     query = _query(example.query, real[0], int(media.max()))
-    known = anatomy.tower is not None or "audio" in anatomy.placeholder_ids
-    grids = tuple(span.grid for span in pictures) if known else None
-    return Row(inputs, query, _answer(example.answer, anatomy), statement, media, marked[media], grids)
+    return Row(inputs, query, _answer(example.answer, anatomy), statement, media, marked[media], _grids(pictures))
 
 
 def _inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,16 +114,26 @@ def _inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _pictures(inputs: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Span, ...]:
-    """Where each picture or sound lies. Without a tower that tells its grid, one per run of placeholder tokens, as a line."""
+    """Where each picture or sound lies; one per run of placeholder tokens where the inputs do not tell more."""
     ids = inputs["input_ids"].cpu()
-    if anatomy.tower is not None:
-        grids = {
-            modality: [token_grid(grid, anatomy.merge_size) for grid in inputs[name].tolist()]
-            for modality, name in GRIDS.items()
-            if name in inputs
-        }
-        return find_spans(ids, anatomy.placeholder_ids, grids)
-    return tuple(_runs(ids[0], anatomy.placeholder_ids))
+    try:
+        return find_spans(ids, anatomy.placeholder_ids, read_layouts(inputs, {}, anatomy))
+    except SaliencyError:
+        return tuple(_runs(ids[0], anatomy.placeholder_ids))
+
+
+def _grids(pictures: Sequence[Span]) -> tuple[tuple[int, int, int], ...] | None:
+    """Frames, height and width of each, a sound as one line; None where the tokens of one do not form a grid."""
+    grids = []
+    for span in pictures:
+        layout = span.layout
+        if span.modality == "audio":
+            grids.append((1, 1, len(span.positions)))
+        elif layout.grid is not None and math.prod(layout.grid) == len(span.positions):
+            grids.append(layout.grid)
+        else:
+            return None
+    return tuple(grids)
 
 
 def _runs(ids: Tensor, placeholder_ids: Mapping[str, int]) -> Iterator[Span]:
@@ -132,18 +141,13 @@ def _runs(ids: Tensor, placeholder_ids: Mapping[str, int]) -> Iterator[Span]:
         positions = (ids == token).nonzero().flatten().tolist()
         for index, (_, run) in enumerate(itertools.groupby(enumerate(positions), lambda pair: pair[1] - pair[0])):
             own = torch.tensor([position for _, position in run])
-            yield Span(modality, 0, index, own, (1, 1, len(own)))
+            yield Span(modality, 0, index, own, Layout(cells=torch.full((len(own), 4), torch.nan)))
 
 
 def _span(span: Any, pictures: Sequence[Span], real: Tensor, anatomy: Anatomy) -> tuple[Saliency, Tensor]:
     """What steers towards a span, and the tokens `(tokens,)` that it marks."""
     length = real.shape[1]
     if isinstance(span, Saliency):
-        if span.regions and anatomy.tower is None:
-            raise SaliencyError(
-                f"boxes, masks, maps and points need to know where in a picture each token lies, which is not known of "
-                f"{anatomy.family!r}; give the span as a bool tensor over the prompt's tokens."
-            )
         statement = span if span.tokens is None else Saliency.from_tokens(_padded(span.tokens, length))
         found = scores_from_user(
             statement, pictures, real=real.cpu(), first_position=0, temporal_patch_size=anatomy.temporal_patch_size
@@ -156,7 +160,8 @@ def _span(span: Any, pictures: Sequence[Span], real: Tensor, anatomy: Anatomy) -
             f"Saliency.from_boxes(box, image.size); got {span!r}."
         )
     marked = _padded(span[None].cpu(), length)[0]
-    return (_paint(marked, pictures, anatomy) if anatomy.tower is not None else Saliency.from_tokens(marked)), marked
+    regular = all(own.layout.cells is None for own in pictures)
+    return (_paint(marked, pictures, anatomy) if regular else Saliency.from_tokens(marked)), marked
 
 
 def _padded(scores: Tensor, length: int) -> Tensor:
@@ -169,7 +174,7 @@ def _paint(marked: Tensor, pictures: Sequence[Span], anatomy: Anatomy) -> Salien
     """Marked tokens as regions of their pictures, so that saliency is scaled, and mass kept, within each picture."""
     statement = Saliency()
     for span in pictures:
-        for frame, own in enumerate(marked[span.positions].view(span.grid)):
+        for frame, own in enumerate(marked[span.positions].view(span.layout.grid or (1, 1, -1))):
             if not own.any():
                 continue
             if span.modality == MODALITIES[0]:

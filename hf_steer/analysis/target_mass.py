@@ -1,0 +1,198 @@
+"""The strength that brings a span from its share of attention to another one, in closed form.
+
+A query gives a span the share ψ. A bias of λ on the logits of every key in the span, and of none outside, moves its log-odds
+`log(ψ/(1-ψ))` by exactly λ. So `λ = log(τ/(1-τ)) - log(ψ/(1-ψ)) = log(τ(1-ψ) / (ψ(1-τ)))` brings it to τ; the often used
+`log(τ/ψ)` falls short, since it leaves out that the rest loses what the span gains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.analysis.calibration import attention_with
+from hf_steer.analysis.metrics import attention_metrics, run_with
+from hf_steer.analysis.metrics_table import AttentionMetrics
+from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, shape_of, steered_heads
+from hf_steer.analysis.provenance import Provenance, provenance_of
+from hf_steer.attention import AttentionCall
+from hf_steer.checks import check_number
+from hf_steer.config import AttentionConfig
+from hf_steer.errors import ConfigError, SaliencyError
+from hf_steer.patching import disable_steering, use_strength
+from hf_steer.saliency import Saliency
+
+PerHead = Mapping[int, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class MassStrength:
+    """What `strength_for_mass` found, `{layer: {head: value}}` of the steered heads.
+
+    Attributes:
+        strength: λ.
+        target_mass: what was asked for.
+        unsteered_mass: mean share of attention on the span without steering.
+        steered_mass: likewise, measured with all of `strength` in force.
+        queries: how many the means are over.
+        attention: the model's AttentionConfig with this strength, ready to be patched in.
+        provenance: where these numbers come from.
+    """
+
+    strength: PerHead
+    target_mass: float
+    unsteered_mass: PerHead
+    steered_mass: PerHead
+    queries: int
+    attention: AttentionConfig
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """Everything but `attention`, layers and heads as strings."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "attention"}
+        return json.dumps({**values, "provenance": dataclasses.asdict(self.provenance)}, indent=2, default=dict) + "\n"
+
+
+def strength_for_mass(
+    model: Any,
+    inputs: Inputs | Sequence[tuple[Inputs, Saliency | None]],
+    target_mass: float,
+    *,
+    saliency: Saliency | None = None,
+    queries: Tensor | Sequence[Tensor] | None = None,
+) -> MassStrength:
+    """λ per steered head that moves the mean log-odds of the span's share of attention to those of `target_mass`.
+
+    The span is where the saliency in force scores 1. What is guaranteed, layer by layer: with this λ alone in a layer whose
+    inputs are as they were, each query's log-odds move by λ exactly, so that their mean is the target's, and a single query's
+    share is the target itself. With several queries the mean share differs from the target, since a share is not linear in its
+    log-odds; and a layer after a steered one sees other inputs than those measured. `steered_mass` says what comes out.
+
+    Args:
+        model: patched with `normalize="none"` (or `"minmax"`) and `preserve_mass=False`, in eval mode.
+        inputs: of a forward pass; or a list of pairs (inputs, Saliency or None).
+        target_mass: share of attention, in (0, 1).
+        saliency: what is said about a single batch: 1 for the tokens of the span, 0 elsewhere, as from `Saliency.from_tokens`.
+        queries: `(batch, tokens)` bool, of several batches a list: which to take the mean over. None for all that can attend
+            to the span and to something else; with `queries="generated"` the last token of each prompt.
+
+    Raises:
+        ConfigError: a target outside (0, 1), no prompts, or a configuration that keeps the mass where it is.
+        PatchError: the model is not patched, or its configuration steers no head.
+        SaliencyError: a saliency of other values than 0 and 1, or a span that no query sees.
+    """
+    heads = steered_heads(model)
+    attention = attention_with(model, 1.0)
+    _check(target_mass, attention)
+    batches = as_batches(inputs, saliency)
+    origin = provenance_of(model, batches, seed=0, target_mass=target_mass, queries=queries)
+    asked = _queries(batches, queries, generated=attention.queries == "generated")
+    spans = [marked_tokens(model, batch, min(heads)) for batch in batches]
+    with disable_steering(model):
+        before = [_measure(model, *each, heads, same_logits=True) for each in zip(batches, spans, asked, strict=True)]
+    odds = _mean(before, before, "span_log_odds")
+    wanted = math.log(target_mass / (1 - target_mass))
+    strength = _named(wanted - odds, heads)
+    with use_strength(model, strength):
+        after = [_measure(model, *each, heads) for each in zip(batches, spans, asked, strict=True)]
+    return MassStrength(
+        strength=strength,
+        target_mass=float(target_mass),
+        unsteered_mass=_named(_mean(before, before, "span_mass"), heads),
+        steered_mass=_named(_mean(after, before, "steered_span_mass"), heads),
+        queries=sum(int(_seeing(part)[0, 0].sum()) for part in before),
+        attention=attention_with(model, strength),
+        provenance=origin,
+    )
+
+
+def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
+    """`(batch, tokens)` bool: where the saliency in force scores 1 and not 0; arguments as for `scores_in_force`.
+
+    Raises:
+        SaliencyError: it scores something else, or nothing.
+    """
+    scores = scores_in_force(model, batch, layer)
+    if not scores.any() or not ((scores == 0) | (scores == 1)).all():
+        raise SaliencyError(
+            f"a target mass needs a saliency of 1 on the span and 0 elsewhere; in force are scores from {scores.min():g} to "
+            f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
+        )
+    return scores == 1
+
+
+def scores_in_force(model: Any, batch: Batch, layer: int) -> Tensor:
+    """`(batch, tokens)` float32: the normalised saliency of a prompt, as the bias carries it; 0 where nothing is said.
+
+    Args:
+        model: patched.
+        batch: of prompts.
+        layer: a steered one, to look at.
+    """
+    scores = torch.zeros(shape_of(batch.inputs))
+
+    def read(call: AttentionCall) -> None:
+        if call.bias is not None:
+            scores.copy_(call.bias.key[..., 0])
+
+    with use_strength(model, 1.0), batch.looking(model):
+        run_with(model, batch.inputs, read, [layer])
+    return scores
+
+
+def _check(target_mass: float, attention: AttentionConfig) -> None:
+    check_number("target_mass", target_mass)
+    if not 0 < target_mass < 1:
+        raise ConfigError(f"target_mass must lie in (0, 1); got {target_mass}. No finite strength gives a span all or nothing.")
+    if attention.saliency.preserve_mass:
+        raise ConfigError(
+            "saliency.preserve_mass=True keeps the mass where it is, so no strength brings it elsewhere. Patch with "
+            "preserve_mass=False."
+        )
+
+
+def _queries(batches: Sequence[Batch], queries: Tensor | Sequence[Tensor] | None, *, generated: bool) -> list[Tensor | None]:
+    if queries is None:
+        return [last_queries(batch.inputs) if generated else None for batch in batches]
+    given = [queries] if isinstance(queries, Tensor) else list(queries)
+    if len(given) != len(batches):
+        raise ConfigError(f"queries has {len(given)} tensors for {len(batches)} batches; give one for each.")
+    return list(given)
+
+
+def _measure(
+    model: Any, batch: Batch, span: Tensor, queries: Tensor | None, heads: Mapping[int, Any], *, same_logits: bool = False
+) -> AttentionMetrics:
+    with batch.looking(model):
+        return attention_metrics(
+            model, batch.inputs, span=span, queries=queries, per_query=True, same_logits=same_logits, layers=heads
+        )
+
+
+def _seeing(part: AttentionMetrics) -> Tensor:
+    """`(layers, heads, batch, tokens)` bool: queries that can attend to the span and to something else."""
+    return ~torch.isnan(part.span_log_odds)  # type: ignore[arg-type]  # there is a span
+
+
+def _mean(parts: Sequence[AttentionMetrics], before: Sequence[AttentionMetrics], name: str) -> Tensor:
+    """`(layers, heads)`: over the queries that can attend to the span and to something else."""
+    seen = [_seeing(part) for part in before]
+    total = sum(getattr(part, name).masked_fill(~own, 0).sum((2, 3)) for part, own in zip(parts, seen, strict=True))
+    count = sum(own.sum((2, 3)) for own in seen)
+    if not torch.as_tensor(count).all():
+        raise SaliencyError(
+            "in some steered layer no measured query can attend both to the span and to something else, so no strength can move "
+            "its attention. Mark other tokens, or other queries."
+        )
+    return torch.as_tensor(total / count)
+
+
+def _named(table: Tensor, heads: Mapping[int, tuple[int, ...]]) -> dict[int, dict[int, float]]:
+    return {layer: {head: float(table[row, head]) for head in heads[layer]} for row, layer in enumerate(sorted(heads))}

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from hf_steer import __version__
 from hf_steer.cli.demo import DEMO
 from hf_steer.cli.inspect import INSPECT
+from hf_steer.cli.simulate import SIMULATE
 from hf_steer.errors import SteerError
 
-COMMANDS = (DEMO, INSPECT)
+COMMANDS = (DEMO, INSPECT, SIMULATE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,8 +73,8 @@ def anyres(pictures: list[list[float]], side: int, tiles: tuple[int, int], size:
         size: height and width of the original.
         most: of `anyres_max_<most>`.
     """
-    if tiles == (0, 0):
-        return [*pictures[0], None]
+    if tiles == (0, 0):  # in a square that is padded to the middle; what sees padding alone says nothing
+        return [*(value if _sees(place, side, size) else None for place, value in enumerate(pictures[0])), None]
     whole = [
         [pictures[1 + (y // side) * tiles[1] + x // side][(y % side) * side + x % side] for x in range(tiles[1] * side)]
         for y in range(tiles[0] * side)
@@ -90,6 +90,16 @@ def anyres(pictures: list[list[float]], side: int, tiles: tuple[int, int], size:
     if ratio > 1.1:
         whole = shrink(whole, int(len(whole) // ratio), int(len(whole[0]) // ratio))
     return [*pictures[0], *(token for row in whole for token in [*row, None])]
+
+
+def _sees(place: int, side: int, size: tuple[int, int]) -> bool:
+    """Whether a patch of the square around a picture `(height, width)` shows a part of it."""
+    longer = max(size)
+    for number, length in zip(divmod(place, side), size, strict=True):
+        before = (longer - length) // 2
+        if (number + 1) * longer / side <= before or number * longer / side >= before + length:
+            return False
+    return True
 
 
 def pooled(frames: list[list[float]], side: int) -> list[float | None]:

@@ -184,7 +184,7 @@ def test_attention_scores_equal_plain_loops_over_eager_weights(family, implement
     report = make_examples(family, 20, first=100, answer=False, pictures=pictures)
     result = find_grounding_heads(model, choosing, report=report, rule="mass", count=2, null_sets=3, batch_size=8)
     expected = scores_of(reference, family, choosing)
-    assert set(result.scores) == {*expected, *(() if family in LOOKING else ("localisation",))}
+    assert set(result.scores) == {*expected, "localisation", "entropy"}
     for name, table in expected.items():
         torch.testing.assert_close(np.array(result.scores[name]), table, **TOLERANCE)
     heads = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]

@@ -5,6 +5,7 @@ from hf_steer.analysis.heads import HeadExample, HeadResult, find_grounding_head
 from hf_steer.analysis.metrics import attention_metrics
 from hf_steer.analysis.metrics_table import AttentionMetrics
 from hf_steer.analysis.retention import Retention, measure_retention
+from hf_steer.analysis.simulation import SimulationRow, simulate
 from hf_steer.analysis.sweep import sweep_strength
 from hf_steer.analysis.sweep_table import Sweep, SweepRow
 from hf_steer.analysis.target_mass import MassStrength, strength_for_mass
@@ -16,12 +17,14 @@ __all__ = [
     "HeadResult",
     "MassStrength",
     "Retention",
+    "SimulationRow",
     "Sweep",
     "SweepRow",
     "attention_metrics",
     "calibrate_strength",
     "find_grounding_heads",
     "measure_retention",
+    "simulate",
     "strength_for_mass",
     "sweep_strength",
 ]

@@ -13,10 +13,11 @@ from hf_steer.cli.demo import DEMO
 from hf_steer.cli.heads import HEADS
 from hf_steer.cli.inspect import INSPECT
 from hf_steer.cli.saliency import SALIENCY
+from hf_steer.cli.simulate import SIMULATE
 from hf_steer.cli.sweep import SWEEP
 from hf_steer.errors import SteerError
 
-COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE)
+COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

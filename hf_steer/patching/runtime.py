@@ -95,7 +95,7 @@ def read_prompt(
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
         arrangements=arrangements,
-        spans=_new_spans(ids, named, encoded, plan, statement, first=first, past=past),
+        spans=_new_spans(ids, named, encoded, plan, statement, first=first, past=past, whole=whole),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
 
@@ -238,6 +238,7 @@ def _new_spans(
     *,
     first: int,
     past: int,
+    whole: bool,
 ) -> tuple[Span, ...]:
     """Pictures, videos and sounds that come after the first `past` tokens; `ids` begin at key position `first`.
 
@@ -248,7 +249,9 @@ def _new_spans(
     if ids is None or not placeholders:
         return ()
     try:
-        layouts = read_layouts(named, encoded, plan.anatomy)
+        # a forward pass of LLaVA-OneVision drops this argument; only generate hands it on
+        heeded = named if whole else {name: value for name, value in named.items() if name != "vision_aspect_ratio"}
+        layouts = read_layouts(heeded, encoded, plan.anatomy)
     except SaliencyError:
         if needed:
             raise

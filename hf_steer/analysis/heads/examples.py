@@ -117,9 +117,10 @@ def _pictures(inputs: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Span, ...
     """Where each picture or sound lies; one per run of placeholder tokens where the inputs do not tell more."""
     ids = inputs["input_ids"].cpu()
     try:
-        return find_spans(ids, anatomy.placeholder_ids, read_layouts(inputs, {}, anatomy))
-    except SaliencyError:
-        return tuple(_runs(ids[0], anatomy.placeholder_ids))
+        layouts = read_layouts(inputs, {}, anatomy)
+    except SaliencyError:  # a tower whose geometry is not known
+        layouts = {}
+    return find_spans(ids, anatomy.placeholder_ids, layouts) if layouts else tuple(_runs(ids[0], anatomy.placeholder_ids))
 
 
 def _grids(pictures: Sequence[Span]) -> tuple[tuple[int, int, int], ...] | None:

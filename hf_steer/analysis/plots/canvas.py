@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from hf_steer.errors import SteerError
+from hf_steer.files import write_whole
 
 BEFORE, AFTER = "#8c96a3", "#d1495b"
 CONTROLS = ("#2e4057", "#66a182", "#edae49", "#b18fcf")
@@ -26,7 +28,7 @@ def subplots(*shape: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any
 
 def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write it as a PNG, in a folder that is made when it is not there."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
+    target, content = Path(path), io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write_whole(target, content.getvalue())
     return target

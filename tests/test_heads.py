@@ -11,7 +11,7 @@ import pytest
 import tiny_encoders
 import torch
 from tiny import HEADS, IMAGE, IMPLEMENTATIONS, LAYERS, PAD, SEEING, VIDEO, make_model, make_prompt, pad_rows
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_steer import (
     AttentionConfig,
@@ -26,18 +26,22 @@ from hf_steer import (
     unpatch_model,
     use_saliency,
 )
-from hf_steer.analysis import HeadExample, HeadResult, find_grounding_heads
+from hf_steer.analysis import HeadExample, HeadResult, digits, find_grounding_heads
+from hf_steer.analysis.heads import RULES
 from hf_steer.analysis.heads import find as finding
+from hf_steer.analysis.heads.jsonl import read_jsonl
 from hf_steer.analysis.heads.report import bootstrap, make_report, random_sets
 from hf_steer.analysis.heads.scenes import digit_examples
 from hf_steer.analysis.heads.scores import PER_EXAMPLE, elbow, localisation, spatial_entropy
 from hf_steer.analysis.heads.selection import Answers, grow
 from hf_steer.analysis.pointing import embedded_model_dir
+from hf_steer.cli import heads as heads_command
+from hf_steer.cli import main
 from hf_steer.patching import anatomy_of
 
 LISTENING = {"qwen2_audio": 10, "voxtral": 5}
 LOOKING = {"llava": 9, "llava_onevision": 30}
-"""Families whose picture tokens have no known place -> tokens of a picture; above, of a sound."""
+"""LLaVAs -> tokens of a picture; above, of a sound. OneVision's, crops and newlines among them, form no one grid."""
 EVERYTHING = [(family, implementation) for family in (*SEEING, *LISTENING, *LOOKING) for implementation in IMPLEMENTATIONS]
 every = pytest.mark.parametrize(("family", "implementation"), EVERYTHING)
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -86,6 +90,8 @@ def make_examples(family, count, *, first=0, **kwargs):
 
 def grids_of(family, inputs):
     """Frames, height and width of the pictures in tokens, images before videos; a sound is a line."""
+    if family == "llava":
+        return [(1, 3, 3)]
     if family not in SEEING:
         return [(1, 1, LISTENING[family])]
     sizes = [inputs[name].tolist() for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
@@ -117,8 +123,8 @@ def entropy_of(values, grids):
     for frames, height, width in grids:
         for _ in range(frames):
             frame = values[start : start + height * width]
-            high = {place: value - mean for place, value in enumerate(frame) if value > mean * (1 + 1e-6)}
-            above = {(place // width, place % width): value for place, value in high.items()}
+            over = [(place, value - mean) for place, value in enumerate(frame) if value > mean * (1 + 1e-6)]
+            above = {(place // width, place % width): excess for place, excess in over}
             weights += [sum(above[cell] for cell in own) for own in components_of(above)]
             start += height * width
     total = sum(weights)
@@ -145,9 +151,9 @@ def scores_of(model, family, examples):
                 }
                 for name, value in values.items():
                     sums.setdefault(name, np.zeros((LAYERS, HEADS)))[layer, head] += value / len(examples)
-                if family not in LOOKING:
+                if family != "llava_onevision":
                     entropies[number, layer, head] = entropy_of(weights, grids_of(family, example.inputs))
-    return sums if family in LOOKING else {**sums, "entropy": entropies.mean(0)}
+    return sums if family == "llava_onevision" else {**sums, "entropy": entropies.mean(0)}
 
 
 def elbow_of(values):
@@ -184,7 +190,7 @@ def test_attention_scores_equal_plain_loops_over_eager_weights(family, implement
     report = make_examples(family, 20, first=100, answer=False, pictures=pictures)
     result = find_grounding_heads(model, choosing, report=report, rule="mass", count=2, null_sets=3, batch_size=8)
     expected = scores_of(reference, family, choosing)
-    assert set(result.scores) == {*expected, "localisation", "entropy"}
+    assert set(result.scores) == {*expected, *(() if family == "llava_onevision" else ("localisation",))}
     for name, table in expected.items():
         torch.testing.assert_close(np.array(result.scores[name]), table, **TOLERANCE)
     heads = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
@@ -671,12 +677,12 @@ def test_calls_that_cannot_be_answered_say_why():
         find_grounding_heads(model, make_examples("qwen2_vl", 40, answer=False), rule="effect")
     with pytest.raises(SaliencyError, match="'llama' has no vision or audio tokens"):
         find_grounding_heads(make_model("llama"), [HeadExample(pad_rows([[5, 6, 7]], padding="left"), torch.ones(3).bool())] * 40)
-    llava = tiny_encoders.make_encoder_model("llava")
-    with pytest.raises(ConfigError, match="the token grid of 'llava' is not known"):
-        find_grounding_heads(llava, make_examples("llava", 40), rule="localisation")
-    boxed = with_span(make_example("llava", 0), Saliency.from_boxes((0, 0, 5, 5), (12, 12)))
-    with pytest.raises(SaliencyError, match="example 0: boxes.*not known of 'llava'; give the span as a bool tensor"):
-        find_grounding_heads(llava, [boxed] * 40)
+    onevision = tiny_encoders.make_encoder_model("llava_onevision")
+    with pytest.raises(ConfigError, match="the token grid of 'llava_onevision' is not known"):
+        find_grounding_heads(onevision, make_examples("llava_onevision", 40), rule="localisation")
+    boxed = with_span(make_example("llava_onevision", 0), Saliency.from_boxes((5, 5, 6, 6), (12, 12)))
+    with pytest.raises(SaliencyError, match="example 0: image 0 in row 0 was said to have 12 x 12 pixels"):
+        find_grounding_heads(onevision, [boxed] * 40)
     with pytest.raises(PatchError, match="training mode"):
         find_grounding_heads(model.train(), examples)
 
@@ -697,3 +703,108 @@ def test_a_model_that_is_patched_otherwise_is_refused_and_stays_so(attention):
     with pytest.raises(PatchError, match="not so that all its 3 layers can be steered"):
         find_grounding_heads(model, make_examples("qwen2_vl", 40))
     assert get_steer_status(model) == status
+
+
+# The picture and the command.
+
+
+def test_the_picture_shows_every_score_and_the_random_sets(tmp_path):
+    from PIL import Image
+
+    from hf_steer.analysis.plots import plot_heads
+
+    model, examples = make_model("qwen2_vl"), make_examples("qwen2_vl", 40)
+    for name, kwargs in (("short", {"count": 2, "shortlist": 3}), ("whole", {"count": 12})):  # heads not tried; no random sets
+        result = find_grounding_heads(model, examples, null_sets=3, **kwargs)
+        picture = np.asarray(Image.open(plot_heads(result, tmp_path / f"{name}.png")).convert("L"))
+        assert picture.std() > 5
+        assert picture.shape[0] > 800
+    assert "no others to compare them with" in result.verdict
+
+
+def test_the_command_writes_the_result_as_json_csv_and_picture(tmp_path, capsys):
+    arguments = ["heads", "--examples", "20", "--rule", "mass", "--count", "2", "--null-sets", "3", "--output", str(tmp_path)]
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = HeadResult.from_json((tmp_path / "heads.json").read_text())
+    assert AttentionConfig(heads=printed["heads"]) == AttentionConfig(heads=result.heads)
+    assert result.report.measure == "answers"
+    assert printed["files"] == [str(tmp_path / name) for name in ("heads.json", "heads.csv", "heads.png")]
+    assert (tmp_path / "heads.csv").read_text() == result.to_csv()
+    assert (tmp_path / "heads.png").stat().st_size > 10_000
+    assert main(arguments) == 0
+    assert "random heads, as many in the same layers (3 sets)" in capsys.readouterr().out
+
+
+def test_the_command_asks_for_the_place_when_the_rule_is_to_point(tmp_path, capsys):
+    arguments = ["heads", "--json", "--examples", "25", "--rule", "pointing", "--count", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"]["measure"] == "pointing"
+    assert printed["verdict"] == "found"
+
+
+def test_the_help_says_which_rule_to_use_when(capsys):
+    with pytest.raises(SystemExit):
+        main(["heads", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"\n  {rule} " in printed for rule in RULES)
+    assert set(heads_command.RULES) == set(RULES)
+
+
+def write_lines(folder, count, **changes):
+    scenes = digits.sample_scenes(digits.load_digits("training"), count, seed=0)
+    lines = []
+    for number, scene in enumerate(scenes):
+        scene.image.save(folder / f"{number}.png")
+        line = {"image": f"{number}.png", "question": "Read the digit.", "box": scene.boxes[1], "answer": str(scene.labels[1])}
+        lines.append({**line, "thought": "I look at the picture and read what I see.\n</think>\n\n"})
+    lines[0].update(changes)
+    path = folder / "examples.jsonl"
+    path.write_text("\n".join(json.dumps({key: value for key, value in line.items() if value is not None}) for line in lines))
+    return path, scenes
+
+
+def test_examples_come_from_a_file_through_the_processor(tmp_path, capsys):
+    path, scenes = write_lines(tmp_path, 40)
+    processor = AutoProcessor.from_pretrained(embedded_model_dir())
+    for example, scene in zip(read_jsonl(path, processor), scenes, strict=True):
+        text = processor.tokenizer.decode(example.inputs["input_ids"][0])
+        assert "Read the digit." in text
+        assert text.endswith("what I see.\n</think>\n\n")
+        assert processor.tokenizer.decode([example.answer]) == str(scene.labels[1])
+        assert example.span.regions[0].paint.on_grid(2, 2).tolist() == [[0, 1], [0, 0]]
+    arguments = ["heads", "--json", "--examples-file", str(path), "--rule", "mass", "--null-sets", "2"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["report"]["examples"] == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"image": "nowhere.png"}, "FileError", "line 1: nowhere.png is not a picture"),
+        ({"image": "examples.jsonl"}, "FileError", "line 1: examples.jsonl is not a picture"),
+        ({"box": [0, 0, 99, 9]}, "SaliencyError", "line 1: box (0.0, 0.0, 99.0, 9.0) is empty or outside"),
+        ({"box": None}, "FileError", "line 1: a line is an object with image, question, box"),
+        ({"boxes": [1]}, "FileError", "line 1: a line is an object with"),
+        ({"question": 7}, "FileError", "line 1: question must be text"),
+        ({"answer": ""}, "FileError", "answer must be text, and an answer not empty"),
+    ],
+)
+def test_lines_that_are_no_examples_are_named(changes, kind, message, tmp_path, capsys):
+    path, _ = write_lines(tmp_path, 2, **changes)
+    assert main(["heads", "--json", "--examples-file", str(path)]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["kind"] == kind
+    assert message in printed["error"]
+
+
+def test_files_that_hold_no_json_are_refused(tmp_path, capsys):
+    path = tmp_path / "examples.jsonl"
+    for content, message in ((b"{", "line 1: not JSON"), (b"[1]", "line 1: a line is"), (b"\xff\xfe", "cannot be read")):
+        path.write_bytes(content)
+        assert main(["heads", "--examples-file", str(path)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["heads", "--examples-file", str(tmp_path / "nowhere")]) == 1
+    assert main(["heads", "--model", "x"]) == 1
+    assert "--model needs --examples-file" in capsys.readouterr().err

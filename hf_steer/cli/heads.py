@@ -22,7 +22,7 @@ DESCRIPTION = """\
 Choose the attention heads to steer, and report on other pictures whether they are better than random heads.
 
 By default on the embedded model: questions about four handwritten digits; heads are chosen on training digits and reported on
-held-out ones (one to two minutes). For pointing and selectivity the question names the digit's place; for the other rules it is
+held-out ones (about a minute). For pointing and selectivity the question names the digit's place; for the other rules it is
 open, and steering alone says which digit is meant. On your own model: --model, and --examples-file with one JSON object a line:
 
   {"image": "cat.png", "question": "What is this?", "box": [40, 10, 200, 180], "answer": "cat", "thought": "I see ...</think>"}

@@ -18,7 +18,7 @@ from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
 
 _SHOWN = 8
-"""Heads in the printed table."""
+"""Heads in the printed table; more where more are chosen."""
 Table = tuple[tuple[float | None, ...], ...]
 """`(layers, heads)`; None where a head was not tried."""
 
@@ -125,11 +125,12 @@ class HeadResult:
             f"{'layer, head':<14}" + "".join(f"{name:>14}" for name in self.scores),
         ]
         ranking = self.rankings[self.rule]
-        for layer, head in ranking[: max(_SHOWN, len(self.chosen))]:
+        shown = min(len(ranking), max(_SHOWN, len(self.chosen)))
+        for layer, head in ranking[:shown]:
             marked = " *" if (layer, head) in self.chosen else ""
             cells = ("" if value is None else f"{value:.3f}" for value in self._scores_of((layer, head)))
             lines.append(f"{f'{layer}, {head}{marked}':<14}" + "".join(f"{cell:>14}" for cell in cells))
-        return "\n".join([*lines, f"* chosen; {max(0, len(ranking) - _SHOWN)} more heads in scores"])
+        return "\n".join([*lines, f"* chosen; {len(ranking) - shown} more heads in scores"])
 
     def _scores_of(self, place: Head) -> list[float | None]:
         return [table[place[0]][place[1]] for table in self.scores.values()]

@@ -8,8 +8,8 @@ held-out ones; every row of the table says which split it is from. Shares have 9
 
 - pointing: the question leaves open which digit is meant, saliency lies on one of them. By heads (found, random fours, all) and λ.
 - clutter: the question names the place, specks lie over the picture. Does the model's own gaze help, by any source?
-- long: an open question whose thought may not end before its 48th token. Steering all heads without preserving the picture's mass
-  pulls attention off the text: does it destroy the thought, and does a gate save it?
+- long: an open question whose thought may not end before its 24th token, twice as long as the model thinks by itself. Steering all
+  heads without preserving the picture's mass pulls attention off the text: does it destroy the thought, and does a gate save it?
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hf_steer.analysis.pointing import ANSWER, Pointing, embedded_model_dir, wil
 from hf_steer.files import write_whole
 
 HERE = Path(__file__).parent
-LONG_TOKENS = 48
+LONG_TOKENS = 24
 SPECKS = 40
 SOURCES = ("vision_attention", "vision_rollout", "feature_norm", "text_similarity", "decoder_attention", "gradient")
 GATES: dict[str, dict[str, Any]] = {
@@ -54,9 +54,13 @@ GATES: dict[str, dict[str, Any]] = {
     "self-report": {"gate": GateConfig(kind="self_report", phrases=("Let me look",), hold_tokens=64)},
 }
 PRESETS = {
-    "full": {"scenes": 200, "strengths": (0.0, 1.0, 2.0, 4.0, 6.0, 8.0), "random_sets": 5, "head_examples": 200},
-    "quick": {"scenes": 6, "strengths": (0.0, 8.0), "random_sets": 1, "head_examples": 20},
+    "full": {"scenes": 200, "strengths": (1.0, 2.0, 4.0, 8.0), "random_sets": 5, "head_examples": 200},
+    "quick": {"scenes": 6, "strengths": (8.0,), "random_sets": 1, "head_examples": 20},
 }
+
+
+Condition = tuple[str, str, str, Any]
+"""Saliency, name of the heads, gate, and the heads themselves; the model is patched for it while it is yielded."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ class Bench:
         self.batches = [list(range(start, min(start + 50, scenes))) for start in range(0, scenes, 50)]
         self.inputs = [self.world.inputs(batch) for batch in self.batches]
         tokenizer = self.world.processor.tokenizer
-        self.endings = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+        newlines = [token for token in range(len(tokenizer)) if "\n" in tokenizer.decode([token])]
+        self.endings = [*newlines, *tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])]
 
     @contextmanager
     def patched(self, *, source: str | None, preserve_mass: bool, gate: dict[str, Any]) -> Iterator[None]:
@@ -218,50 +223,54 @@ def random_sets(number: int, seed: int) -> list[dict[int, tuple[int, ...]]]:
     return sets
 
 
-def pointing(bench: Bench, four: Any, fours: list[Any], strengths: tuple[float, ...], progress: tqdm) -> Iterator[Row]:
+def pointing(bench: Bench, four: Any, fours: list[Any]) -> Iterator[Condition]:
     """Open questions, the picture's mass preserved: found heads, random fours, all heads; then the controls."""
+    randoms = [(f"random four {number + 1}", own) for number, own in enumerate(fours)]
     with bench.patched(source=None, preserve_mass=True, gate={}):
-        sets = [("found four", four), ("all", "all"), *((f"random four {n + 1}", own) for n, own in enumerate(fours))]
-        for name, chosen in sets:
-            for strength in strengths:
-                yield bench.measure("pointed-at", name, "always", strength, chosen)
-                progress.update()
+        for heads, chosen in (("found four", four), ("all", "all"), *randoms):
+            yield "pointed-at", heads, "always", chosen
         for saliency in ("another cell", "shuffled", "uniform"):
-            yield bench.measure(saliency, "found four", "always", strengths[-1], four)
-            progress.update()
+            yield saliency, "found four", "always", four
 
 
-def clutter(bench: Bench, four: Any, strengths: tuple[float, ...], progress: tqdm) -> Iterator[Row]:
-    """Closed questions on specked pictures: the model's own gaze by every source, and pointing as the upper end."""
-    for source in (*SOURCES, "pointed-at", "shuffled"):
-        own = source if source in SOURCES else None
-        with bench.patched(source=own, preserve_mass=True, gate={}):
-            for name, chosen in (("found four", four), ("all", "all")):
-                for strength in strengths:
-                    yield bench.measure(source, name, "always", strength, chosen)
-                    progress.update()
+def clutter(bench: Bench, four: Any, fours: list[Any]) -> Iterator[Condition]:
+    """Closed questions on specked pictures: the model's own gaze by every source, pointing as the upper end, and controls."""
+    for saliency in (*SOURCES, "pointed-at", "shuffled"):
+        with bench.patched(source=saliency if saliency in SOURCES else None, preserve_mass=True, gate={}):
+            yield saliency, "found four", "always", four
+            yield saliency, "all", "always", "all"
+            if saliency == "vision_attention":
+                yield saliency, "random four 1", "always", fours[0]
 
 
-def long(bench: Bench, strengths: tuple[float, ...], progress: tqdm) -> Iterator[Row]:
-    """Long thoughts, all heads, the picture's mass not preserved: every gate."""
-    for name, gate in GATES.items():
-        with bench.patched(source=None, preserve_mass=False, gate=gate):
-            for strength in strengths:
-                yield bench.measure("pointed-at", "all", name, strength, "all")
-                progress.update()
+def long(bench: Bench, four: Any, fours: list[Any]) -> Iterator[Condition]:
+    """Long thoughts, the picture's mass not preserved: every gate on all heads, fewer heads, and shuffled saliency."""
+    for gate, options in GATES.items():
+        with bench.patched(source=None, preserve_mass=False, gate=options):
+            yield "pointed-at", "all", gate, "all"
+            if gate in ("always", "margin"):
+                yield "shuffled", "all", gate, "all"
+                yield "pointed-at", "found four", gate, four
+                yield "pointed-at", "random four 1", gate, fours[0]
+
+
+TASKS = {"pointing": pointing, "clutter": clutter, "long": long}
 
 
 def run(preset: dict[str, Any], seed: int) -> tuple[list[Row], dict[int, tuple[int, ...]]]:
-    strengths, scenes = preset["strengths"], preset["scenes"]
+    scenes = preset["scenes"]
     four, fours = find_heads(preset["head_examples"], seed), random_sets(preset["random_sets"], seed)
-    count = 2 * ((2 + len(fours)) * len(strengths) + 3 + 2 * 8 * len(strengths) + len(GATES) * len(strengths))
     rows: list[Row] = []
-    with tqdm(total=count, desc="conditions", unit="condition") as progress:
-        for number, split in enumerate(("choosing", "report")):
-            benches = {task: Bench(task, split, scenes, seed + 10 * number) for task in ("pointing", "clutter", "long")}
-            rows += pointing(benches["pointing"], four, fours, strengths, progress)
-            rows += clutter(benches["clutter"], four, strengths, progress)
-            rows += long(benches["long"], strengths, progress)
+    for number, split in enumerate(("choosing", "report")):
+        for task, conditions in TASKS.items():
+            bench = Bench(task, split, scenes, seed + 10 * number)
+            unsteered = None
+            for saliency, heads, gate, chosen in tqdm(conditions(bench, four, fours), desc=f"{task}, {split}", unit="condition"):
+                named = {"saliency": saliency, "heads": heads, "gate": gate}
+                # strength 0 is bit-equal to the unpatched model, whatever the condition, so it is measured once
+                unsteered = unsteered or bench.measure(saliency, heads, gate, 0.0, chosen)
+                rows.append(dataclasses.replace(unsteered, **named))
+                rows += [bench.measure(saliency, heads, gate, strength, chosen) for strength in preset["strengths"]]
     return rows, four
 
 

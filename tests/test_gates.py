@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 import hf_steer
 from hf_steer import ConfigError, GateConfig, PatchError, SaliencyError, patch_model, trace_steering, unpatch_model
-from hf_steer.patching import handle
+from hf_steer.patching import gaze as gaze_hooks
 from hf_steer.patching.pacing import Pace
 
 OPEN, CLOSE, WAIT, HOLD = 81, (82, 85), 83, (84, 87)
@@ -135,7 +135,7 @@ def one_pass(family, implementation, inputs, sequences, factors, statement, monk
     table = torch.zeros(len(sequences), width)
     for row, own in enumerate(factors):
         table[row, -len(own) :] = torch.tensor(own)
-    monkeypatch.setattr(handle, "pace", lambda *_: Pace(factor=table))
+    monkeypatch.setattr(gaze_hooks, "pace", lambda *_: Pace(factor=table))
     new = width - inputs["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(sequences), new, dtype=torch.long)], 1)
     whole = {**inputs, "input_ids": sequences[:, :-1], "attention_mask": mask}
@@ -350,7 +350,7 @@ def test_in_training_the_phases_come_from_the_labels(monkeypatch):
             wanted[row, place] = float(thinking and labels[row, place + 1] != -100)
     assert 0 < wanted.sum() < wanted.numel()
     patch_model(unpatch_model(model), gated("llama", normalize="none"))
-    monkeypatch.setattr(handle, "pace", lambda *_: Pace(factor=wanted))
+    monkeypatch.setattr(gaze_hooks, "pace", lambda *_: Pace(factor=wanted))
     with looking(model, statement):
         torch.testing.assert_close(model(**inputs, labels=labels).logits, steered, **TOLERANCE)
     monkeypatch.undo()

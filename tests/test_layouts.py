@@ -219,7 +219,7 @@ def test_a_picture_like_a_thread_keeps_its_first_square_alone():
 def test_several_pictures_of_a_prompt_are_padded_to_squares(patch):
     """Two pictures together are padded; one alone is cut into parts, in the same batch."""
     config, processor = onevision(24, patch)
-    sizes = [(70, 96), (90, 60), (50, 60)]
+    sizes = [(71, 96), (90, 61), (50, 60)]  # an odd pixel of padding goes to the right or below
     inputs = processor([[ramp(*sizes[0]), ramp(*sizes[1])], [ramp(*sizes[2])]], **AS_IT_IS)
     assert inputs["batch_num_images"].tolist() == [2, 1]
     layouts = read_layouts(inputs, {}, anatomy_of(config, "llava_onevision"))["image"]
@@ -389,6 +389,8 @@ def test_windows_of_a_long_sound_become_one_span_where_no_token_lies_between():
     torch.testing.assert_close(spans[0].layout.cells, torch.stack([expected[:-1], expected[1:]], 1))
     assert spans[0].layout.size == pytest.approx((0.8,))
     assert not spans[0].layout.continues
+    rows = find_spans(torch.tensor([[9, 9, 9, 1, 1, 1], [1, 1, 1, 9, 9, 9]]), {"audio": 9}, {"audio": [full, full]})
+    assert [(span.row, span.index) for span in rows] == [(0, 0), (1, 0)]  # never from row to row
     apart = find_spans(torch.tensor([[9] * 4]), {"audio": 9}, {"audio": [rest, rest]})  # not full: two sounds side by side
     assert [span.index for span in apart] == [0, 1]
 

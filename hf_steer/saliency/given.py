@@ -120,7 +120,8 @@ class Saliency:
 
         Args:
             boxes: one or several `(left, top, right, bottom)`.
-            image_size: `(width, height)` of the original picture, or the PIL picture itself.
+            image_size: `(width, height)` of the original picture, or the PIL picture itself. Its shape tells what a processor
+                that cuts out the centre (LLaVA's with a CLIP tower) has taken away.
             row: batch row, as in `input_ids`.
             image: which picture of that row, from 0.
             video: which video of that row instead.

@@ -382,3 +382,39 @@ def test_a_providers_picture_of_another_shape_is_refused_and_so_is_a_provider_th
         SaliencyProvider(model, Plain())
     with pytest.raises(SaliencyError, match="no picture and no video in these messages"):
         Saliency.external(provider, [{"role": "user", "content": [{"type": "text", "text": "?"}]}])
+
+
+def test_a_provider_watches_videos_and_pictures_through_a_real_processor():
+    """A row with a picture and a video: each frame of the video has a map of its own."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from hf_steer.analysis.pointing import embedded_model_dir
+
+    folder = embedded_model_dir()
+    processor = AutoProcessor.from_pretrained(folder)
+    eyes, model = (AutoModelForImageTextToText.from_pretrained(folder).eval() for _ in range(2))
+    frames = [picture(112, 56, seed) for seed in range(4)]
+    content = [{"type": "video", "video": frames}, {"type": "image", "image": picture(56, 84, 9)}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    provider = SaliencyProvider(eyes, processor)
+    seen = provider.look([messages])
+    assert not torch.equal(seen["video", 0, 0][0][0], seen["video", 0, 0][0][1])
+    outside = Saliency.external(provider, messages)
+    from qwen_vl_utils import process_vision_info
+
+    images, videos = process_vision_info(messages)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=images, videos=videos, return_tensors="pt")
+    grids = {"image": inputs["image_grid_thw"][0], "video": inputs["video_grid_thw"][0]}
+    for (modality, _, _), (own, _, sampled) in seen.items():
+        frames, height, width = grids[modality].tolist()
+        assert tuple(own.shape) == (frames, height // 2, width // 2)
+        assert (frames, sampled) == ({"image": 1, "video": 2}[modality], 2)
+    found = read_saliency(model, inputs, given=outside)
+    for place, own in found.maps().items():
+        torch.testing.assert_close(own, seen[place][0], rtol=1e-5, atol=1e-6)
+    patch_model(model, SteerConfig(attention=AttentionConfig(strength=4.0, saliency=SaliencyConfig(source=None))))
+    plain = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with hf_steer.use_saliency(model, outside):
+        steered_too = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    assert not torch.equal(plain.logits[0], steered_too.logits[0])

@@ -33,6 +33,13 @@ def test_a_configuration_survives_dict_json_disk_copy_and_pickle(config, tmp_pat
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["steer_config.json"]
 
 
+def test_every_saliency_source_has_its_function():
+    from hf_steer.config.attention import SOURCES
+    from hf_steer.saliency import eyes
+
+    assert {*SOURCES} == {*eyes.SOURCES, None}
+
+
 def test_a_configuration_is_frozen_to_its_depth():
     heads = {1: [0, 3]}
     config = AttentionConfig(heads=heads)

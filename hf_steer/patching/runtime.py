@@ -268,7 +268,7 @@ def _token_grids(
     named: Mapping[str, Any], records: Mapping[str, EyeRecord], arrangements: Mapping[str, Arrangement], anatomy: Anatomy
 ) -> dict[str, list[tuple[int, int, int]]]:
     """Modality -> tokens of its pictures; those that a LLaVA arranges count as one line."""
-    grids = {modality: list(record.grids) for modality, record in records.items()}
+    grids = {modality: list(record.grids) for modality, record in records.items() if record.grids}
     for modality, arrangement in arrangements.items():
         grids[modality] = [(1, 1, count) for count in arrangement.counts()]
     for modality, name in GRIDS.items():

@@ -39,6 +39,14 @@ def test_heads_and_strengths_are_taken_as_json_writes_them():
     assert AttentionConfig(heads=json.loads(json.dumps(heads)), strength=json.loads(json.dumps(strength))) == config
 
 
+def test_every_saliency_source_has_its_function():
+    from hf_steer.config.attention import SOURCES
+    from hf_steer.saliency import SOURCES as of_prompts
+    from hf_steer.saliency import eyes
+
+    assert {*SOURCES} == {*eyes.SOURCES, *of_prompts, None}
+
+
 def test_a_configuration_is_frozen_to_its_depth():
     heads = {1: [0, 3]}
     config = AttentionConfig(heads=heads)

@@ -17,7 +17,16 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_steer
-from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SaliencyError, SteerConfig, patch_model, unpatch_model
+from hf_steer import (
+    AttentionConfig,
+    ConfigError,
+    Saliency,
+    SaliencyConfig,
+    SaliencyError,
+    SteerConfig,
+    patch_model,
+    unpatch_model,
+)
 from hf_steer.patching import runtime
 from hf_steer.patching.arrange import read_arrangements
 from hf_steer.saliency import EyeRecord
@@ -417,6 +426,29 @@ def test_a_token_count_that_does_not_match_is_refused(variant):
     for call in (logits, generate):
         with pytest.raises(SaliencyError, match=rf"image token count does not match: .* \[{count}\] image tokens.*\[{count + 1}\]"):
             call(model, inputs)
+
+
+def test_sizes_and_counts_that_disagree_are_refused():
+    model = patch_model(make_model("onevision"), steer())
+    inputs = make_prompt("onevision", [[2, (8, 24), 1, (36, 36), 3]], several=True)
+    with pytest.raises(SaliencyError, match="batch_num_images counts 3 pictures, image_sizes has 2. Pass both as"):
+        logits(model, {**inputs, "batch_num_images": torch.tensor([1, 2])})
+
+
+@each
+def test_token_scores_of_the_user_need_no_place_in_the_picture(variant):
+    """Also where the caller encoded the pictures while the model's own eyes were watched."""
+    model = patch_model(make_model(variant), steer())
+    inputs = make_prompt(variant, ROWS)
+    sizes = {name: inputs[name] for name in ("image_sizes",) if name in inputs}
+    said = Saliency.from_tokens(torch.randn(inputs["input_ids"].shape))
+    expected = logits(model, inputs, said)
+    assert (expected - logits(model, inputs))[0].abs().max() > 0.05
+    torch.testing.assert_close(generate(model, inputs, said)[1][:, 0], expected[:, -1], **TOLERANCE)
+    with torch.no_grad():
+        encoded = {"image": model.get_image_features(inputs["pixel_values"], **sizes, return_dict=True)}
+    without = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    torch.testing.assert_close(logits(model, without, said, mm_encoder_outputs=encoded), expected)
 
 
 def test_a_tower_that_sees_other_pictures_than_the_prompt_asks_for_is_refused():

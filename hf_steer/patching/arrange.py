@@ -121,7 +121,7 @@ def read_arrangements(
         whole: the arguments are those of `generate`, which alone heeds `vision_aspect_ratio`.
 
     Raises:
-        SaliencyError: an anyres model's pictures came without `image_sizes`.
+        SaliencyError: an anyres model's pictures came without `image_sizes`, or with another number of them.
     """
     if anatomy.arrangement is None:
         return {}
@@ -171,6 +171,10 @@ def _crops(config: Any, sizes: tuple[Any, ...], per_row: Any) -> tuple[int, ...]
 
     numbers = [1] * len(sizes) if per_row is None else [int(number) for number in per_row]
     alone = [number == 1 for number in numbers for _ in range(number)]
+    if len(alone) != len(sizes):
+        raise SaliencyError(
+            f"batch_num_images counts {len(alone)} pictures, image_sizes has {len(sizes)}. Pass both as the processor gives them."
+        )
     return tuple(
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if one else 1
         for size, one in zip(sizes, alone, strict=True)

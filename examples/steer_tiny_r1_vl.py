@@ -54,8 +54,8 @@ GATES: dict[str, dict[str, Any]] = {
     "self-report": {"gate": GateConfig(kind="self_report", phrases=("Let me look",), hold_tokens=64)},
 }
 PRESETS = {
-    "full": {"scenes": 200, "strengths": (1.0, 2.0, 4.0, 8.0), "random_sets": 5, "head_examples": 200},
-    "quick": {"scenes": 6, "strengths": (8.0,), "random_sets": 1, "head_examples": 20},
+    "full": {"scenes": 200, "strengths": (1.0, 2.0, 4.0, 8.0), "random_sets": 5, "head_examples": 200, "rule": "forward"},
+    "quick": {"scenes": 6, "strengths": (8.0,), "random_sets": 1, "head_examples": 20, "rule": "effect"},
 }
 
 
@@ -203,12 +203,12 @@ def speckled(scene: digits.Scene, *, seed: int) -> digits.Scene:
     return dataclasses.replace(scene, image=Image.fromarray(pixels))
 
 
-def find_heads(examples: int, seed: int) -> dict[int, tuple[int, ...]]:
+def find_heads(examples: int, rule: str, seed: int) -> dict[int, tuple[int, ...]]:
     """Four heads, chosen on training digits alone."""
     folder = embedded_model_dir()
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     chosen = digit_examples(folder, "training", 2 * examples, seed=seed)
-    found = find_grounding_heads(model, chosen, count=4, null_sets=1, seed=seed)
+    found = find_grounding_heads(model, chosen, count=4, rule=rule, null_sets=1, seed=seed)
     return {layer: tuple(own) for layer, own in found.heads.items()}
 
 
@@ -259,7 +259,7 @@ TASKS = {"pointing": pointing, "clutter": clutter, "long": long}
 
 def run(preset: dict[str, Any], seed: int) -> tuple[list[Row], dict[int, tuple[int, ...]]]:
     scenes = preset["scenes"]
-    four, fours = find_heads(preset["head_examples"], seed), random_sets(preset["random_sets"], seed)
+    four, fours = find_heads(preset["head_examples"], preset["rule"], seed), random_sets(preset["random_sets"], seed)
     rows: list[Row] = []
     for number, split in enumerate(("choosing", "report")):
         for task, conditions in TASKS.items():

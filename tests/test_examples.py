@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -82,6 +83,42 @@ def test_the_ablation_runs_and_writes_its_tables_and_picture(tmp_path):
     for row in csv.DictReader((tmp_path / "align_summary.csv").read_text().splitlines()):
         assert float(row["low"]) <= float(row["error_rate"]) <= float(row["high"])
     assert (tmp_path / "align.png").stat().st_size > 5000
+
+
+def test_the_four_questions_run_as_pasted_and_print_what_the_readme_shows():
+    command = [sys.executable, "-c", block("questions")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
+    assert run.stdout == block("questions output")
+
+
+def test_the_downstream_experiment_runs_and_writes_its_tables_and_picture(tmp_path):
+    command = [sys.executable, "examples/steer_tiny_r1_vl.py", "--preset", "quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=600)
+    rows = list(csv.DictReader((tmp_path / "steering.csv").read_text().splitlines()))
+    assert {row["task"] for row in rows} == {"pointing", "clutter", "long"}
+    assert {row["split"] for row in rows} == {"choosing", "report"}
+    controls = {"shuffled", "uniform", "another cell"}
+    assert controls <= {row["saliency"] for row in rows if row["task"] == "pointing"}
+    for row in rows:
+        assert 0 <= float(row["low"]) <= float(row["right"]) <= float(row["high"]) <= 1
+    summary = list(csv.DictReader((tmp_path / "steering_summary.csv").read_text().splitlines()))
+    assert {row["split"] for row in summary} == {"report"}
+    assert (tmp_path / "steering.png").stat().st_size > 5000
+
+
+SHARE = re.compile(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]")
+
+
+def test_the_readme_quotes_the_experiment_and_the_heads():
+    """Every share with an interval in the section is one of the report's, or of the heads' own file."""
+    section = README[README.index("## Where, which heads") : README.index("## What you can say about the gaze")]
+    rows = list(csv.DictReader((ROOT / "examples" / "figures" / "steering_summary.csv").read_text().splitlines()))
+    known = {tuple(f"{float(row[name]):.2f}" for name in ("right", "low", "high")) for row in rows}
+    report = json.loads((ROOT / "examples" / "figures" / "heads.json").read_text())["report"]
+    known |= {tuple(f"{report[name][end]:.2f}" for end in ("value", "low", "high")) for name in ("chosen", "over_same_layers")}
+    quoted = SHARE.findall(section)
+    assert len(quoted) >= 8
+    assert not [share for share in quoted if share not in known]
 
 
 def test_the_readme_shows_the_ablations_own_table():

@@ -54,7 +54,8 @@ class SaliencyConfig:
         blocks: vision blocks to read, or `"all"`; negative counts from the last whose output the model reads. Several
             are averaged, or rolled out. None: the last for `"vision_attention"`, all for `"vision_rollout"`.
         preserve_mass: subtract `log mean exp(λs)` over each group, so that the bias moves attention *within* a picture
-            rather than towards it. Exact where the unsteered attention inside the picture is uniform.
+            rather than towards it. Exact where the unsteered attention inside the picture is uniform; a schedule or a soft
+            gate scales bias and correction together.
         source_heads: for `"decoder_attention"`: `"all"` or `{layer: heads}`; the steered heads when None.
         last_tokens: for `"decoder_attention"`: how many of the prompt's last tokens look; 1 when None.
         answer_token: for `"gradient"`: a token id; when None the likeliest next token of each row.

@@ -202,6 +202,18 @@ def test_onevision_cells_equal_the_models_own_packing_for_hundreds_of_sizes():
     assert interpolated == {False, True}
 
 
+def test_the_ratio_that_generate_is_called_with_goes_before_the_configurations():
+    """Up to 5.23 `generate` hands it to the encoder, and `forward` does not."""
+    config, processor = onevision(24, 4, most=2)
+    inputs = processor([ramp(100, 130)], **AS_IT_IS)
+    parts = [torch.ones(len(inputs["pixel_values"][0]), 36, 2)]
+    for ratio in (None, "anyres_max_1"):
+        named = dict(inputs) if ratio is None else {**inputs, "vision_aspect_ratio": ratio}
+        (layout,) = read_layouts(named, {}, anatomy_of(config, "llava_onevision"))["image"]
+        config.vision_aspect_ratio = ratio or config.vision_aspect_ratio
+        assert layout.tokens == len(packed(config, parts, inputs["image_sizes"])[0])
+
+
 def half_patch(patch, side):
     return torch.tensor([-0.5, -0.5, 0.5, 0.5], dtype=torch.float64) * patch / side
 

@@ -66,7 +66,8 @@ def expected(before, after, counted, span):
                     if sees:
                         add("span_entropy_nats", layer, h, entropy([one[k] / mass for k in inside]))
                         rest = sum(one[k] for k in range(keys) if not span[b, k])
-                        add("span_log_odds", layer, h, math.log(mass / rest) if rest > 0 else math.inf)
+                        if rest > 0:  # it sees something else, too
+                            add("span_log_odds", layer, h, math.log(mass / rest))
                     if after is None:
                         continue
                     other = after[layer, b, h, q].tolist()

@@ -1,7 +1,8 @@
 """Experiments and pictures; nothing else imports this package but the command line."""
 
 from hf_steer.analysis.calibration import Calibration, calibrate_strength
-from hf_steer.analysis.metrics import AttentionMetrics, attention_metrics
+from hf_steer.analysis.metrics import attention_metrics
+from hf_steer.analysis.metrics_table import AttentionMetrics
 from hf_steer.analysis.retention import Retention, measure_retention
 from hf_steer.analysis.sweep import sweep_strength
 from hf_steer.analysis.sweep_table import Sweep, SweepRow

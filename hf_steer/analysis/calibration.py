@@ -113,6 +113,7 @@ def calibrate_strength(
     origin = provenance_of(model, batches, seed=0, new_tokens=new_tokens, generate_kwargs=dict(generate_kwargs or {}))
     said = continue_unsteered(model, batches, new_tokens, generate_kwargs)
     evaluations: list[Evaluation] = []
+    strength: Strength
     with tqdm(desc="strengths", unit="strength", leave=False) as bar:
 
         def measure(strength: Strength) -> float:
@@ -122,22 +123,17 @@ def calibrate_strength(
             bar.update()
             return kl
 
+        limits = {"largest": largest, "tolerance": tolerance}
         if per_head:
-            alone = _each_alone(measure, heads, budget_nats, largest=largest, tolerance=tolerance)
-            top = max(value for own in alone.values() for value in own.values())
-            bound = largest / top if top else _FIRST
-            found = search(
-                lambda factor: measure(_scaled(alone, factor)), budget_nats, largest=bound, tolerance=tolerance
-            )
-            strength: Strength = _scaled(alone, found.value)
+            strength, found = _per_head(measure, heads, budget_nats, **limits)
         else:
-            top, found = largest, search(measure, budget_nats, largest=largest, tolerance=tolerance)
+            found = search(measure, budget_nats, **limits)
             strength = found.value
     return Calibration(
         strength=check_strength(strength),
         kl_nats=found.kl_nats,
         budget_nats=float(budget_nats),
-        largest_kept=found.largest_kept and top > 0,
+        largest_kept=found.largest_kept,
         monotone=found.monotone,
         evaluations=tuple(evaluations),
         attention=attention_with(model, strength),
@@ -204,6 +200,22 @@ def _check(budget_nats: float, largest: float, tolerance: float) -> None:
         if value <= 0 or (name == "tolerance" and value >= 1):
             allowed = "in (0, 1)" if name == "tolerance" else "above 0"
             raise ConfigError(f"{name} must be {allowed}; got {value}.")
+
+
+def _per_head(
+    measure: Callable[[Strength], float],
+    heads: Mapping[int, tuple[int, ...]],
+    budget_nats: float,
+    *,
+    largest: float,
+    tolerance: float,
+) -> tuple[Strength, Found]:
+    """Each head alone to its part of the budget, then all by one factor to the whole; none comes above `largest`."""
+    alone = _each_alone(measure, heads, budget_nats, largest=largest, tolerance=tolerance)
+    top = max(value for own in alone.values() for value in own.values())
+    bound = largest / top if top else _FIRST
+    found = search(lambda factor: measure(_scaled(alone, factor)), budget_nats, largest=bound, tolerance=tolerance)
+    return _scaled(alone, found.value), dataclasses.replace(found, largest_kept=found.largest_kept and top > 0)
 
 
 def _each_alone(

@@ -9,82 +9,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_steer.analysis.distributions import entropy_nats, kl_nats
+from hf_steer.analysis.metrics_table import OVER_SPAN, AttentionMetrics, entropy_reduction
 from hf_steer.analysis.prompts import Inputs, Span, queries_of, span_of
-from hf_steer.analysis.tables import as_csv, as_text
 from hf_steer.attention import AttentionCall, logits_in_chunks
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, probe_attention
 
 _MASKED = torch.finfo(torch.float32).min / 2
 """Log-probabilities below it belong to keys that may not be attended to."""
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMetrics:
-    """Means over queries, `(layers, heads)` float32 each; with `per_query`, `(layers, heads, batch, tokens)`, NaN where not asked.
-
-    What is steered is None for a model that is not patched; what concerns the span is None without one.
-
-    Attributes:
-        layers: numbers of the decoder layers that the tensors' rows stand for.
-        queries: how many were measured.
-        span_queries: per layer, those of them that may attend to a token of the span; a sliding window sees less far.
-        entropy_nats: of the unsteered attention.
-        steered_entropy_nats: likewise, steered.
-        entropy_reduction_percent: of the means, `100 · (1 - steered / unsteered)`; 0 where there is none to reduce.
-        kl_nats: KL(unsteered ‖ steered).
-        span_mass: share of the unsteered attention on the span, 0 for queries that come before it.
-        steered_span_mass: likewise, steered.
-        span_entropy_nats: of the unsteered attention inside the span, renormalised, over `span_queries`; NaN where there are none.
-        steered_span_entropy_nats: likewise, steered.
-        span_log_odds: `log(mass / (1 - mass))` unsteered, over the queries that may attend to the span and to something else;
-            NaN where there are none.
-    """
-
-    layers: tuple[int, ...]
-    queries: int
-    span_queries: tuple[int, ...]
-    entropy_nats: Tensor
-    steered_entropy_nats: Tensor | None = None
-    entropy_reduction_percent: Tensor | None = None
-    kl_nats: Tensor | None = None
-    span_mass: Tensor | None = None
-    steered_span_mass: Tensor | None = None
-    span_entropy_nats: Tensor | None = None
-    steered_span_entropy_nats: Tensor | None = None
-    span_log_odds: Tensor | None = None
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A dictionary per layer and head, and per row and query if they were asked for."""
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        names = ("layer", "head", "row", "query")
-        return [
-            {
-                **dict(zip(names, (self.layers[place[0]], *place[1:]), strict=False)),
-                **{name: _number(values, tuple(place)) for name, values in columns.items()},
-            }
-            for place in (~self.entropy_nats.isnan()).nonzero().tolist()
-        ]
-
-    def to_csv(self) -> str:
-        """The rows, a header first."""
-        return as_csv(self.rows())
-
-    def __str__(self) -> str:
-        return as_text(self.rows())
-
-
-_COLUMNS = tuple(item.name for item in dataclasses.fields(AttentionMetrics))[3:]
-_OVER_SPAN = ("span_entropy_nats", "steered_span_entropy_nats", "span_log_odds")
-"""Columns that only queries with a view of the span have."""
 
 Columns = dict[str, Tensor]
 """Name -> `(batch, heads, queries)` of one layer."""
@@ -156,31 +95,6 @@ def run_with(model: Any, inputs: Inputs, read: Callable[[AttentionCall], None], 
         model(**{**inputs, **lean})
 
 
-def pool(parts: Sequence[AttentionMetrics]) -> AttentionMetrics:
-    """Several batches of one model as one: means weighted by their queries, without `span_log_odds`.
-
-    Args:
-        parts: with the same layers and columns, not `per_query`.
-    """
-    values: dict[str, Any] = {}
-    for name in _COLUMNS[:-1]:
-        columns = [getattr(part, name) for part in parts]
-        if columns[0] is None:
-            continue
-        counts = [torch.tensor(part.span_queries)[:, None] if name in _OVER_SPAN else part.queries for part in parts]
-        weighted = [torch.where(column.isnan(), 0, column * count) for column, count in zip(columns, counts, strict=True)]
-        values[name] = sum(weighted) / sum(counts)
-    if "steered_entropy_nats" in values:
-        values["entropy_reduction_percent"] = _reduction(values["entropy_nats"], values["steered_entropy_nats"])
-    seeing = tuple(sum(counts) for counts in zip(*(part.span_queries for part in parts), strict=True))
-    return AttentionMetrics(parts[0].layers, sum(part.queries for part in parts), seeing, **values)
-
-
-def _number(values: Tensor | None, place: tuple[int, ...]) -> float | None:
-    """None for what was not measured or is not defined."""
-    return None if values is None or values[place].isnan() else float(values[place])
-
-
 def _layers(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
@@ -204,7 +118,8 @@ def _pairs(before: AttentionCall, after: AttentionCall | None, asked: slice) -> 
     if after is not None:
         both = zip(logits_in_chunks(before, queries=asked), logits_in_chunks(after, queries=asked), strict=True)
         for (_, logits, _), (_, steered, bias) in both:
-            yield torch.log_softmax(logits, -1), torch.log_softmax(steered if bias is None else steered + bias, -1)
+            biased = steered if bias is None else steered + bias.to(steered.device)
+            yield torch.log_softmax(logits, -1), torch.log_softmax(biased, -1)
 
 
 def _describe(log_p: Tensor, span: Tensor | None) -> Columns:
@@ -226,10 +141,6 @@ def _compare(log_p: Tensor, log_q: Tensor, span: Tensor | None) -> Columns:
     return {"kl_nats": kl_nats(log_p, log_q), **{f"steered_{name}": steered[name] for name in names if name in steered}}
 
 
-def _reduction(before: Tensor, after: Tensor) -> Tensor:
-    return torch.where(before == after, torch.zeros_like(before), 100 * (1 - after / before))
-
-
 def _summary(
     layers: tuple[int, ...], tables: Columns, counted: Tensor, asked: slice, *, per_query: bool
 ) -> AttentionMetrics:
@@ -242,13 +153,13 @@ def _summary(
         )
     values = {}
     for name, table in tables.items():
-        own = seeing & ~table.isnan() if name in _OVER_SPAN else weight
+        own = seeing & ~table.isnan() if name in OVER_SPAN else weight
         if per_query:
             values[name] = torch.full((*table.shape[:3], counted.shape[1]), math.nan)
             values[name][..., asked] = table.masked_fill(~own, math.nan)
         else:
             values[name] = table.masked_fill(~own, 0).sum((2, 3)) / own.sum((2, 3))
     if "steered_entropy_nats" in values:
-        values["entropy_reduction_percent"] = _reduction(values["entropy_nats"], values["steered_entropy_nats"])
+        values["entropy_reduction_percent"] = entropy_reduction(values["entropy_nats"], values["steered_entropy_nats"])
     span_queries = tuple(seeing[:, 0].sum((1, 2)).tolist())
     return AttentionMetrics(layers, int(counted.sum()), span_queries, **values)

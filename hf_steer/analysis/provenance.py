@@ -61,7 +61,7 @@ def provenance_of(model: Any, batches: Sequence[Batch], *, seed: int, **settings
 
     steering = steering_of(model)
     _, in_force = statement_for(steering)
-    said = [(batch.inputs, batch.saliency or in_force) for batch in batches]
+    said = [(batch.inputs, in_force if batch.saliency is None else batch.saliency) for batch in batches]
     config = steering.plan.anatomy.root.config
     return Provenance(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_steer.analysis.metrics import AttentionMetrics, attention_metrics, pool
+from hf_steer.analysis.metrics import attention_metrics
+from hf_steer.analysis.metrics_table import AttentionMetrics, pool
 from hf_steer.analysis.prompts import Batch, Inputs, Span, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.retention import Continuation, continue_greedily, continue_unsteered, divergence
@@ -76,7 +77,7 @@ def sweep_strength(
     todo = [value for value in strengths if value not in done]
     if todo:
         said = continue_unsteered(model, batches, new_tokens, generate_kwargs)
-    with tqdm(total=len(todo) * len(batches), desc="strengths", unit="batch", leave=False) as bar:
+    with tqdm(total=len(todo) * len(batches), desc="strengths", unit="batch", leave=False, disable=not todo) as bar:
         for value in todo:
             with use_strength(model, value):
                 attention = _attention(model, batches, spans)
@@ -93,7 +94,7 @@ def sweep_strength(
 
 
 def bootstrap_interval(scores: Sequence[float], *, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of a mean, over resampled rows."""
+    """95 % percentile interval of a mean, over resampled rows; of equal scores it has no width, however few they are."""
     drawn = np.random.default_rng(seed).choice(np.asarray(scores, dtype=np.float64), (RESAMPLES, len(scores))).mean(1)
     low, high = np.percentile(drawn, (2.5, 97.5))
     return float(low), float(high)

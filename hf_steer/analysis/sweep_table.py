@@ -52,7 +52,8 @@ class SweepRow:
     def flat(self) -> dict[str, Any]:
         """Column -> value, the provenance's columns last."""
         values = dataclasses.asdict(self)
-        return {**values, **values.pop("provenance")}
+        origin = values.pop("provenance")
+        return {**values, **origin}
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,23 @@ class Sweep:
         return as_csv([row.flat() for row in self.rows])
 
     def __str__(self) -> str:
-        names = [item.name for item in dataclasses.fields(SweepRow)][:-1]
-        return as_text([{name: getattr(row, name) for name in names} for row in self.rows])
+        return as_text([{short: getattr(row, name) for name, short in _SHORT.items()} for row in self.rows])
+
+
+_SHORT = {
+    "strength": "λ",
+    "task_score": "task",
+    "task_low": "low",
+    "task_high": "high",
+    "answers_changed_share": "answers changed",
+    "tokens_changed_share": "tokens changed",
+    "kl_nats": "KL (nats)",
+    "attention_kl_nats": "attention KL",
+    "entropy_reduction_percent": "entropy reduced by %",
+    "unsteered_span_mass": "unsteered mass",
+    "span_mass": "mass",
+}
+"""Column -> its name in print, in the order of print."""
 
 
 _SAME = ("model", "model_type", "config_hash", "inputs_hash", "seed")

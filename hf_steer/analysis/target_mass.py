@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hf_steer.analysis.calibration import attention_with
-from hf_steer.analysis.metrics import AttentionMetrics, attention_metrics, run_with
+from hf_steer.analysis.metrics import attention_metrics, run_with
+from hf_steer.analysis.metrics_table import AttentionMetrics
 from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, shape_of, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.attention import AttentionCall
@@ -113,15 +114,27 @@ def strength_for_mass(
 
 
 def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
-    """`(batch, tokens)` bool: where the saliency in force scores 1 and not 0.
+    """`(batch, tokens)` bool: where the saliency in force scores 1 and not 0; arguments as for `scores_in_force`.
+
+    Raises:
+        SaliencyError: it scores something else, or nothing.
+    """
+    scores = scores_in_force(model, batch, layer)
+    if not scores.any() or not ((scores == 0) | (scores == 1)).all():
+        raise SaliencyError(
+            f"a target mass needs a saliency of 1 on the span and 0 elsewhere; in force are scores from {scores.min():g} to "
+            f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
+        )
+    return scores == 1
+
+
+def scores_in_force(model: Any, batch: Batch, layer: int) -> Tensor:
+    """`(batch, tokens)` float32: the normalised saliency of a prompt, as the bias carries it; 0 where nothing is said.
 
     Args:
         model: patched.
         batch: of prompts.
         layer: a steered one, to look at.
-
-    Raises:
-        SaliencyError: it scores something else, or nothing.
     """
     scores = torch.zeros(shape_of(batch.inputs))
 
@@ -131,12 +144,7 @@ def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
 
     with use_strength(model, 1.0), batch.looking(model):
         run_with(model, batch.inputs, read, [layer])
-    if not scores.any() or not ((scores == 0) | (scores == 1)).all():
-        raise SaliencyError(
-            f"a target mass needs a saliency of 1 on the span and 0 elsewhere; in force are scores from {scores.min():g} to "
-            f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
-        )
-    return scores == 1
+    return scores
 
 
 def _check(target_mass: float, attention: AttentionConfig) -> None:

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from hf_steer import __version__
+from hf_steer.cli.calibrate import CALIBRATE
 from hf_steer.cli.demo import DEMO
 from hf_steer.cli.inspect import INSPECT
+from hf_steer.cli.sweep import SWEEP
 from hf_steer.errors import SteerError
 
-COMMANDS = (DEMO, INSPECT)
+COMMANDS = (DEMO, INSPECT, SWEEP, CALIBRATE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

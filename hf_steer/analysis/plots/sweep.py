@@ -28,6 +28,8 @@ def plot_sweep(table: Sweep, path: str | os.PathLike[str]) -> Path:
     curve(answers, "tokens_changed_share", "tokens changed", CONTROLS[1], ":^")
     curve(words, "kl_nats", "next token, unsteered continuation", AFTER)
     curve(words, "attention_kl_nats", "attention, steered heads", CONTROLS[0], "--s")
+    words.set_yscale("symlog", linthresh=1e-3)  # the one may be a hundredth of the other, and both begin at 0
+    words.set_ylim(bottom=0)
     curve(focus, "entropy_reduction_percent", "entropy reduction", AFTER)
     curve(mass, "span_mass", "steered", AFTER)
     curve(mass, "unsteered_span_mass", "unsteered", BEFORE, ":")

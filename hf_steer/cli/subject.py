@@ -1,0 +1,181 @@
+"""What `sweep` and `calibrate` run on: the embedded model and its pointed-at cells, or the user's own model and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_steer.cli.command import numbers, positive
+from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.errors import ConfigError, FileError
+
+if TYPE_CHECKING:
+    from hf_steer.analysis.pointing import Pointing
+    from hf_steer.saliency import Saliency
+
+DESCRIPTION = """\
+Without --image it runs on the embedded model: held-out pictures of 2 x 2 digits, one cell of each pointed at, an open question;
+the task score is the share of answers that name the pointed-at digit. With --model, --image and --prompt it runs on your own;
+the gaze follows the model's own eyes, or --box.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A patched model, prompts for it, and how its answers are read.
+
+    Attributes:
+        model: patched.
+        batches: pairs of inputs and what is said about them.
+        decode: from lists of token ids to texts.
+        task: score per answer; None for the user's own pictures.
+        title: what is measured, in words.
+    """
+
+    model: Any
+    batches: Sequence[tuple[dict[str, Any], Saliency | None]]
+    decode: Callable[[list[list[int]]], list[str]]
+    task: Callable[[list[Any], int], Sequence[float]] | None
+    title: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help="folder or Hub repository of your own model (default: the embedded one)")
+    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture to ask about; may be repeated")
+    parser.add_argument("--prompt", help="the question about each picture")
+    parser.add_argument("--box", type=numbers, metavar="LEFT,TOP,RIGHT,BOTTOM", help="where to look, in pixels of each picture")
+    parser.add_argument("--heads", default="all", help='JSON such as \'{"1": [0, 3]}\', or a file with it (default: all)')
+    parser.add_argument("--scenes", type=positive, default=32, help="pictures for the embedded model (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=positive, default=40, help="length of an answer, at most (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of pictures, cells and intervals (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda (default: where the model is loaded)")
+
+
+def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
+    """Load and patch the model, and build its prompts.
+
+    Args:
+        arguments: of `add_arguments`.
+        **saliency: fields of the `SaliencyConfig` that differ from what the subject takes by itself.
+
+    Raises:
+        ConfigError: arguments that do not go together, or heads that the model does not have.
+        FileError: no such model, picture or file of heads.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of weight loading; the measurement's own bar says what is going on
+    heads = read_heads(arguments.heads)
+    if arguments.image:
+        return _pictures(arguments, heads, saliency)
+    given = [f"--{name}" for name in ("model", "prompt", "box") if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)} needs --image, at least one, and --prompt. Without them the embedded model is used.")
+    return _scenes(arguments, heads, saliency)
+
+
+def read_heads(text: str) -> Any:
+    """Heads as `AttentionConfig` takes them, from JSON or from a file with it, such as a saved calibration.
+
+    Raises:
+        FileError: neither.
+        ConfigError: not heads.
+    """
+    if text == "all":
+        return "all"
+    try:
+        values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f'--heads must be "all", JSON such as {{"1": [0, 3]}}, or a file with it; got {text!r} ({error}).'
+        raise FileError(message) from error
+    heads = values.get("heads", values) if isinstance(values, dict) else values
+    return SteerConfig.from_dict({"schema_version": 1, "attention": {"heads": heads}}).attention.heads  # type: ignore[union-attr]
+
+
+def _scenes(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
+    from hf_steer.analysis.digits import load_digits, sample_scenes
+    from hf_steer.analysis.pointing import Pointing, embedded_model_dir
+    from hf_steer.patching import patch_model, unpatch_model
+
+    scenes = sample_scenes(load_digits("held-out"), arguments.scenes, seed=arguments.seed)
+    pointing = Pointing(embedded_model_dir(), scenes, seed=arguments.seed)
+    settings = SaliencyConfig(**{"source": None, "preserve_mass": True, **saliency})
+    config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
+    model = patch_model(unpatch_model(pointing.model), config).to(arguments.device or pointing.model.device)
+    numbered = list(pointing.batches("prompts"))
+    batches = [(_moved(pointing.inputs(batch), model), pointing.saliency("pointed-at cell", batch)) for batch in numbered]
+
+    def task(answers: list[Any], index: int) -> list[float]:
+        return [_names_the_cell(pointing, number, text) for number, text in zip(numbered[index], answers, strict=True)]
+
+    title = f"{arguments.scenes} held-out pictures of 2 x 2 handwritten digits, one of the four pointed at"
+    return Subject(model, batches, _reader(pointing.processor), task, title)
+
+
+def _names_the_cell(pointing: Pointing, number: int, answer: str) -> float:
+    from hf_steer.analysis.pointing import ANSWER
+
+    found = ANSWER.search(answer)
+    return float(found is not None and int(found.group(1)) == pointing.scenes[number].labels[pointing.cells[number]])
+
+
+def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
+    from PIL import Image, UnidentifiedImageError
+    from transformers import AutoProcessor
+
+    from hf_steer.analysis.digits import messages_for
+    from hf_steer.analysis.pointing import embedded_model_dir
+    from hf_steer.io import from_pretrained
+    from hf_steer.saliency import Saliency
+
+    if arguments.prompt is None or (arguments.box is not None and len(arguments.box) != 4):
+        raise ConfigError("--image needs --prompt, the question about it, and --box, if any, four numbers: left,top,right,bottom.")
+    try:
+        images = [Image.open(path).convert("RGB") for path in arguments.image]
+    except (OSError, UnidentifiedImageError) as error:
+        raise FileError(f"a picture cannot be read: {error}. Give --image files in a format that Pillow reads.") from error
+    folder = arguments.model or embedded_model_dir()
+    settings = SaliencyConfig(**{"source": "vision_attention" if arguments.box is None else None, **saliency})
+    config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
+    model = from_pretrained(folder, steer_config=config).eval()
+    model = model.to(arguments.device or model.device)
+    processor = AutoProcessor.from_pretrained(folder)
+    batches = []
+    for image in images:  # one at a time: pictures may be large
+        text = processor.apply_chat_template(messages_for(image, arguments.prompt), tokenize=False, add_generation_prompt=True)
+        inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
+        batches.append((_moved(inputs, model), None if arguments.box is None else Saliency.from_boxes(arguments.box, image)))
+    where = "the model's own eyes" if arguments.box is None else f"the box {', '.join(f'{side:g}' for side in arguments.box)}"
+    return Subject(model, batches, _reader(processor), None, f'{len(images)} pictures, "{arguments.prompt}", saliency from {where}')
+
+
+def as_spans(subject: Subject) -> Subject:
+    """The same, with a saliency of ones and zeros: tokens that lie in the box for the most part, or the whole picture."""
+    from hf_steer.analysis.prompts import Batch, span_of, steered_heads
+    from hf_steer.analysis.target_mass import scores_in_force
+    from hf_steer.patching import anatomy_of
+    from hf_steer.saliency import Saliency
+
+    model, layer = subject.model, min(steered_heads(subject.model))
+    batches = []
+    for inputs, said in subject.batches:
+        whole = span_of(anatomy_of(model), inputs, "image")
+        inside = whole if said is None else scores_in_force(model, Batch(inputs, said), layer) >= 0.5
+        batches.append((inputs, Saliency.from_tokens(inside.float())))  # type: ignore[union-attr]
+    return dataclasses.replace(subject, batches=batches)
+
+
+def _reader(processor: Any) -> Callable[[list[list[int]]], list[str]]:
+    def decode(tokens: list[list[int]]) -> list[str]:
+        return list(processor.batch_decode(tokens, skip_special_tokens=True))
+
+    return decode
+
+
+def _moved(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    return {name: value.to(model.device) for name, value in inputs.items()}

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from test_contract import every, gaze, logits, looking, prompt_for, steer
-from tiny import HEADS, IMAGE, LAYERS, SEEING, make_model, make_prompt
+from tiny import HEADS, IMAGE, LAYERS, SEEING, VIDEO, make_model, make_prompt
 from tiny_encoders import make_encoder_inputs, make_encoder_model
 
 from hf_steer import PatchError, SaliencyError, disable_steering, patch_model, unpatch_model, use_saliency, use_strength
@@ -210,6 +210,17 @@ def test_sounds_and_pictures_of_encoders_are_found_by_their_placeholders(family,
     wanted = expected(weights_of(model, inputs), None, inputs["attention_mask"].bool(), marked)
     assert_agrees(found, wanted, **TOLERANCE)
     assert 0 < found.span_queries[0] < found.queries
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_videos_and_pictures_of_one_prompt_are_told_apart(family):
+    inputs = make_prompt(family, [[3, ("video", 2, 2, 2), 2, ("image", 2, 2), 4], [2, ("image", 2, 3), 2]])
+    model = make_model(family, "eager")
+    weights = weights_of(model, inputs)
+    for modality, token in (("video", VIDEO), ("image", IMAGE)):
+        marked = inputs["input_ids"] == token
+        found = attention_metrics(model, inputs, span=modality)
+        assert_agrees(found, expected(weights, None, inputs["attention_mask"].bool(), marked), **TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

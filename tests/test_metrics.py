@@ -271,13 +271,13 @@ def test_no_chunk_holds_more_weights_than_the_bound(family, monkeypatch):
 
     def watched(log_p):
         sizes.append(log_p.numel())
-        return entropy_nats(log_p)
+        return probabilities(log_p)
 
-    entropy_nats = metrics.entropy_nats
+    probabilities = metrics.probabilities
     tokens = inputs["input_ids"].shape[1]
     bound = 2 * 3 * HEADS * tokens  # two queries
     monkeypatch.setattr(metrics, "logits_in_chunks", partial(logits_in_chunks, scores_per_chunk=bound))
-    monkeypatch.setattr(metrics, "entropy_nats", watched)
+    monkeypatch.setattr(metrics, "probabilities", watched)
     with looking(model, statement):
         chunked = attention_metrics(model, inputs, span=span)
     assert max(sizes) == bound

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.analysis.distributions import entropy_nats, kl_nats
+from hf_steer.analysis.distributions import kl_nats, probabilities
 from hf_steer.analysis.metrics_table import OVER_SPAN, AttentionMetrics, entropy_reduction
 from hf_steer.analysis.prompts import Inputs, Span, queries_of, span_of
 from hf_steer.attention import AttentionCall, logits_in_chunks
@@ -24,6 +24,7 @@ from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, pr
 
 _MASKED = torch.finfo(torch.float32).min / 2
 """Log-probabilities below it belong to keys that may not be attended to."""
+_TINY = torch.finfo(torch.float32).tiny
 
 Columns = dict[str, Tensor]
 """Name -> `(batch, heads, queries)` of one layer."""
@@ -104,34 +105,42 @@ def _layers(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
 
 def _measure_layer(before: AttentionCall, after: AttentionCall | None, asked: slice, span: Tensor | None) -> Columns:
     """All columns of one layer for a stretch of queries, chunk by chunk, then off the device."""
-    chunks = [
-        {**_describe(own, span), **({} if steered is None else _compare(own, steered, span))}
-        for own, steered in _pairs(before, after, asked)
-    ]
-    return {name: torch.cat([chunk[name] for chunk in chunks], -1).cpu() for name in chunks[0]}
+    tables: Columns = {}
+    for chunk, own, steered in _pairs(before, after, asked):
+        columns = {**_describe(own, span), **({} if steered is None else _compare(own, steered, span))}
+        for name, values in columns.items():
+            # one table from the start: chunks kept one by one would pin the large blocks between them in the C library's heap
+            table = tables.setdefault(name, values.new_zeros(*values.shape[:2], asked.stop - asked.start))
+            table[..., chunk.start - asked.start : chunk.stop - asked.start] = values
+    return {name: table.cpu() for name, table in tables.items()}
 
 
-def _pairs(before: AttentionCall, after: AttentionCall | None, asked: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Log-probabilities of the attention without and with steering, `(batch, heads, chunk, keys)`."""
-    for _, logits, _ in logits_in_chunks(before, queries=asked) if after is None else ():
-        yield torch.log_softmax(logits, -1), None
-    if after is not None:
-        both = zip(logits_in_chunks(before, queries=asked), logits_in_chunks(after, queries=asked), strict=True)
-        for (_, logits, _), (_, steered, bias) in both:
-            biased = steered if bias is None else steered + bias.to(steered.device)
-            yield torch.log_softmax(logits, -1), torch.log_softmax(biased, -1)
+def _pairs(before: AttentionCall, after: AttentionCall | None, asked: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Queries of a chunk, and log-probabilities of the attention without and with steering, `(batch, heads, chunk, keys)`."""
+    if after is None:
+        for chunk, logits, _ in logits_in_chunks(before, queries=asked):
+            yield chunk, torch.log_softmax(logits, -1), None
+        return
+    both = zip(logits_in_chunks(before, queries=asked), logits_in_chunks(after, queries=asked), strict=True)
+    for (chunk, logits, _), (_, steered, bias) in both:
+        biased = steered if bias is None else steered + bias.to(steered.device)
+        yield chunk, torch.log_softmax(logits, -1), torch.log_softmax(biased, -1)
 
 
 def _describe(log_p: Tensor, span: Tensor | None) -> Columns:
-    columns = {"entropy_nats": entropy_nats(log_p)}
+    p = probabilities(log_p)
+    surprise = -log_p.clamp(min=_MASKED) * p
+    columns = {"entropy_nats": surprise.sum(-1)}
     if span is not None:
-        inside = span.to(log_p.device)[:, None, None]
-        mass = log_p.masked_fill(~inside, -math.inf).logsumexp(-1)  # its logarithm, which does not underflow
-        rest = log_p.masked_fill(inside, -math.inf).logsumexp(-1)
-        columns["span_mass"] = mass.exp()
-        columns["span_entropy_nats"] = entropy_nats((log_p - mass[..., None]).masked_fill(~inside, -math.inf))
-        columns["span_log_odds"] = torch.where(rest > _MASKED, mass - rest, math.nan)
-        columns["seeing"] = mass > _MASKED
+        parts = torch.stack([span, ~span], -1)[:, None].to(log_p)  # one product for inside and outside
+        mass, rest = (p @ parts).unbind(-1)
+        log_mass, log_rest = (part.clamp(min=_TINY).log() for part in (mass, rest))
+        seeing, beside = ((log_p > _MASKED).float() @ parts > 0).unbind(-1)
+        columns["span_mass"] = mass
+        # -Σ (p/m)·log(p/m) over the span, from what is known already
+        columns["span_entropy_nats"] = (surprise @ parts)[..., 0] / mass.clamp(min=_TINY) + log_mass * (mass > 0)
+        columns["span_log_odds"] = torch.where(seeing & beside, log_mass - log_rest, math.nan)
+        columns["seeing"] = seeing
     return columns
 
 

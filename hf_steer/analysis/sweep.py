@@ -44,7 +44,7 @@ def sweep_strength(
 ) -> Sweep:
     """Measure a patched model at several strengths of its steered heads; nothing is patched again.
 
-    With `queries="generated"` attention is measured where it is steered, in the last token of each prompt.
+    Unless `queries="all"`, attention is measured where a prompt is steered: in its last token.
 
     Args:
         model: patched, in eval mode; the heads that its configuration steers are swept together.
@@ -119,7 +119,7 @@ def _per_batch(span: Span | Sequence[Tensor], batches: int) -> list[Span]:
 
 def _attention(model: Any, batches: Sequence[Batch], spans: Sequence[Span]) -> AttentionMetrics:
     config = get_steer_status(model).config
-    generated = config is not None and config.attention is not None and config.attention.queries == "generated"
+    generated = config is not None and config.attention is not None and config.attention.queries != "all"
     parts = []
     for batch, span in zip(batches, spans, strict=True):
         with batch.looking(model):

@@ -81,7 +81,7 @@ def strength_for_mass(
         target_mass: share of attention, in (0, 1).
         saliency: what is said about a single batch: 1 for the tokens of the span, 0 elsewhere, as from `Saliency.from_tokens`.
         queries: `(batch, tokens)` bool, of several batches a list: which to take the mean over. None for all that can attend
-            to the span and to something else; with `queries="generated"` the last token of each prompt.
+            to the span and to something else; unless the configuration says `queries="all"`, the last token of each prompt.
 
     Raises:
         ConfigError: a target outside (0, 1), no prompts, or a configuration that keeps the mass where it is.
@@ -93,7 +93,7 @@ def strength_for_mass(
     _check(target_mass, attention)
     batches = as_batches(inputs, saliency)
     origin = provenance_of(model, batches, seed=0, target_mass=target_mass, queries=queries)
-    asked = _queries(batches, queries, generated=attention.queries == "generated")
+    asked = _queries(batches, queries, generated=attention.queries != "all")
     spans = [marked_tokens(model, batch, min(heads)) for batch in batches]
     with disable_steering(model):
         before = [_measure(model, *each, heads, same_logits=True) for each in zip(batches, spans, asked, strict=True)]

@@ -322,7 +322,7 @@ def draw(rows: list[Row], path: Path) -> Path:
         _curve(second, own, colour, "-o", source)
     second.set_title("place named, specks: the model's own gaze, found four", fontsize=10)
     for gate, colour in zip(GATES, colours, strict=False):
-        own = [row for row in report if row.task == "long" and row.gate == gate]
+        own = [row for row in report if (row.task, row.gate, row.heads, row.saliency) == ("long", gate, "all", "pointed-at")]
         _curve(third, own, colour, "-o", gate)
     third.set_title("long thoughts, all heads, mass not kept: gates", fontsize=10)
     for axis in (first, second, third):

@@ -106,13 +106,22 @@ def test_the_downstream_experiment_runs_and_writes_its_tables_and_picture(tmp_pa
     assert (tmp_path / "steering.png").stat().st_size > 5000
 
 
-SHARE = re.compile(r"(\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]")
+def test_the_readme_shows_the_heads_own_table():
+    from hf_steer.analysis.heads import HeadResult
+
+    result = HeadResult.from_json((ROOT / "examples" / "figures" / "heads.json").read_text())
+    assert str(result).startswith(block("heads output").rstrip())
+    assert result.report.chosen.value >= 0.85
+
+
+SHARE = re.compile(r"(\d\.\d\d)\s+\[(\d\.\d\d), (\d\.\d\d)\]")
 
 
 def test_the_readme_quotes_the_experiment_and_the_heads():
     """Every share with an interval in the section is one of the report's, or of the heads' own file."""
     section = README[README.index("## Where, which heads") : README.index("## What you can say about the gaze")]
-    rows = list(csv.DictReader((ROOT / "examples" / "figures" / "steering_summary.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / "examples" / "figures" / "steering.csv").read_text().splitlines()))
+    rows = [row for row in rows if row["split"] == "report"]
     known = {tuple(f"{float(row[name]):.2f}" for name in ("right", "low", "high")) for row in rows}
     report = json.loads((ROOT / "examples" / "figures" / "heads.json").read_text())["report"]
     known |= {tuple(f"{report[name][end]:.2f}" for end in ("value", "low", "high")) for name in ("chosen", "over_same_layers")}

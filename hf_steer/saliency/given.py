@@ -44,8 +44,6 @@ class Saliency:
     tokens: Tensor | None = None
     terms: tuple[Term, ...] = ()
 
-    __array_ufunc__ = None  # a NumPy number times a statement is a statement
-
     @property
     def regions(self) -> tuple[Region, ...]:
         """All pictures and sounds that are spoken of, one entry per statement."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hf_steer import (
     AttentionConfig,
     ConfigError,
+    GateConfig,
     PatchError,
     Saliency,
     SaliencyConfig,
@@ -694,13 +695,15 @@ def test_calls_that_cannot_be_answered_say_why():
         AttentionConfig(heads={1: "all"}, saliency=SaliencyConfig(source=None)),
         AttentionConfig(heads="all", saliency=SaliencyConfig(source="vision_attention")),
         AttentionConfig(heads="all", strength=0.0, saliency=SaliencyConfig(source=None)),
+        AttentionConfig(heads="all", queries="generated", saliency=SaliencyConfig(source=None)),
+        AttentionConfig(heads="all", gate=GateConfig(), saliency=SaliencyConfig(source=None)),
     ],
 )
 def test_a_model_that_is_patched_otherwise_is_refused_and_stays_so(attention):
     model = make_model("qwen2_vl")
     patch_model(model, SteerConfig(attention=attention))
     status = get_steer_status(model)
-    with pytest.raises(PatchError, match="not so that all its 3 layers can be steered"):
+    with pytest.raises(PatchError, match="not so that all its 3 layers are always steered"):
         find_grounding_heads(model, make_examples("qwen2_vl", 40))
     assert get_steer_status(model) == status
 

@@ -68,16 +68,18 @@ def steerable(model: Any, saliency: SaliencyConfig) -> Iterator[None]:
 
 
 def refuse_narrow_patch(model: Any) -> None:
-    """PatchError for a patched model whose heads cannot all be reached, or that looks where its own eyes look."""
+    """PatchError for a patched model whose heads cannot all be reached always, or that looks where its own eyes look."""
     status = get_steer_status(model)
     if not status.patched:
         return
     attention = None if status.config is None else status.config.attention
     layers = len(anatomy_of(model).layers)
-    if attention is None or attention.saliency.source is not None or len(status.heads or ()) < layers:
+    reached = attention is not None and attention.saliency.source is None and len(status.heads or ()) == layers
+    if attention is None or not reached or attention.gate is not None or attention.phase_factors != (1.0, 1.0, 1.0):
         raise PatchError(
-            f"this model is patched, but not so that all its {layers} layers can be steered towards given spans. Unpatch it, which "
-            'leaves the patching to this call, or patch it with AttentionConfig(heads="all", saliency=SaliencyConfig(source=None)).'
+            f"this model is patched, but not so that all its {layers} layers are always steered towards given spans. Unpatch it, "
+            "which leaves the patching to this call, or patch it with AttentionConfig(heads=\"all\", "
+            "saliency=SaliencyConfig(source=None)), without gate or schedule and with queries=\"all\"."
         )
 
 

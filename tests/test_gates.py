@@ -4,6 +4,7 @@ one pass with just these factors."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -15,8 +16,10 @@ from transformers import LogitsProcessor
 
 import hf_steer
 from hf_steer import ConfigError, GateConfig, PatchError, SaliencyError, patch_model, trace_steering, unpatch_model
+from hf_steer.gating import Patterns, fresh_state
 from hf_steer.patching import gaze as gaze_hooks
 from hf_steer.patching.pacing import Pace
+from hf_steer.patching.state import Gates
 
 OPEN, CLOSE, WAIT, HOLD = 81, (82, 85), 83, (84, 87)
 STEPS = 12
@@ -284,12 +287,24 @@ def test_drafts_that_are_taken_back_leave_the_gate_where_it_was(family):
     assert torch.equal(drafted, greedy)
 
 
-def test_a_second_turn_on_the_same_cache_reads_the_tags_of_the_whole_conversation(monkeypatch):
-    """The thought was opened in the first turn's answer and is still open."""
+def test_a_pass_goes_on_from_the_last_token_that_was_not_taken_back():
+    rows = torch.arange(3)
+    states = [dataclasses.replace(fresh_state(3, Patterns(), None, rows.device), age=rows + 10 * step) for step in range(4)]
+    gates = Gates(tuple(states), end=20)
+    for taken_back, state in enumerate(reversed(states)):
+        assert gates.after(20 - taken_back) is state
+    assert [state.age.tolist() for state in gates.select(torch.tensor([2, 2, 0])).history] == [
+        [10 * step + 2, 10 * step + 2, 10 * step] for step in range(4)
+    ]
+
+
+@pytest.mark.parametrize("steered_first", [True, False])
+def test_a_second_turn_on_the_same_cache_reads_the_tags_of_the_whole_conversation(steered_first):
+    """The thought was opened in the first turn's answer and is still open, whether or not that turn was steered."""
     model = patch_model(make_model("llama"), gated("llama", queries="thinking", normalize="none"), tokenizer=Words())
     first = make_prompt("llama", [[9]])
     scores = torch.randn(1, 40)
-    with looking(model, hf_steer.Saliency.from_tokens(scores[:, :9])):
+    with looking(model, hf_steer.Saliency.from_tokens(scores[:, :9])) if steered_first else hf_steer.disable_steering(model):
         said = model.generate(
             **first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, logits_processor=[Say([[3, OPEN, 4, 5]], 9)]
         )

@@ -42,6 +42,13 @@ def report(**result):
         print("RESULT " + json.dumps(result), flush=True)
 
 
+def leave():
+    """A process that ends while its group's threads still run is aborted now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def train_with_ddp(batch):
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(
@@ -55,6 +62,7 @@ def train_with_ddp(batch):
         trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         report(losses=losses, norm=float(sum(p.double().pow(2).sum() for p in model.hf_steer.parameters())))
+    leave()
 
 
 def train_sharded(folder, *, shard):
@@ -86,8 +94,7 @@ def train_sharded(folder, *, shard):
         whole = [value.full_tensor() if isinstance(value, DTensor) else value for value in (own, other)]
         assert torch.equal(*whole)
     report(losses=losses, sharded=all(isinstance(p, DTensor) for p in model.parameters()))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -389,6 +389,23 @@ def test_a_gate_that_cannot_see_logits_or_tokens_says_so():
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
 
 
+def test_a_model_without_a_head_says_nothing_that_a_gate_could_follow():
+    from transformers import Qwen3Model
+
+    model = Qwen3Model(make_model("qwen3").config).eval()
+    inputs = prompt_for("qwen3", rows=[[7]])
+    patch_model(model, gated("qwen3", queries="thinking", normalize="none"), tokenizer=Words())
+    with looking(model, scaled("qwen3", inputs)[0]), pytest.raises(PatchError, match="no language-modelling head"):
+        model(**inputs)
+    patch_model(unpatch_model(model), gated("qwen3", queries="generated", normalize="none"))
+    with looking(model, scaled("qwen3", inputs)[0]), torch.no_grad():
+        steered = model(**inputs).last_hidden_state
+        with hf_steer.disable_steering(model):
+            plain = model(**inputs).last_hidden_state
+    torch.testing.assert_close(steered[:, :-1], plain[:, :-1], **TOLERANCE)
+    assert not torch.equal(steered[:, -1], plain[:, -1])
+
+
 def test_saved_gates_load_with_the_models_own_tokenizer(tmp_path):
     from hf_steer.analysis.pointing import embedded_model_dir
 

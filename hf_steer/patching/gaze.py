@@ -169,14 +169,20 @@ class Gaze(nn.Module):
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Root: its logits are known; the gates of the next step come from them."""
         ride = kwargs.get(STEERING)
-        if ride is None or ride.state is None or ride.pace.before is None:
+        trace, attention = trace_of(self.steering), self.plan.config.attention
+        remembers = self.plan.patterns is not None or (attention is not None and attention.gate is not None)
+        if ride is None or ride.state is None or ride.pace.before is None or not (remembers or trace is not None):
             return
+        if self.plan.anatomy.root.get_output_embeddings() is None:
+            raise PatchError(
+                "think tags, gates and traces follow what a model says, and this one has no language-modelling head. Patch the "
+                "model with its head (AutoModelForCausalLM, AutoModelForImageTextToText), or use queries='all' or 'generated'."
+            )
         logits = output["logits"] if isinstance(output, ModelOutput) else next(value for value in output if value.ndim == 3)
-        state = dataclasses.replace(ride.state, gates=gates_after(ride.pace, self.plan.config.attention, logits))  # type: ignore[arg-type]
+        state = dataclasses.replace(ride.state, gates=gates_after(ride.pace, attention, logits))  # type: ignore[arg-type]
         values = output.values() if isinstance(output, ModelOutput) else output
         for cache in (value for value in values if isinstance(value, Cache)):
             write_state(cache, state)
-        trace = trace_of(self.steering)
         if trace is not None:
             trace.add(ride.pace, mean_strength(strengths_for(self.steering, logits.device)), logits)
 

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from test_contract import every, gaze, logits, looking, prompt_for, steer
-from tiny import PAD, SEEING, make_model, make_prompt
+from tiny import SEEING, make_model, make_prompt
 from transformers import LogitsProcessor
 
 import hf_steer
@@ -214,6 +214,18 @@ def test_gates_open_and_close_by_what_each_row_said_before(family, implementatio
     factors = check(family, implementation, {"gate": gate}, monkeypatch)
     assert len({factor for own in factors for factor in own}) > (2 if soft else 1)
     assert factors[0] != factors[1]
+
+
+def test_a_tag_in_the_prompt_counts_and_a_phrase_in_it_does_not():
+    inputs = prompt_for("llama", rows=[[7]])
+    inputs["input_ids"][0, -2:] = torch.tensor([OPEN, WAIT])
+    statement, _ = scaled("llama", inputs)
+    gate = GateConfig(kind="self_report", phrases=("wait",), hold_tokens=8)
+    model = patch_model(make_model("llama"), gated("llama", gate=gate, normalize="none"), tokenizer=Words())
+    with trace_steering(model) as trace:
+        run(model, inputs, statement, [[5, 6, 7, WAIT, 8]], max_new_tokens=5)
+    assert [step.phase for step in trace.steps()] == ["thinking"] * 5
+    assert [step.gate for step in trace.steps()] == [0, 0, 0, 0, 1]
 
 
 def test_gate_scope_and_schedule_multiply(monkeypatch):
@@ -472,4 +484,3 @@ def test_traces_of_rows_that_are_not_there_are_refused():
         pass
     with pytest.raises(SaliencyError, match="no row 0 in this trace; it has 0"):
         trace.steps()
-    assert PAD == 0

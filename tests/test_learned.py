@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_contract import every, gaze, generate, logits, looking, prompt_for, steer
-from tiny import HEADS, LAYERS, SEEING, make_model
+from tiny import HEADS, LAYERS, make_model
 
 import hf_steer
 from hf_steer import AttentionConfig, ConfigError, FileError, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_strength
@@ -163,4 +163,3 @@ def test_only_the_word_trainable_is_learned():
     config = SteerConfig(attention=AttentionConfig(strength="trainable", saliency=SaliencyConfig(source=None)))
     assert SteerConfig.from_dict(config.to_dict()) == config
     assert config.has_weights
-    assert "qwen2_vl" in SEEING

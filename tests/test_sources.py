@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from test_contract import generate, logits
-from tiny import HEADS, LAYERS, READING, make_model
+from tiny import make_model
 from tiny_encoders import PLACEHOLDER, PROJECTING, VIDEO, make_encoder_inputs, make_encoder_model
 
 import hf_steer
@@ -142,12 +142,19 @@ def test_the_model_is_steered_by_what_is_previewed(family, implementation, sourc
     assert torch.equal(logits(model, inputs), plain)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava", "qwen2_audio"])
+WAYS = ({"cache_implementation": "static"}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2})
+REPEATED = [
+    (family, kwargs)
+    for family in ("qwen2_vl", "qwen3_vl", "llava", "qwen2_audio")
+    for kwargs in WAYS
+    # for beams transformers repeats the sounds of a row one by one, so rows with two of them are wrong there
+    if not ("num_beams" in kwargs and family == "qwen2_audio")
+]
+
+
+@pytest.mark.parametrize(("family", "kwargs"), REPEATED, ids=str)
 @sources
-@pytest.mark.parametrize("kwargs", [{"cache_implementation": "static"}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_static_caches_beams_and_drafts_see_the_same(family, source, kwargs):
-    if "num_beams" in kwargs and family == "qwen2_audio":
-        pytest.skip("transformers repeats the sounds of a row one by one for beams, so rows with two of them are wrong there")
     inputs = make_encoder_inputs(family)
     if "prompt_lookup_num_tokens" in kwargs:
         inputs = first_row(family, inputs)
@@ -282,8 +289,6 @@ def test_sources_that_do_not_fit_the_model_or_the_prompt_are_refused():
         read_saliency(model, inputs, saliency=SaliencyConfig(source="gradient"))
     with pytest.raises(SaliencyError, match="whole prompt in one pass; leave out prefill_chunk_size"):
         generate(model, inputs, prefill_chunk_size=4)
-    assert set(READING) & {"llama"}
-    assert HEADS * LAYERS
 
 
 # --- maps, and another model's eyes --------------------------------------------------------------------------------------

@@ -246,7 +246,11 @@ class HeadBias:
     Attributes:
         query: `(batch or 1, heads, queries or 1, rank)` float32: strength λ times gate.
         key: `(batch, keys, rank)` float32: saliency; further columns carry the mass correction of each group.
+        forms: what backends made of both, kept for the other layers of the pass that share this bias.
+        key_forms: what they made of `key` alone; one dictionary for all biases over the same keys.
     """
 
     query: Tensor
     key: Tensor
+    forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    key_forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)

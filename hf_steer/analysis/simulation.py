@@ -183,7 +183,7 @@ def _fold(log_attention: Tensor, saliency: Tensor, strength: float) -> Tensor:
     """`(queries, keys)`: the same distribution with the bias as a channel of queries and keys; see `simulate`."""
     keys = torch.ones_like(saliency).diag()[None, None]
     bias = HeadBias(saliency.new_full((1, 1, 1, 1), strength), saliency[None, :, None])
-    output, _ = BACKENDS["folded"](
+    output, _ = BACKENDS["folded"].attend(
         sdpa_attention_forward, torch.nn.Module(), log_attention[None, None], keys, keys, None, bias, scaling=1.0, is_causal=False
     )
     distribution: Tensor = output[0, :, 0]  # transformers puts the heads behind the queries

@@ -2,10 +2,12 @@
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
-from hf_steer.attention.chunks import AttentionCall, Reader, call_of, logits_in_chunks
+from hf_steer.attention.call import AttentionCall, Reader, call_of
+from hf_steer.attention.chunks import logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
+    flash_by_name,
     recording_attention,
     registered_name,
     steered_attention,
@@ -19,6 +21,7 @@ __all__ = [
     "SteeredCall",
     "call_of",
     "choose_backend",
+    "flash_by_name",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",

@@ -1,47 +1,97 @@
-"""The ways to carry a bias, and which one to take when."""
+"""The ways to carry a bias, one row each, and which one to take when.
+
+To add one, write a file with a function that attends and one that says when it cannot, and add a row here; the tests of
+`tests/test_attention.py` hold it to the oracle.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_steer.attention.folded import attend_folded
+from hf_steer.attention.call import AttentionCall
+from hf_steer.attention.cpu_flash import attend_on_cpu, refuse_cpu_flash
+from hf_steer.attention.flex import attend_flex, refuse_flex
+from hf_steer.attention.folded import attend_folded, refuse_folded
+from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.attention.masked import attend_masked
 from hf_steer.errors import SteerError
-from hf_steer.values import HeadBias
 
-BACKENDS: Mapping[str, Callable[..., Any]] = MappingProxyType({"folded": attend_folded, "mask": attend_masked})
-
-_FLOAT16_ROOM = 0.25
-"""Share of float16's range that a folded product may take before scaling; beyond it the mask is exact and safe."""
+FLASH = ("flash_attention_2", "flash_attention_3")
 
 
-def choose_backend(wanted: str, query: Tensor, bias: HeadBias, scaling: float | None) -> str:
-    """Name of the backend for this call.
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        attend: takes the function that the model had, and its arguments with the bias after the mask; returns what it returns.
+        refuse: why it cannot carry a call's bias, in a few words; None where it can.
+        over: the attention implementations whose masks it understands.
+    """
+
+    attend: Callable[..., Any]
+    refuse: Callable[[AttentionCall], str | None]
+    over: tuple[str, ...]
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "folded": Backend(attend_folded, refuse_folded, ("eager", "sdpa", "flex_attention", *FLASH)),
+    "mask": Backend(attend_masked, lambda call: None, ("eager", "sdpa")),
+    "cpu_flash": Backend(attend_on_cpu, refuse_cpu_flash, ("sdpa",)),
+    "flex": Backend(attend_flex, refuse_flex, ("eager", "sdpa", "flex_attention")),
+    "triton": Backend(attend_fused, refuse_fused, ("eager", "sdpa")),
+}
+
+PREFERRED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "eager": (("folded", "mask"), ("mask",)),
+    "sdpa": (("cpu_flash", "folded", "mask"), ("mask",)),
+    "flex_attention": (("flex", "folded"), ("flex", "folded")),
+    **dict.fromkeys(FLASH, (("folded",), ("folded",))),
+}
+"""Attention implementation -> what `"auto"` tries in turn for a prompt, and for a single query; see `hf-steer bench` for why."""
+
+
+def choose_backend(wanted: str, call: AttentionCall) -> str:
+    """Name of the backend for this call: the wanted one, or another that gives the same result, which is said once.
 
     Args:
         wanted: `"auto"` or a key of `BACKENDS`.
-        query: `(batch, heads, queries, head_dim)`.
-        bias: what is to be carried.
-        scaling: factor on the logits.
+        call: what is to be carried.
 
     Raises:
-        SteerError: the folded channel was named and would overflow float16.
+        SteerError: no backend can carry the bias.
     """
-    if wanted == "mask" or (wanted == "auto" and query.shape[2] == 1):
-        return "mask"
-    if query.dtype == torch.float16:  # eager multiplies before it scales, and float16 ends at 65504
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        largest = float(bias.query.abs().amax() * bias.key.abs().amax() / scale)
-        if largest > _FLOAT16_ROOM * torch.finfo(torch.float16).max:
-            if wanted == "auto":
-                return "mask"
-            raise SteerError(
-                f"backend 'folded' would overflow float16: strength times saliency over the scale reaches {largest:.0f}. "
-                "Use backend='auto', which takes the mask here, a smaller strength, or bfloat16."
-            )
-    return "folded"
+    prompt, step = PREFERRED[call.implementation]
+    reasons = {}
+    for name in (*(() if wanted == "auto" else (wanted,)), *(prompt if call.queries > 1 else step)):
+        reasons[name] = refuse(name, call)
+        if reasons[name] is None:
+            if wanted not in ("auto", name) and not torch.compiler.is_compiling():
+                _say_once(f"backend {wanted!r} gives way to {name!r}, with the same result: {reasons[wanted]}.")
+            return name
+    why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+    raise SteerError(
+        f"no backend can carry the bias through attention implementation {call.implementation!r} ({why}). Load the model with "
+        "attn_implementation='eager', or 'sdpa' where it has that."
+    )
+
+
+def refuse(name: str, call: AttentionCall) -> str | None:
+    """Why a backend cannot carry this call's bias; None where it can."""
+    if call.paged:
+        return "the keys are in a paged cache"
+    backend = BACKENDS[name]
+    if call.implementation not in backend.over:
+        return f"it does not know the masks of {call.implementation!r}"
+    return backend.refuse(call)
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

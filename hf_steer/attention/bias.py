@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from hf_steer.values import HeadBias, TokenScores
+
+
+Form = TypeVar("Form")
+
+
+def once(forms: dict[Hashable, Form], name: Hashable, source: Tensor, make: Callable[[], Form]) -> Form:
+    """What a backend makes of a bias, made once for all layers that share it.
+
+    Not where gradients flow through it: checkpointing runs layers again and expects them to compute what they computed.
+    """
+    if source.requires_grad:
+        return make()
+    if name not in forms:
+        forms[name] = make()
+    return forms[name]
+
+
+def on_device(bias: HeadBias, device: torch.device) -> HeadBias:
+    """The bias where the layer is: layers may be spread over devices. Each device gets its own copy once."""
+    if bias.key.device == device:
+        return bias
+    return once(bias.forms, device, bias.query, lambda: HeadBias(bias.query.to(device), bias.key.to(device)))
 
 
 def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate: Tensor | None) -> HeadBias:

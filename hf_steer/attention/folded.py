@@ -13,10 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_steer.attention.bias import once
+from hf_steer.attention.call import AttentionCall
 from hf_steer.values import HeadBias
 
 _CHANNELS_STEP = 8
 """Fused kernels want head sizes that are multiples of 8; the columns go into the padding."""
+_FLASH_LIMIT = 256
+"""Largest head size of the flash kernels."""
+
+
+def refuse_folded(call: AttentionCall) -> str | None:
+    """Why the channels cannot carry this call's bias."""
+    if call.softcap is not None:
+        return "softcapped logits would bend a folded bias"
+    if call.implementation == "eager" and call.query.dtype == torch.float16:
+        return "eager attention multiplies in float16 before it scales, and float16 ends at 65504"
+    if call.implementation.startswith("flash") and call.bias is not None:
+        head_dim, parts = call.query.shape[-1], 3 if call.query.dtype.itemsize == 2 else 1
+        if head_dim + call.bias.key.shape[-1] * parts > _FLASH_LIMIT:
+            return f"heads of {head_dim} leave no room for its channels below {_FLASH_LIMIT}, where flash kernels end"
+    return None
 
 
 def attend_folded(
@@ -25,7 +42,7 @@ def attend_folded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     bias: HeadBias,
     *,
     scaling: float | None = None,
@@ -38,42 +55,57 @@ def attend_folded(
         module: the attention module, handed on to `inner`.
         query: `(batch, heads, queries, head_dim)`.
         key: `(batch, key_value_heads, keys, head_dim)`.
-        value: as `key`.
+        value: `(batch, key_value_heads, keys, value_dim)`.
         attention_mask: whatever `inner` takes; not looked at.
         bias: low-rank bias for these heads and keys.
         scaling: factor on the logits; `head_dim**-0.5` when None.
         **kwargs: handed on to `inner`.
+
+    Returns:
+        What `inner` returns: `(batch, queries, heads, value_dim)` and its weights, if it has any.
     """
-    head_dim = query.shape[-1]
+    head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], query.dtype
     scale = head_dim**-0.5 if scaling is None else scaling
-    query_columns, key_columns = split_columns(bias.query, bias.key / scale, query.dtype)
-    rank = query_columns.shape[-1]
+    rank = bias.key.shape[-1] * (3 if dtype.itemsize == 2 else 1)
     padding = -(head_dim + rank) % _CHANNELS_STEP
-    query_columns = F.pad(query_columns, (0, padding)).expand(*query.shape[:-1], rank + padding)
-    key_columns = F.pad(key_columns, (0, padding))[:, None].expand(*key.shape[:-1], rank + padding)
+    columns = rank + padding
+
+    def fold_query() -> Tensor:
+        return F.pad(split_query(bias.query, dtype), (0, padding))
+
+    def fold_key() -> Tensor:
+        return F.pad(split_key(bias.key / scale, dtype), (0, padding))
+
+    query_columns = once(bias.forms, ("folded", dtype, padding), bias.query, fold_query)
+    key_columns = once(bias.key_forms, ("folded", dtype, padding, scale), bias.key, fold_key)
+    # fused kernels want one head size for all three; where they differ already (DeepSeek's MLA), `inner` knows what to do
+    widened = F.pad(value, (0, columns)) if value_dim == head_dim else value
     output, weights = inner(
         module,
-        torch.cat([query, query_columns], dim=-1),
-        torch.cat([key, key_columns], dim=-1),
-        # fused kernels want one head size for all three; a no-op for those that do not
-        F.pad(value, (0, rank + padding)),
+        torch.cat([query, query_columns.expand(*query.shape[:-1], columns)], dim=-1),
+        torch.cat([key, key_columns[:, None].expand(*key.shape[:-1], columns)], dim=-1),
+        widened,
         attention_mask,
         scaling=scale,
         **kwargs,
     )
-    return output[..., :head_dim], weights
+    return output[..., :value_dim], weights
 
 
-def split_columns(query: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Columns in the kernel's dtype whose product keeps float32's precision.
+def split_query(query: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a, a, a'` of `(a + a')(b + b') = a·b + a·b' + a'·b`, where `a'` is what 16 bits leave out of a number.
 
-    A 16-bit number holds 8 to 11 bits, so each factor is split into a high and a low part, `(a + a')(b + b')`, of which
-    three products matter: `a·b + a·b' + a'·b`.
+    A 16-bit number holds 8 to 11 bits; these three products keep float32's precision. Wider numbers stay whole.
     """
-    if dtype == torch.float32:
-        return query, key
-    if dtype == torch.float64:
-        return query.double(), key.double()
-    query_high, key_high = query.to(dtype), key.to(dtype)
-    query_low, key_low = (query - query_high).to(dtype), (key - key_high).to(dtype)
-    return torch.cat([query_high, query_high, query_low], dim=-1), torch.cat([key_high, key_low, key_high], dim=-1)
+    if dtype.itemsize > 2:
+        return query.to(dtype)
+    high = query.to(dtype)
+    return torch.cat([high, high, (query - high).to(dtype)], dim=-1)
+
+
+def split_key(key: Tensor, dtype: torch.dtype) -> Tensor:
+    """`b, b', b`, to go with `split_query`."""
+    if dtype.itemsize > 2:
+        return key.to(dtype)
+    high = key.to(dtype)
+    return torch.cat([high, (key - high).to(dtype), high], dim=-1)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_steer.attention.bias import once
 from hf_steer.values import HeadBias
+
+_UNGROUPED = SimpleNamespace(num_key_value_groups=1, is_causal=False)
+"""Stands for an attention module whose query heads have been laid out as queries of the key heads."""
 
 
 def attend_masked(
@@ -24,13 +30,39 @@ def attend_masked(
     """Attend with the dense bias added to the mask; arguments as for `attend_folded`."""
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    queries = query.shape[2]
-    mask = merge_mask(dense_bias(bias, query.dtype), attention_mask, causal_queries=queries if causal and queries > 1 else None)
+    queries, sdpa = query.shape[2], inner is sdpa_attention_forward
+    dtype = _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0)
+    dense = once(bias.forms, ("dense", dtype), bias.query, lambda: dense_bias(bias, dtype))
+    mask = merge_mask(dense, attention_mask, causal_queries=queries if causal and queries > 1 else None)
+    if sdpa and queries == 1 and query.shape[1] > key.shape[1]:
+        return _attend_grouped(inner, query, key, value, mask, **kwargs)
     return inner(module, query, key, value, mask, is_causal=False, **kwargs)
+
+
+def _attend_grouped(
+    inner: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """A single query per head: the heads of a group become queries of their key head, so that no key is repeated for them."""
+    batch, heads, _, head_dim = query.shape
+    groups = (batch, key.shape[1], heads // key.shape[1], -1)
+    output, _ = inner(
+        _UNGROUPED, query.reshape(*groups[:3], head_dim), key, value, mask.reshape(*groups), is_causal=False, **kwargs
+    )
+    return output.transpose(1, 2).reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def _mask_dtype(query: Tensor, value: Tensor, *, sdpa: bool, dropout: float) -> torch.dtype:
+    """float32 where the kernel takes it beside 16-bit queries: the bias is then not rounded."""
+    if sdpa:
+        fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not dropout
+        return torch.promote_types(query.dtype, torch.float32) if fused else query.dtype
+    return torch.promote_types(query.dtype, torch.float32) if query.shape[2] == 1 else query.dtype
 
 
 def dense_bias(bias: HeadBias, dtype: torch.dtype) -> Tensor:
     """`(batch, heads, queries or 1, keys)`."""
+    if bias.key.shape[-1] == 1:  # an outer product
+        return (bias.query * bias.key[:, None, None, :, 0]).to(dtype)
     return torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(bias.key), -1, -1, -1), bias.key).to(dtype)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_steer.attention.backends import BACKENDS, choose_backend
-from hf_steer.attention.chunks import Reader, call_of
+from hf_steer.attention.backends import BACKENDS, PREFERRED, choose_backend
+from hf_steer.attention.bias import on_device
+from hf_steer.attention.call import Reader, call_of
 from hf_steer.errors import SteerError
 from hf_steer.saliency import current_recorder
 from hf_steer.values import HeadBias
 
-STEERABLE = ("eager", "sdpa")
+STEERABLE = tuple(PREFERRED)
 """Implementations that these functions can wrap."""
 
 
@@ -48,13 +50,14 @@ def steered_attention(
     attention_mask: Tensor | None,
     *,
     inner: Callable[..., Any],
+    implementation: str,
     hf_steer: SteeredCall | None = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of a decoder layer with its heads' bias; exactly `inner` when this pass has none for the layer."""
-    if hf_steer is not None and hf_steer.read is not None:
-        hf_steer.read(call_of(module, query, key, attention_mask, None, kwargs))
     bias = None if hf_steer is None else hf_steer.biases.get(module.layer_idx)
+    if hf_steer is not None and hf_steer.read is not None:
+        hf_steer.read(call_of(module, query, key, value, attention_mask, None, implementation=implementation, kwargs=kwargs))
     if bias is None or hf_steer is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     if bias.key.shape[1] != key.shape[2]:
@@ -62,10 +65,10 @@ def steered_attention(
             f"layer {module.layer_idx} attends to {key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
             "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
         )
-    if bias.key.device != key.device:
-        bias = HeadBias(bias.query.to(key.device), bias.key.to(key.device))
-    backend = choose_backend(hf_steer.backend, query, bias, kwargs.get("scaling"))
-    return BACKENDS[backend](inner, module, query, key, value, attention_mask, bias, **kwargs)
+    bias = on_device(bias, key.device)
+    call = call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs)
+    attend = BACKENDS[choose_backend(hf_steer.backend, call)].attend
+    return attend(inner, module, query, key, value, attention_mask, bias, **kwargs)
 
 
 def recording_attention(
@@ -81,5 +84,25 @@ def recording_attention(
     """Attention of a vision block, unchanged; what watches the tower in this thread takes its queries and keys."""
     recorder = current_recorder()
     if recorder is not None:
-        recorder.add(module, query, key, kwargs["scaling"])
+        starts = kwargs.get("cu_seq_lens_q")  # flash gets all pictures of a call in one row
+        lengths = [query.shape[2]] if starts is None else starts.diff().tolist()
+        for own_query, own_key in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True):
+            recorder.add(module, own_query, own_key, kwargs["scaling"])
     return inner(module, query, key, value, attention_mask, **kwargs)
+
+
+class UnderOwnName:
+    """An attention module as flash's function has to see it: that looks its kernel up by the name in the module's config."""
+
+    def __init__(self, module: Any, implementation: str) -> None:
+        self.module = module
+        self.config = copy.copy(module.config)
+        self.config._attn_implementation_internal = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def flash_by_name(module: Any, *args: Any, flash: Callable[..., Any], implementation: str, **kwargs: Any) -> Any:
+    """transformers' flash attention for a module whose config names our function."""
+    return flash(UnderOwnName(module, implementation), *args, **kwargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from hf_steer.checks import (
@@ -28,12 +27,15 @@ PROMPT_SOURCES = ("feature_norm", "text_similarity", "decoder_attention", "gradi
 """Sources that look at the prompt as the decoder gets it; `saliency.SOURCES` has them."""
 SOURCES = ("vision_attention", "vision_rollout", *PROMPT_SOURCES, None)
 PHASES = ("prompt", "thinking", "answer")
-QUERIES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {"all": (1.0, 1.0, 1.0), "generated": (0.0, 1.0, 1.0), "thinking": (0.0, 1.0, 0.0), "answer": (0.0, 0.0, 1.0)}
-)
+QUERIES: Mapping[str, tuple[float, float, float]] = {
+    "all": (1.0, 1.0, 1.0),
+    "generated": (0.0, 1.0, 1.0),
+    "thinking": (0.0, 1.0, 0.0),
+    "answer": (0.0, 0.0, 1.0),
+}
 """Name of a scope -> what it multiplies λ with in each of `PHASES`."""
 TRAINABLE = "trainable"
-BACKENDS = ("auto", "folded", "mask")
+BACKENDS = ("auto", "folded", "mask", "cpu_flash", "flex", "triton")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class AttentionConfig:
     strength: Strength | Literal["trainable"] = 1.0
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     queries: Literal["all", "generated", "thinking", "answer"] = "all"
-    backend: Literal["auto", "folded", "mask"] = "auto"
+    backend: Literal["auto", "folded", "mask", "cpu_flash", "flex", "triton"] = "auto"
     schedule: Mapping[str, float] | None = None
     gate: GateConfig | None = None
     think_tags: tuple[str, str] = ("<think>", "</think>")

@@ -171,7 +171,7 @@ class Gaze(nn.Module):
         ride = kwargs.get(STEERING)
         trace, attention = trace_of(self.steering), self.plan.config.attention
         remembers = self.plan.patterns is not None or (attention is not None and attention.gate is not None)
-        if ride is None or ride.state is None or ride.pace.before is None or not (remembers or trace is not None):
+        if ride is None or ride.state is None or ride.pace is None or ride.pace.before is None or not (remembers or trace is not None):
             return
         if self.plan.anatomy.root.get_output_embeddings() is None:
             raise PatchError(

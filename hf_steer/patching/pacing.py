@@ -88,6 +88,10 @@ class Pace:
     end: int | Tensor = 0
 
 
+ALWAYS = Pace()
+"""Every query as configured, and nothing to remember."""
+
+
 def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts) -> Pace:
     """Which factor on λ each query of a pass gets.
 
@@ -98,7 +102,7 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
     prompt_factor, thinking_factor, answer_factor = attention.phase_factors
     even = prompt_factor == thinking_factor == answer_factor == 1.0
     if even and attention.gate is None and not facts.traced:
-        return Pace()
+        return ALWAYS
     generated = _generated(facts)
     before = _before(attention, patterns, facts)
     reading = None if patterns is None else _read(before, patterns, facts)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_steer.attention import recording_attention, registered_name, steered_attention
+from hf_steer.attention import flash_by_name, recording_attention, registered_name, steered_attention
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.patching.context import STEERING, find_steering, statement_for, steering_of
 from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.handle import Steering
-from hf_steer.patching.plan import make_plan
+from hf_steer.patching.plan import implementation_of, make_plan
 from hf_steer.values import Plan, Site
 
 Model = TypeVar("Model")
@@ -163,18 +163,21 @@ def _register_functions(plan: Plan) -> None:
     """Make our attention functions known under names of their own; a registry entry changes no model."""
     anatomy = plan.anatomy
     gaze = [site for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers]
-    for sites, part, function, owner in (
-        (gaze, "gaze", steered_attention, anatomy.decoder),
-        (plan.eyes, "eyes", recording_attention, anatomy.tower),
-    ):
-        if sites:
-            implementation = owner.config._attn_implementation or "eager"
-            name = registered_name(implementation, part, owner.config.model_type if part == "eyes" else anatomy.family)
-            ALL_ATTENTION_FUNCTIONS.register(name, partial(function, inner=_inner(sites[0], implementation)))
+    if gaze:
+        implementation = implementation_of(anatomy.decoder.config)
+        function = partial(steered_attention, inner=_inner(gaze[0], implementation), implementation=implementation)
+        ALL_ATTENTION_FUNCTIONS.register(registered_name(implementation, "gaze", anatomy.family), function)
+    if plan.eyes:
+        implementation = implementation_of(anatomy.tower.config)
+        function = partial(recording_attention, inner=_inner(plan.eyes[0], implementation))
+        ALL_ATTENTION_FUNCTIONS.register(registered_name(implementation, "eyes", anatomy.tower.config.model_type), function)
 
 
 def _inner(site: Site, implementation: str) -> Any:
     """The function that an attention module calls now; eager's lies in the model's own file."""
     if implementation == "eager":
         return sys.modules[type(site.module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+    function = ALL_ATTENTION_FUNCTIONS[implementation]
+    if "flash" in implementation:
+        return partial(flash_by_name, flash=function, implementation=implementation)
+    return function

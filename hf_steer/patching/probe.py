@@ -58,13 +58,13 @@ def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = 
         with ExitStack() as edits:
             for site in anatomy.layers:
                 if site.index in chosen:
-                    edits.enter_context(SetAttentionFunction(site.module, _register(site.module, id(anatomy.decoder))))
+                    edits.enter_context(SetAttentionFunction(site.module, _register(site.module, anatomy.decoder)))
             yield
     finally:
         _READERS.reset(token)
 
 
-def _register(module: Any, decoder: int) -> str:
+def _register(module: Any, decoder: Any) -> str:
     """Wrap the function that a module calls now, under a name of its own."""
     current = implementation_of(module.config)
     if current == "eager":
@@ -72,8 +72,9 @@ def _register(module: Any, decoder: int) -> str:
         current = f"{type(module).__module__.rpartition('.')[2]}_eager"
     else:
         inner = ALL_ATTENTION_FUNCTIONS[current]
-    name = f"hf_steer_probe_{decoder}_{current}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(probing_attention, inner=inner, decoder=decoder))
+    name = f"hf_steer_probe_{id(decoder)}_{current}"
+    how = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(probing_attention, **how))
     return name
 
 
@@ -86,6 +87,7 @@ def probing_attention(
     *,
     inner: Callable[..., Any],
     decoder: int,
+    implementation: str,
     **kwargs: Any,
 ) -> Any:
     """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
@@ -93,5 +95,5 @@ def probing_attention(
     if read is not None:
         ride: SteeredCall | None = kwargs.get(STEERING)
         bias = None if ride is None else ride.biases.get(module.layer_idx)
-        read(call_of(module, query, key, attention_mask, bias, kwargs))
+        read(call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs))
     return inner(module, query, key, value, attention_mask, **kwargs)

@@ -56,7 +56,7 @@ class Ride(SteeredCall):
     prompt_end: int | None = None
     tokens: Tensor | None = None
     watched: bool = False
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace | None = None
     raw: TokenScores | None = None
 
 

@@ -1,0 +1,60 @@
+"""The bias as a mask of one row, inside the CPU's flash kernel: nothing is copied, and no queries × keys tensor appears.
+
+A bias that is the same for every query is `(batch, heads, 1, keys)`. The kernel adds such a row to every query while it heeds its
+own causal flag; only `scaled_dot_product_attention` forbids the two together, so the kernel is called by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_steer.attention.bias import once
+from hf_steer.attention.call import AttentionCall
+from hf_steer.attention.masked import dense_bias
+from hf_steer.values import HeadBias
+
+_attend: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def refuse_cpu_flash(call: AttentionCall) -> str | None:
+    """Why the kernel cannot carry this call's bias."""
+    bias = call.bias
+    if _attend is None or not torch.backends.cuda.flash_sdp_enabled():  # the switch is for CPUs, too
+        return "this torch has no flash attention for CPUs, or it is switched off"
+    if call.query.device.type != "cpu":
+        return f"the model is on {call.query.device.type!r}"
+    if call.mask is not None or not call.causal:
+        return "it needs a causal prompt without padding"
+    if bias is None or bias.query.shape[2] > 1:
+        return "the bias differs from query to query"
+    if bias.query.requires_grad or bias.key.requires_grad:
+        return "the kernel gives no gradient of the bias"
+    if call.value.shape[-1] != call.query.shape[-1]:
+        return f"heads of {call.query.shape[-1]} and values of {call.value.shape[-1]} differ"
+    if call.softcap is not None or call.sinks or call.position_bias or call.dropout:
+        return "the kernel knows no softcap, sinks, dropout or second bias"
+    return None
+
+
+def attend_on_cpu(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    bias: HeadBias,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally with one row of bias per head; arguments as for `attend_folded`. `inner` is not called."""
+    keys = query.shape[2]  # an empty static cache has more: none of them may be attended to
+    dtype = torch.promote_types(query.dtype, torch.float32)  # beside 16-bit queries, too, so that the bias is not rounded
+    row = once(bias.forms, ("dense", dtype), bias.query, lambda: dense_bias(bias, dtype))
+    output = _attend(query, key[:, :, :keys], value[:, :, :keys], 0.0, True, attn_mask=row[..., :keys], scale=scaling)[0]
+    return output.transpose(1, 2).contiguous(), None

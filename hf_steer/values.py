@@ -233,10 +233,18 @@ class TokenScores:
     Attributes:
         values: `(batch, keys)` float32, 0 where nothing is said.
         group: `(batch, keys)` int64, -1 where nothing is said.
+        groups: how many there are at most, where that is known without asking the device.
     """
 
     values: Tensor
     group: Tensor
+    groups: int | None = None
+
+    def count_groups(self) -> int:
+        """How many groups there are."""
+        if self.groups is not None:
+            return self.groups
+        return int(self.group.max()) + 1 if self.group.numel() else 0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def run(backend, implementation, case, *, gated=True, mask_kind=None):
     mask = allowed[:, None]
     if (mask_kind or implementation) != "sdpa":
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return BACKENDS[backend](
+    return BACKENDS[backend].attend(
         INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING, dropout=0.0
     )
 
@@ -69,9 +69,9 @@ def test_a_causal_prompt_without_a_mask_stays_causal(backend):
     allowed = torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), SCALING)
     bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, gate)
-    output, _ = BACKENDS[backend](INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
+    output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
-    default, _ = BACKENDS[backend](INNER["sdpa"], Module(), query, key, value, None, bias)
+    default, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), HEAD_DIM**-0.5)
     torch.testing.assert_close(default.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_preserved_mass_is_exact_where_attention_inside_a_group_is_uniform(backe
         grouped = TokenScores(scores, group)
         bias = head_bias(grouped, strength, mass_shift(grouped, strength) if preserve else None, None)
         everyone = torch.zeros(BATCH, 1, 3, KEYS)
-        _, weights = BACKENDS[backend](INNER["eager"], Module(), query, key, value, everyone, bias, scaling=SCALING)
+        _, weights = BACKENDS[backend].attend(INNER["eager"], Module(), query, key, value, everyone, bias, scaling=SCALING)
         mass[preserve] = torch.stack([(weights * (group == g)[:, None, None]).sum(-1) for g in (0, 1)])
     uniform = torch.stack([(group == g).float().mean(1) for g in (0, 1)])[:, :, None, None].expand(-1, -1, HEADS, 3)
     torch.testing.assert_close(mass[True], uniform)
@@ -161,7 +161,7 @@ def test_memory_of_the_folded_channel_does_not_grow_with_queries_times_keys():
         scores = TokenScores(torch.randn(1, length), torch.zeros(1, length).long())
         bias = head_bias(scores, torch.ones(HEADS), None, None)
         tensors = torch.zeros(1, HEADS, length, 16), torch.zeros(1, GROUPED, length, 16), torch.zeros(1, GROUPED, length, 16)
-        BACKENDS["folded"](inner, Module(), *tensors, None, bias, scaling=1.0)
+        BACKENDS["folded"].attend(inner, Module(), *tensors, None, bias, scaling=1.0)
         assert bias.query.numel() + bias.key.numel() == HEADS + length
     assert [size[0][-1] for size in sizes] == [24, 24]
     assert all(size[3] is None for size in sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_the_folded_form_is_the_dense_one_up_to_rounding(table):
 def test_a_wrong_fold_shows_in_the_difference(wrong, monkeypatch):
     from hf_steer.analysis import simulation
 
-    honest = simulation.BACKENDS["folded"]
+    honest = simulation.BACKENDS["folded"].attend
 
     def faulty(inner, module, query, key, value, mask, bias, **kwargs):
         if wrong == "bias":
@@ -71,7 +72,7 @@ def test_a_wrong_fold_shows_in_the_difference(wrong, monkeypatch):
             key = key.flip(-1)
         return honest(inner, module, query, key, value, mask, bias, **kwargs)
 
-    monkeypatch.setattr(simulation, "BACKENDS", {"folded": faulty})
+    monkeypatch.setattr(simulation, "BACKENDS", {"folded": SimpleNamespace(attend=faulty)})
     (row,) = simulate((0.5,), **{key: SMALL[key] for key in ("seeds", "tokens", "heads")})
     assert row.folded_max_difference > 1e-5
 

@@ -68,8 +68,9 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
         SteerError: no backend can carry the bias.
     """
     prompt, step = PREFERRED[call.implementation]
-    reasons = {}
-    for name in (*(() if wanted == "auto" else (wanted,)), *(prompt if call.queries > 1 else step)):
+    reasons: dict[str, str | None] = {}
+    wished: tuple[str, ...] = () if wanted == "auto" else (wanted,)
+    for name in wished + (prompt if call.queries > 1 else step):
         reasons[name] = refuse(name, call)
         if reasons[name] is None:
             if wanted not in ("auto", name) and not torch.compiler.is_compiling():

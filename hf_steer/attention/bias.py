@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_steer.values import HeadBias, TokenScores
 
-
 Form = TypeVar("Form")
 
 
@@ -30,7 +29,8 @@ def on_device(bias: HeadBias, device: torch.device) -> HeadBias:
     """The bias where the layer is: layers may be spread over devices. Each device gets its own copy once."""
     if bias.key.device == device:
         return bias
-    return once(bias.forms, device, bias.query, lambda: HeadBias(bias.query.to(device), bias.key.to(device)))
+    moved: HeadBias = once(bias.forms, device, bias.query, lambda: HeadBias(bias.query.to(device), bias.key.to(device)))
+    return moved
 
 
 def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate: Tensor | None) -> HeadBias:
@@ -66,7 +66,7 @@ def mass_shift(scores: TokenScores, strength: Tensor) -> Tensor:
     Returns:
         `(batch, heads, groups)`.
     """
-    member = _members(scores, int(scores.group.max()) + 1)
+    member = _members(scores, scores.count_groups())
     bias = strength[None, :, None] * scores.values[:, None, :]
     top = bias.amax(-1, keepdim=True)
     total = torch.einsum("bhk,bkg->bhg", torch.exp(bias - top), member)

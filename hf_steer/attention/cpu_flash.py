@@ -23,7 +23,8 @@ _attend: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_
 def refuse_cpu_flash(call: AttentionCall) -> str | None:
     """Why the kernel cannot carry this call's bias."""
     bias = call.bias
-    if _attend is None or not torch.backends.cuda.flash_sdp_enabled():  # the switch is for CPUs, too
+    # the switch is for CPUs, too; a compiled graph cannot ask
+    if _attend is None or not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
         return "this torch has no flash attention for CPUs, or it is switched off"
     if call.query.device.type != "cpu":
         return f"the model is on {call.query.device.type!r}"

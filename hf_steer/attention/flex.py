@@ -35,7 +35,7 @@ class LowRankEntries:
 
 def refuse_flex(call: AttentionCall) -> str | None:
     """Why FlexAttention cannot carry this call's bias."""
-    from transformers.utils import is_torch_flex_attn_available
+    from transformers.utils.import_utils import is_torch_flex_attn_available
 
     if not is_torch_flex_attn_available():
         return "this torch has no FlexAttention"
@@ -44,6 +44,8 @@ def refuse_flex(call: AttentionCall) -> str | None:
     on_cpu = call.query.device.type == "cpu"
     if on_cpu and call.sinks:
         return "FlexAttention has no sinks on CPUs"
+    if on_cpu and call.queries == 1:
+        return "FlexAttention for a single query on CPUs does not compile, or writes outside its memory (torch 2.15)"
     if on_cpu and torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad or call.value.requires_grad):
         return "FlexAttention has no backward pass on CPUs"
     return None

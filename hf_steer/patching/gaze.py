@@ -171,7 +171,9 @@ class Gaze(nn.Module):
         ride = kwargs.get(STEERING)
         trace, attention = trace_of(self.steering), self.plan.config.attention
         remembers = self.plan.patterns is not None or (attention is not None and attention.gate is not None)
-        if ride is None or ride.state is None or ride.pace is None or ride.pace.before is None or not (remembers or trace is not None):
+        if ride is None or ride.state is None or not (remembers or trace is not None):
+            return
+        if ride.pace is None or ride.pace.before is None:
             return
         if self.plan.anatomy.root.get_output_embeddings() is None:
             raise PatchError(
@@ -199,7 +201,7 @@ class Gaze(nn.Module):
         if scope is not None:
             return self._begin_in_generate(ride, scope, named)
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, Tensor) and not torch.compiler.is_compiling():
+        if isinstance(past, Tensor) and count_tokens(named) > 1 and not torch.compiler.is_compiling():
             past = int(past)
         if self._continues(ride, named, past):
             return ride

@@ -175,7 +175,8 @@ def resolve_state(
     scores = normalize(scores, attention.saliency.normalize, attention.saliency.clip, winsorize=not drawn)
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
-    return CacheState(scores, spans, ride.statement, speaks=bool(scores.values.any())).for_rows(rows)
+    speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
+    return CacheState(scores, spans, ride.statement, speaks=speaks).for_rows(rows)
 
 
 def make_biases(

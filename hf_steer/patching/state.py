@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class CacheState:
         """The part that speaks of the first `length` keys: a cache may have been cropped or reset since."""
         if self.length <= length:
             return self
-        scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length])
+        scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length], self.scores.groups)
         spans = tuple(span for span in self.spans if int(span.positions[-1]) < length)
         return CacheState(scores, spans, self.statement, self.speaks)
 
@@ -96,7 +96,7 @@ class CacheState:
     def select(self, rows: Tensor) -> CacheState:
         """Other rows, or the same in another order: what beams and selected sequences do to their cache."""
         rows = rows.to(self.scores.values.device)
-        scores = TokenScores(self.scores.values[rows], self.scores.group[rows])
+        scores = TokenScores(self.scores.values[rows], self.scores.group[rows], self.scores.groups)
         by_row: dict[int, list[Span]] = {}
         for span in self.spans:
             by_row.setdefault(span.row, []).append(span)
@@ -114,7 +114,9 @@ class CacheState:
         missing = max(0, offset + length - self.length)
         keys = slice(offset, offset + length)
         return TokenScores(
-            F.pad(self.scores.values, (0, missing))[:, keys], F.pad(self.scores.group, (0, missing), value=-1)[:, keys]
+            F.pad(self.scores.values, (0, missing))[:, keys],
+            F.pad(self.scores.group, (0, missing), value=-1)[:, keys],
+            self.scores.groups,
         )
 
     def strength(self, values: tuple[float, ...] | Tensor, *, preserve_mass: bool) -> tuple[Tensor, Tensor | None]:
@@ -140,9 +142,9 @@ def read_state(cache: Any) -> CacheState | None:
 def write_state(cache: Any, state: CacheState) -> None:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move."""
     setattr(cache, _ATTRIBUTE, state)
-    for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave):
+    for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave, reset):
         if follow.__name__ not in vars(cache):
-            setattr(cache, follow.__name__, MethodType(follow, cache))
+            setattr(cache, follow.__name__, partial(follow, cache))
 
 
 def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
@@ -165,6 +167,12 @@ def batch_repeat_interleave(cache: Any, repeats: int) -> None:
         setattr(cache, _ATTRIBUTE, state.for_rows(state.rows * repeats))
 
 
+def reset(cache: Any) -> None:
+    """transformers' `Cache.reset`: the keys are gone, and their saliency with them."""
+    type(cache).reset(cache)
+    setattr(cache, _ATTRIBUTE, None)
+
+
 def _follow(cache: Any, rows: Tensor) -> None:
     state = read_state(cache)
     if state is not None:
@@ -174,10 +182,12 @@ def _follow(cache: Any, rows: Tensor) -> None:
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
     """New scores after old ones; `new` covers all keys, `old` the first of them. Groups stay apart."""
     length = old.values.shape[1]
-    first_group = int(old.group.max()) + 1 if old.group.numel() else 0
+    first_group = old.count_groups()
     moved = torch.where(new.group < 0, -1, new.group + first_group)
     return TokenScores(
-        torch.cat([old.values, new.values[:, length:]], 1), torch.cat([old.group, moved[:, length:]], 1)
+        torch.cat([old.values, new.values[:, length:]], 1),
+        torch.cat([old.group, moved[:, length:]], 1),
+        None if new.groups is None else first_group + new.groups,
     )
 
 

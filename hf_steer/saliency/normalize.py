@@ -73,14 +73,29 @@ def normalize(scores: TokenScores, method: str, clip: float, *, winsorize: bool 
     """
     if method == "none":
         return scores
-    values = torch.zeros_like(scores.values)
-    for row in range(scores.values.shape[0]):
-        for group in torch.unique(scores.group[row]).tolist():
-            if group < 0:
+    scaled = _scaled_in_graph if torch.compiler.is_compiling() else _scaled
+    values = scaled(scores.values, scores.group, method, clip, winsorize)
+    return TokenScores(values, scores.group, scores.groups)
+
+
+def _scaled(values: Tensor, group: Tensor, method: str, clip: float, winsorize: bool) -> Tensor:
+    result = torch.zeros_like(values)
+    for row in range(values.shape[0]):
+        for number in torch.unique(group[row]).tolist():
+            if number < 0:
                 continue
-            members = scores.group[row] == group
-            own = scores.values[row][members]
+            members = group[row] == number
+            own = values[row][members]
             if own.max() - own.min() > _FLAT * own.abs().max():
                 own = _without_outliers(own, clip) if winsorize and method == "zscore" else own
-                values[row, members] = NORMALIZERS[method](own, clip)
-    return TokenScores(values, scores.group)
+                result[row, members] = NORMALIZERS[method](own, clip)
+    return result
+
+
+_scaled_in_graph = torch.library.custom_op("hf_steer::normalize", _scaled, mutates_args=())
+"""The same as one node of a compiled graph: which tokens form a group is known only when it runs."""
+
+
+@_scaled_in_graph.register_fake
+def _(values: Tensor, group: Tensor, method: str, clip: float, winsorize: bool) -> Tensor:
+    return torch.empty_like(values)

@@ -149,7 +149,7 @@ def _token_scores(tokens: Tensor, blank: TokenScores, real: Tensor, first_positi
     said = slice(length - given, length)
     blank.values[:, said] = tokens.to(real.device) * real[:, said]
     blank.group[:, said] = torch.where(real[:, said], 0, -1)
-    return blank
+    return TokenScores(blank.values, blank.group, groups=1)
 
 
 def _find(region: Region, spans: Sequence[Span], batch: int) -> Span:

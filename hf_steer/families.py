@@ -120,6 +120,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2": Family(),
         "qwen3": Family(),
         "llama": Family(),
+        "mistral": Family(),
+        "deepseek_v3": Family(),
+        "gemma2": Family(),
+        "gpt_oss": Family(),
     }
 )  # fmt: skip
 
@@ -166,7 +170,7 @@ def resolve(model: Any) -> Anatomy:
         layers=() if family.layers is None else _attention_sites(names, model.get_decoder(), family.layers, family.attention),
         num_heads=text.num_attention_heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         tower=tower,
         blocks=() if tower is None else _blocks(names, model, tower, family),
         placeholder_ids={modality: getattr(model.config, name) for modality, name in family.placeholders.items()},

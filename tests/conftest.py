@@ -12,3 +12,14 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def flex_without_a_compiler(monkeypatch):
+    """FlexAttention's semantics without code generation, which takes half a minute and a C++ compiler."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    compiled = torch.compile(flex_attention, backend="aot_eager")
+    monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: compiled)

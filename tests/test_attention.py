@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, choose_backend, head_bias, mass_shift
+from hf_steer.attention import BACKENDS, backends, call_of, choose_backend, head_bias, mass_shift
+from hf_steer.attention.backends import PREFERRED
 from hf_steer.attention.masked import merge_mask
+from hf_steer.config import attention as config_attention
 from hf_steer.errors import SteerError
 from hf_steer.values import HeadBias, TokenScores
 
 INNER = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
+pytestmark = pytest.mark.usefixtures("flex_without_a_compiler")
+WRAPPING = [(name, implementation) for name in ("folded", "mask", "flex") for implementation in INNER]
+wrapping = pytest.mark.parametrize(("backend", "implementation"), WRAPPING)
 BATCH, HEADS, GROUPED, KEYS, HEAD_DIM = 2, 4, 2, 11, 12
 SCALING = 0.31
 
@@ -48,8 +55,7 @@ def run(backend, implementation, case, *, gated=True, mask_kind=None):
 
 
 @pytest.mark.parametrize("queries", [1, 7, KEYS])
-@pytest.mark.parametrize("implementation", INNER)
-@pytest.mark.parametrize("backend", BACKENDS)
+@wrapping
 def test_backends_agree_with_the_oracle(backend, implementation, queries):
     case = make_case(queries)
     query, key, value, strength, scores, gate, allowed = case
@@ -63,12 +69,15 @@ def test_backends_agree_with_the_oracle(backend, implementation, queries):
     torch.testing.assert_close(output[:, :, 1].double(), unbiased[:, :, 1], rtol=1e-4, atol=1e-5)  # strength 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_causal_prompt_without_a_mask_stays_causal(backend):
-    query, key, value, strength, scores, gate, _ = make_case(KEYS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("backend", ["folded", "mask", "cpu_flash", "flex"])
+def test_a_causal_prompt_without_a_mask_stays_causal(backend, gated):
+    if gated and backend == "cpu_flash":
+        return  # refused: see test_what_a_backend_cannot_carry_another_does
+    query, key, value, strength, scores, gate, _ = make_case(KEYS, gated=gated)
     allowed = torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), SCALING)
-    bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, gate)
+    bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, gate if gated else None)
     output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
     default, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias)
@@ -81,7 +90,7 @@ def test_a_causal_prompt_without_a_mask_stays_causal(backend):
 def test_split_columns_keep_the_bias_more_exact_than_a_mask_of_the_same_dtype(dtype, implementation):
     """Same kernel, same q, k, v: only the way in which the bias is carried differs."""
     errors = {}
-    for backend in BACKENDS:
+    for backend in ("folded", "mask"):
         case = make_case(7, dtype)
         query, key, value, strength, scores, gate, allowed = case
         expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), SCALING)
@@ -94,18 +103,92 @@ def test_split_columns_keep_the_bias_more_exact_than_a_mask_of_the_same_dtype(dt
     assert errors["folded"] <= 1.2 * errors["mask"]
 
 
+def dense_attention(query, key, value, strength, scores, allowed):
+    """The formula, in the dtype of its arguments."""
+    key, value = (own.repeat_interleave(HEADS // GROUPED, 1) for own in (key, value))
+    logits = query @ key.transpose(2, 3) * SCALING + strength[:, None, None] * scores[:, None, None]
+    return (torch.softmax(logits.masked_fill(~allowed[:, None], float("-inf")), -1) @ value).transpose(1, 2)
+
+
+def gradients(attend, case, dtype):
+    """Output and gradients of a fixed mixture of it, float64: query, key, value, strength, scores."""
+    query, key, value, strength, scores, _, _ = case
+    leaves = [own.detach().clone().to(dtype).requires_grad_() for own in (query, key, value)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # the bias stays float32 in 16-bit models
+    leaves += [own.detach().clone().to(wide).requires_grad_() for own in (strength, scores)]
+    output = attend(*leaves)
+    mixture = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+    (output.double() * mixture).sum().backward()
+    return [output.detach().double(), *(leaf.grad.double() if leaf.grad is not None else None for leaf in leaves)]
+
+
+def relative(own, exact):
+    return float((own - exact).norm() / exact.norm())
+
+
+EXACT = [
+    (backend, implementation, padded, dtype)
+    for backend, implementation in (*((way, under) for way in ("folded", "mask") for under in INNER), ("cpu_flash", "sdpa"))
+    for padded in (False, True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # these two are refused: see test_what_a_backend_cannot_carry_another_does
+    if not (backend == "cpu_flash" and padded) and (backend, implementation, dtype) != ("folded", "eager", torch.float16)
+]
+
+
+@pytest.mark.parametrize(("backend", "implementation", "padded", "dtype"), EXACT)
+def test_values_and_gradients_are_as_exact_as_those_of_the_plain_kernel(backend, implementation, padded, dtype):
+    case = make_case(KEYS, dtype)
+    allowed = case[-1] if padded else torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
+    mask = allowed[:, None]
+    if implementation == "eager":
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    elif not padded:
+        mask = None
+
+    def plain(query, key, value, strength, scores):
+        return INNER[implementation](Module(), query, key, value, mask, scaling=SCALING, dropout=0.0)[0]
+
+    def steered(query, key, value, strength, scores):
+        if backend == "cpu_flash":
+            strength, scores = strength.detach(), scores.detach()
+        bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
+        asked = call_of(Module(), query, key, value, mask, bias, implementation=implementation, kwargs={})
+        assert backends.refuse(backend, asked) is None
+        return BACKENDS[backend].attend(INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING)[0]
+
+    def formula(query, key, value, strength, scores):
+        return dense_attention(query, key, value, strength, scores, allowed)
+
+    def unsteered_formula(query, key, value, strength, scores):
+        return dense_attention(query, key, value, strength * 0, scores, allowed)
+
+    floor = max(
+        relative(own, exact)
+        for own, exact in zip(gradients(plain, case, dtype), gradients(unsteered_formula, case, torch.float64), strict=True)
+        if own is not None
+    )
+    found, exact = gradients(steered, case, dtype), gradients(formula, case, torch.float64)
+    names = ["output", "query", "key", "value", "strength", "scores"]
+    assert [name for name, own in zip(names, found, strict=True) if own is None] == (names[4:] if backend == "cpu_flash" else [])
+    errors = {name: relative(own, true) for name, own, true in zip(names, found, exact, strict=True) if own is not None}
+    # a 16-bit mask rounds the bias, which folded channels do not
+    budget = (6 if backend == "mask" and dtype == torch.bfloat16 else 3) * floor
+    assert max(errors.values()) < budget, (errors, floor)
+
+
 def test_split_columns_are_float32_exact_to_sixteen_bits():
-    from hf_steer.attention.folded import split_columns
+    from hf_steer.attention.folded import split_key, split_query
 
     query, key = torch.randn(1, 4, 1, 1) * 3, torch.randn(2, 50, 1)
     exact = query[..., 0].double() * key[..., 0].double()[:, None]
     for dtype, bits in ((torch.bfloat16, 15), (torch.float16, 17)):
-        q, k = split_columns(query, key, dtype)
+        q, k = split_query(query, dtype), split_key(key, dtype)
         product = torch.einsum("bhr,bkr->bhk", q[:, :, 0].double().expand(2, -1, -1), k.double())
         assert ((product - exact).abs() / exact.abs()).max() < 2.0**-bits
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["folded", "mask"])
 def test_preserved_mass_is_exact_where_attention_inside_a_group_is_uniform(backend):
     _, key, value, _, scores, _, _ = make_case(3)
     query = torch.zeros(BATCH, HEADS, 3, HEAD_DIM)  # uniform attention
@@ -139,16 +222,90 @@ def test_merging_never_opens_a_masked_position_and_never_closes_an_open_one(kind
     assert torch.isfinite(merged).all()
 
 
-def test_float16_falls_back_to_the_mask_where_the_product_would_overflow():
-    query = torch.zeros(1, HEADS, 5, 128, dtype=torch.float16)
-    def bias(strength):
-        return HeadBias(torch.full((1, HEADS, 1, 1), float(strength)), torch.full((1, 9, 1), 3.0))
-    assert choose_backend("auto", query, bias(8), None) == "folded"
-    assert choose_backend("auto", query, bias(1e4), None) == "mask"
-    assert choose_backend("auto", query.bfloat16(), bias(1e4), None) == "folded"
-    assert choose_backend("auto", query[:, :, :1], bias(1), None) == "mask"
-    with pytest.raises(SteerError, match="would overflow float16: .* reaches 339411.*backend='auto'"):
-        choose_backend("folded", query, bias(1e4), None)
+def call(implementation="sdpa", *, queries=KEYS, keys=None, dtype=torch.float32, heads=HEADS, value_dim=None, **more):
+    """A call of unmasked attention with one bias per head, and what it is told besides."""
+    keys, head_dim, gated = keys or queries, more.pop("head_dim", 64), more.pop("gated", False)
+    query, key = torch.zeros(1, heads, queries, head_dim, dtype=dtype), torch.zeros(1, heads, keys, head_dim, dtype=dtype)
+    value = torch.zeros(1, heads, keys, value_dim or head_dim, dtype=dtype)
+    bias = HeadBias(torch.ones(1, heads, queries if gated else 1, 1), torch.ones(1, keys, 1))
+    mask = more.pop("mask", None)
+    return call_of(Module(), query, key, value, mask, bias, implementation=implementation, kwargs=more)
+
+
+@pytest.mark.parametrize(
+    ("expected", "situation"),
+    [
+        ("cpu_flash", {}),
+        ("mask", {"queries": 1, "keys": 9}),
+        ("folded", {"gated": True}),
+        ("folded", {"mask": torch.ones(1, 1, KEYS, KEYS, dtype=torch.bool)}),
+        ("folded", {"value_dim": 48}),
+        ("folded", {"dropout": 0.1}),
+        ("folded", {"is_causal": False}),
+        ("folded", {"position_bias": torch.zeros(1)}),
+        ("folded", {"implementation": "eager"}),
+        ("mask", {"implementation": "eager", "dtype": torch.float16}),
+        ("mask", {"implementation": "eager", "softcap": 30.0}),
+        ("folded", {"implementation": "eager", "s_aux": torch.zeros(HEADS)}),
+        ("flex", {"implementation": "flex_attention"}),
+        ("folded", {"implementation": "flash_attention_2"}),
+        ("folded", {"implementation": "flash_attention_3", "queries": 1, "keys": 9}),
+        ("folded", {"implementation": "flash_attention_2", "s_aux": torch.zeros(HEADS), "sliding_window": 4}),
+    ],
+)
+def test_auto_takes_the_cheapest_backend_that_is_exact(expected, situation):
+    assert choose_backend("auto", call(**situation)) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "situation", "taken", "reason"),
+    [
+        ("cpu_flash", {"gated": True}, "folded", "the bias differs from query to query"),
+        ("cpu_flash", {"queries": 1, "mask": torch.ones(1, 1, 1, 1) > 0}, "mask", "it needs a causal prompt without padding"),
+        ("cpu_flash", {"value_dim": 48}, "folded", "heads of 64 and values of 48 differ"),
+        ("cpu_flash", {"dropout": 0.1}, "folded", "knows no softcap, sinks, dropout or second bias"),
+        ("cpu_flash", {"implementation": "eager"}, "folded", "it does not know the masks of 'eager'"),
+        ("folded", {"implementation": "eager", "softcap": 30.0}, "mask", "softcapped logits would bend a folded bias"),
+        ("folded", {"implementation": "eager", "dtype": torch.float16}, "mask", "float16 ends at 65504"),
+        ("mask", {"implementation": "flash_attention_2"}, "folded", "it does not know the masks of 'flash_attention_2'"),
+        ("mask", {"implementation": "flex_attention"}, "flex", "it does not know the masks of 'flex_attention'"),
+        ("flex", {"dropout": 0.1}, "folded", "FlexAttention has no dropout"),
+        ("flex", {"queries": 1, "keys": 9}, "mask", "FlexAttention for a single query on CPUs"),
+        ("flex", {"implementation": "eager", "s_aux": torch.zeros(HEADS)}, "folded", "FlexAttention has no sinks on CPUs"),
+    ],
+)
+def test_what_a_backend_cannot_carry_another_does_and_that_is_said_once(wanted, situation, taken, reason):
+    backends._say_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"backend '{wanted}' gives way to '{taken}', with the same result: .*{reason}"):
+        assert choose_backend(wanted, call(**situation)) == taken
+    assert choose_backend(wanted, call(**situation)) == taken  # a second warning would be an error
+
+
+def test_a_backend_that_needs_gradients_gives_way_where_there_are_none():
+    backends._say_once.cache_clear()
+    asked = call()
+    with pytest.warns(match="'flex' gives way to 'cpu_flash'.*no backward pass on CPUs"):
+        assert choose_backend("flex", dataclasses.replace(asked, query=asked.query.requires_grad_())) == "cpu_flash"
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        ({"implementation": "flash_attention_2", "softcap": 30.0}, "'folded': softcapped logits would bend a folded bias"),
+        ({"implementation": "flash_attention_2", "head_dim": 256}, "heads of 256 leave no room for its channels below 256"),
+        ({"cache": object()}, "'cpu_flash': the keys are in a paged cache; 'folded': the keys are in a paged cache"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["auto", "folded"])
+def test_where_no_backend_is_exact_the_call_is_refused(wanted, situation, reason):
+    with pytest.raises(SteerError, match=f"no backend can carry the bias.*{reason}" if wanted == "auto" else "no backend can"):
+        choose_backend(wanted, call(**situation))
+
+
+def test_the_configuration_takes_the_names_of_the_table():
+    assert set(config_attention.BACKENDS) == {"auto", *BACKENDS}
+    for names in PREFERRED.values():
+        assert {name for phase in names for name in phase} <= set(BACKENDS)
 
 
 def test_memory_of_the_folded_channel_does_not_grow_with_queries_times_keys():

@@ -16,6 +16,8 @@ BRIDGED = ("llava", "qwen2_audio", "voxtral")
 """Their decoders read plain prompts like those of text-only models; `tiny_encoders` builds them and shows them something."""
 READING = ("qwen2", "qwen3", "llama", *BRIDGED)
 FAMILIES = SEEING + READING
+UNCOMMON = {"mistral": ("eager", "sdpa"), "deepseek_v3": ("eager", "sdpa"), "gemma2": ("eager",), "gpt_oss": ("eager",)}
+"""Sliding windows, values smaller than keys, softcapped logits, sinks; and the implementations that they have."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 HEADS, LAYERS = 4, 3
 
@@ -44,13 +46,29 @@ _CLASSES = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM"),
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 7},
+    "deepseek_v3": {
+        "num_key_value_heads": HEADS, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+        "v_head_dim": 6, "first_k_dense_replace": LAYERS,
+    },
+    "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8},
+    "gpt_oss": {"sliding_window": 7, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
 
 def make_config(family: str, **text: Any) -> Any:
     config_class = getattr(transformers, _CLASSES[family][0])
     if family not in SEEING:
-        return config_class(**{**_TEXT, **text})
+        own = {**_TEXT, **_OWN.get(family, {}), **text}
+        if family == "deepseek_v3":
+            del own["head_dim"]
+        return config_class(**own)
     vision = {
         "num_heads": 2, "patch_size": PATCH, "temporal_patch_size": TEMPORAL, "spatial_merge_size": 2,
         "in_channels": CHANNELS, **_VISION[family],

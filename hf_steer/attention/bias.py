@@ -33,7 +33,13 @@ def on_device(bias: HeadBias, device: torch.device) -> HeadBias:
     return moved
 
 
-def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate: Tensor | None) -> HeadBias:
+def head_bias(
+    scores: TokenScores,
+    strength: Tensor,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    key_forms: dict[Hashable, Tensor] | None = None,
+) -> HeadBias:
     """The bias of one layer, `g_q · (λ_h · s_k - c_hg)`.
 
     The shift is constant per head and group, so each group adds one column to the rank and no queries × keys tensor appears.
@@ -43,6 +49,7 @@ def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate:
         strength: λ per query head, `(heads,)`.
         shift: c, `(batch, heads, groups)`, from `mass_shift`; None for 0.
         gate: `(batch, queries)` in [0, 1]; None for 1 everywhere.
+        key_forms: shared by the layers that attend to these keys; see `HeadBias`.
     """
     query = strength[None, :, None, None]
     key = scores.values[..., None]
@@ -51,7 +58,7 @@ def head_bias(scores: TokenScores, strength: Tensor, shift: Tensor | None, gate:
         query = torch.cat([query.expand(len(shift), -1, -1, -1), -shift[:, :, None, :]], dim=-1)
     if gate is not None:
         query = query * gate[:, None, :, None]
-    return HeadBias(query, key)
+    return HeadBias(query, key, key_forms={} if key_forms is None else key_forms)
 
 
 def mass_shift(scores: TokenScores, strength: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def logits_in_chunks(
             f"attention cannot be read through attention implementation {call.implementation!r}; load the model with one of "
             f"{', '.join(READABLE)}."
         )
+    if call.sinks:
+        raise SteerError("attention cannot be read in heads with sinks (gpt-oss): a part of it goes to no token.")
     batch, heads, count, _ = call.query.shape
     keys = call.key.shape[2]
     key = call.key.float().repeat_interleave(heads // call.key.shape[1], dim=1).transpose(2, 3)

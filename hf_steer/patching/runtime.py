@@ -199,17 +199,19 @@ def make_biases(
         gate: `(rows, queries)`, None for 1 everywhere.
     """
     preserve_mass = _attention(plan).saliency.preserve_mass
-    windows: dict[tuple[int, int], TokenScores] = {}
+    windows: dict[tuple[int, int], tuple[TokenScores, dict[Any, Any]]] = {}
     biases: dict[tuple[tuple[int, int], tuple[float, ...] | int], HeadBias] = {}
     by_layer = {}
     for layer, values in strengths.items():
         length, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
         place = (offset, length)
         if place not in windows:
-            windows[place] = state.window(offset, length)
+            windows[place] = state.window(offset, length), {}
         same = (place, layer if isinstance(values, Tensor) else values)
         if same not in biases:
-            biases[same] = head_bias(windows[place], *state.strength(values, preserve_mass=preserve_mass), gate)
+            scores, key_forms = windows[place]
+            strength, shift = state.strength(values, preserve_mass=preserve_mass)
+            biases[same] = head_bias(scores, strength, shift, gate, key_forms)
         by_layer[layer] = biases[same]
     return by_layer
 

@@ -170,7 +170,7 @@ def resolve(model: Any) -> Anatomy:
         layers=() if family.layers is None else _attention_sites(names, model.get_decoder(), family.layers, family.attention),
         num_heads=text.num_attention_heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=_head_dim(text),
         tower=tower,
         blocks=() if tower is None else _blocks(names, model, tower, family),
         placeholder_ids={modality: getattr(model.config, name) for modality, name in family.placeholders.items()},
@@ -185,6 +185,12 @@ def resolve(model: Any) -> Anatomy:
             modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()
         },
     )
+
+
+def _head_dim(text: Any) -> int:
+    """Features of a query; DeepSeek's `head_dim` counts the rotated ones alone."""
+    named = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    return int(named or text.hidden_size // text.num_attention_heads)
 
 
 def _readable_tower(model: Any, family: Family) -> Any | None:

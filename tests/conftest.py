@@ -17,9 +17,14 @@ def _seeded():
 @pytest.fixture
 def flex_without_a_compiler(monkeypatch):
     """FlexAttention's semantics without code generation, which takes half a minute and a C++ compiler."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers import masking_utils
     from transformers.integrations.flex_attention import WrappedFlexAttention
 
     compiled = torch.compile(flex_attention, backend="aot_eager")
+    def uncompiled(*args, _compile, **kwargs):
+        return create_block_mask(*args, **kwargs)
+
+    monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
     monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: compiled)

@@ -141,7 +141,8 @@ class Allocations(TorchDispatchMode):
 def test_patching_a_model_of_seven_billion_parameters_allocates_nothing_of_its_size(strength):
     text = {
         "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
-        "num_hidden_layers": 28, "vocab_size": 152064, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "num_hidden_layers": 28, "vocab_size": 152064,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }  # fmt: skip
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 3584}))

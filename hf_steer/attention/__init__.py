@@ -3,7 +3,7 @@
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
 from hf_steer.attention.call import AttentionCall, Reader, call_of
-from hf_steer.attention.chunks import logits_in_chunks
+from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
@@ -15,6 +15,7 @@ from hf_steer.attention.steered import (
 
 __all__ = [
     "BACKENDS",
+    "READABLE",
     "STEERABLE",
     "AttentionCall",
     "Reader",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hf_steer.attention import STEERABLE
+from hf_steer.attention import READABLE, STEERABLE
 from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
@@ -152,6 +152,12 @@ def _readers(
     """Layer -> heads whose attention is the saliency: those that were named, or the steered ones."""
     if attention.saliency.source != "decoder_attention" or not strengths:
         return {}
+    implementation = implementation_of(anatomy.decoder.config)
+    if implementation not in READABLE:
+        raise PatchError(
+            f"saliency source 'decoder_attention' reads attention weights, which attention implementation {implementation!r} does "
+            f"not let out. Load the model with one of {', '.join(READABLE)}, or take another source."
+        )
     if attention.saliency.source_heads is not None:
         named = AttentionConfig(heads=attention.saliency.source_heads)
         try:

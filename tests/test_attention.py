@@ -10,8 +10,9 @@ from oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, backends, call_of, choose_backend, head_bias, mass_shift
+from hf_steer.attention import BACKENDS, SteeredCall, backends, call_of, choose_backend, head_bias, mass_shift, steered_attention
 from hf_steer.attention.backends import PREFERRED
+from hf_steer.attention.bias import on_device
 from hf_steer.attention.masked import merge_mask
 from hf_steer.config import attention as config_attention
 from hf_steer.errors import SteerError
@@ -300,6 +301,25 @@ def test_a_backend_that_needs_gradients_gives_way_where_there_are_none():
 def test_where_no_backend_is_exact_the_call_is_refused(wanted, situation, reason):
     with pytest.raises(SteerError, match=f"no backend can carry the bias.*{reason}" if wanted == "auto" else "no backend can"):
         choose_backend(wanted, call(**situation))
+
+
+def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once():
+    """`device_map` spreads layers over devices; meta stands for another one."""
+    bias = HeadBias(torch.ones(1, HEADS, 1, 1), torch.ones(1, KEYS, 1))
+    ride = SteeredCall(biases={0: bias})
+    seen = []
+
+    def inner(module, query, key, value, mask, **kwargs):
+        seen.append((query.device.type, key.device.type, mask.device.type))
+        return query.transpose(1, 2), None
+
+    for device in ("meta", "cpu", "meta"):
+        tensors = [torch.zeros(1, HEADS, count, 8, device=device) for count in (1, KEYS, KEYS)]
+        steered_attention(Module(), *tensors, None, inner=inner, implementation="sdpa", hf_steer=ride)
+    assert seen == [(device,) * 3 for device in ("meta", "cpu", "meta")]
+    moved = on_device(bias, torch.device("meta"))
+    assert on_device(bias, torch.device("meta")) is moved
+    assert on_device(bias, torch.device("cpu")) is bias
 
 
 def test_the_configuration_takes_the_names_of_the_table():

@@ -7,7 +7,6 @@ from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
     SteeredCall,
-    flash_by_name,
     recording_attention,
     registered_name,
     steered_attention,
@@ -22,7 +21,6 @@ __all__ = [
     "SteeredCall",
     "call_of",
     "choose_backend",
-    "flash_by_name",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,20 +88,3 @@ def recording_attention(
         for own_query, own_key in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True):
             recorder.add(module, own_query, own_key, kwargs["scaling"])
     return inner(module, query, key, value, attention_mask, **kwargs)
-
-
-class UnderOwnName:
-    """An attention module as flash's function has to see it: that looks its kernel up by the name in the module's config."""
-
-    def __init__(self, module: Any, implementation: str) -> None:
-        self.module = module
-        self.config = copy.copy(module.config)
-        self.config._attn_implementation_internal = implementation
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-def flash_by_name(module: Any, *args: Any, flash: Callable[..., Any], implementation: str, **kwargs: Any) -> Any:
-    """transformers' flash attention for a module whose config names our function."""
-    return flash(UnderOwnName(module, implementation), *args, **kwargs)

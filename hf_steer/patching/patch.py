@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_steer.attention import flash_by_name, recording_attention, registered_name, steered_attention
+from hf_steer.attention import recording_attention, registered_name, steered_attention
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.patching.context import STEERING, find_steering, statement_for, steering_of
 from hf_steer.patching.edits import SetTrainable
+from hf_steer.patching.flash import flash_by_name
 from hf_steer.patching.handle import Steering
 from hf_steer.patching.plan import implementation_of, make_plan
 from hf_steer.values import Plan, Site

@@ -22,7 +22,7 @@ have random weights of real sizes. Every head of every layer is steered with str
 
   levels      attention  one attention function on random queries, keys and values
               layer      one decoder layer
-              model      a whole decoder: 2 layers on a CPU, as many as fit on a GPU, a vocabulary of 2048
+              model      a whole decoder: 1 or 2 layers on a CPU, as many as fit on a GPU, a vocabulary of 2048
   phases      prefill    a prompt, batch 1
               decode     one new token on a cache, batch 1 and 16
               training   forward and backward, batch 1
@@ -34,7 +34,7 @@ have random weights of real sizes. Every head of every layer is steered with str
               pastalib, nnsight  the packages themselves, where installed: pip install 'hf-steer[rivals]'
 
 Each contender is first verified: its result, in training its gradients too, against the same in float64. error is its error in
-units of the plain model's own; above 4 the command fails. Then all run in turns, one call each a round. x is the median over
+units of the plain model's own; above 4 (eager attention: 10) the command fails. Then all run in turns, one call each a round. x is the median over
 rounds of contender / plain, the brackets hold the middle 60 %. MB is the peak of one call above what was there before.
 
 Writes bench-DEVICE.csv (a row per measurement, with versions and date) and bench-DEVICE.png. Bars are the project's own limits;

@@ -18,7 +18,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
 _CPU_LAYERS = 2
-_CPU_TRAINING_TOKENS = 1024
+_CPU_LONG = 1024
+"""What takes a CPU longest is timed up to this length by default: training, the seed's shape, single layers, Llama 3.2 1B, and more
+than one layer of a model."""
 _ROOM = 0.35
 """Share of a GPU's memory for weights and caches; rivals that hold queries × keys want some, too."""
 
@@ -84,9 +86,10 @@ def list_cells(
         phases: of `PHASES`; all by default.
         shapes: of `SHAPES`. None: seed to Llama-8B; on a CPU only Qwen2-VL-2B's as a layer and as a model, where Llama 3.2 1B,
             for pastalib, is a model, too.
-        tokens: lengths. None: 1024 and 4096, on a GPU also 16384 and 32768; training on a CPU at the first only.
+        tokens: lengths. None: 1024 and 4096, on a GPU also 16384 and 32768. With nothing chosen, a CPU leaves out some of the
+            longest cells.
         dtypes: of `DTYPES`. None: float32 and bfloat16; on a GPU bfloat16.
-        layers: of whole models. None: 2 on a CPU, on a GPU as many as fit.
+        layers: of whole models. None: 2 on a CPU, 1 for more than 1024 tokens; on a GPU as many as fit.
 
     Raises:
         ConfigError: a name that is not known.
@@ -110,7 +113,7 @@ def list_cells(
         for phase in phases or PHASES
         for length in lengths
         for batch in PHASES[phase]
-        if tokens or not (on_cpu and phase == "training" and length > _CPU_TRAINING_TOKENS)
+        if not on_cpu or tokens or phases or shapes or _by_default_on_cpu(level, shape, phase, length)
     )
 
 
@@ -123,13 +126,20 @@ def _default_shapes(level: str, on_cpu: bool) -> Iterator[str]:
         yield "llama-1b"
 
 
+def _by_default_on_cpu(level: str, shape: str, phase: str, length: int) -> bool:
+    """A whole run takes about a quarter of an hour on two cores."""
+    if phase == "training":
+        return length <= _CPU_LONG and shape == "qwen2-vl-2b"
+    return length <= _CPU_LONG or (level != "layer" and shape not in ("seed", "llama-1b"))
+
+
 def _sized(cell: Cell, layers: int | None) -> Cell:
     """The cell with as many layers as asked for or as fit."""
     if cell.level != "model":
         return cell
     shape, count = cell.shape, layers
     if count is None and cell.device == "cpu":
-        count = _CPU_LAYERS
+        count = _CPU_LAYERS if cell.tokens <= _CPU_LONG else 1
     elif count is None:
         room = _ROOM * torch.cuda.get_device_properties(0).total_memory
         count = int(room // _layer_bytes(cell))

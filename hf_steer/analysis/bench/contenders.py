@@ -15,6 +15,10 @@ from hf_steer.attention import BACKENDS
 from hf_steer.errors import ConfigError
 
 OURS = "hf_steer"
+KERNEL_BUDGET = 4.0
+"""A kernel that adds a bias rounds once more and sums in another order. A bias that is forgotten is off by hundreds."""
+EAGER_BUDGET = 10.0
+"""Eager attention rounds logits and weights to the model's type, where fused kernels keep float32."""
 Maker = Callable[[Any], Call]
 
 
@@ -29,6 +33,7 @@ class Contender:
         decoder_levels: `"layer"`, `"model"` or both.
         steers: whether it carries the bias; otherwise it has to give what the plain model gives.
         flat: its bias is the same all over the image.
+        budget: its error may be this many times the plain model's own.
         copies: heads × queries × keys tensors that it holds at once; what would not fit is left out.
         phases: that it can run.
         family: of the shapes that it can run; None for all.
@@ -41,6 +46,7 @@ class Contender:
     decoder_levels: tuple[str, ...] = ("layer", "model")
     steers: bool = True
     flat: bool = False
+    budget: float = KERNEL_BUDGET
     copies: int = 0
     phases: tuple[str, ...] = tuple(PHASES)
     family: str | None = None
@@ -66,10 +72,10 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("hf_steer strength 0", attention_stage.at_zero, decoder_calls.at_zero, steers=False),
     Contender("dense mask", attention_stage.dense_mask, decoder_calls.dense_mask, copies=2),
     Contender("position_bias", attention_stage.position_bias, decoder_calls.position_bias, copies=2),
-    Contender("edited weights", attention_stage.edited, decoder_calls.edited, copies=5),
+    Contender("edited weights", attention_stage.edited, decoder_calls.edited, budget=EAGER_BUDGET, copies=5),
     Contender(
-        "pastalib", None, rivals.pasta, ("model",), flat=True, copies=6, phases=("prefill", "decode"), family="llama",
-        requires="pastalib",
+        "pastalib", None, rivals.pasta, ("model",), flat=True, budget=EAGER_BUDGET, copies=6, phases=("prefill", "decode"),
+        family="llama", requires="pastalib",
     ),
     Contender("nnsight", None, rivals.nnsight, ("model",), copies=2, phases=("prefill", "decode"), requires="nnsight"),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from hf_steer.analysis.bench.setup_cost import patching_costs
 from hf_steer.analysis.bench.shapes import make_model
 from hf_steer.analysis.bench.table import Row, cell_rows, finished, patching_row
 from hf_steer.analysis.bench.timing import FLOOR, Call, cpu_clock, cuda_clock, peak_bytes, time_in_turns
-from hf_steer.analysis.bench.verify import ERROR_BUDGET, Stage, Verifier
+from hf_steer.analysis.bench.verify import Stage, Verifier
 from hf_steer.errors import SteerError
 
 _VERIFIED_TOKENS = 96
@@ -120,9 +120,9 @@ def _verify(
 
 
 def _over_budget(row: Contender, cell: Cell, ratio: float) -> Iterator[str]:
-    if not ratio <= ERROR_BUDGET:
+    if not ratio <= row.budget:
         where = f"{cell.level}, {cell.shape.name}, {cell.phase}, batch {cell.batch}, {cell.tokens} tokens, {cell.dtype}"
-        yield f"{row.name} ({where}): its error is {ratio:.1f} times the plain model's own; allowed are {ERROR_BUDGET:g}."
+        yield f"{row.name} ({where}): its error is {ratio:.1f} times the plain model's own; allowed are {row.budget:g}."
 
 
 def _checked_cell(cell: Cell) -> Cell:

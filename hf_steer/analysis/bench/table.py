@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from hf_steer.analysis.bench.bars import judge
+from hf_steer.analysis.bench.bars import judge, missed_bars
 from hf_steer.analysis.bench.cells import Cell
 from hf_steer.analysis.bench.contenders import OURS
 from hf_steer.analysis.bench.timing import FLOOR, Spread, Times, paired_ratios, spread
@@ -104,7 +104,7 @@ def summary(rows: Iterable[Row]) -> str:
     judged = [row for row in rows if row["holds"] is not None]
     held = sum(row["holds"] for row in judged)
     lines.append(f"\n{held} of {len(judged)} rows with bars keep them.")
-    lines += [f"missed: {_name(row)}: {row['bar']}; {_found(row)}" for row in judged if not row["holds"]]
+    lines += [f"missed: {_name(row)}: {_found(row)}" for row in judged if not row["holds"]]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -125,8 +125,12 @@ def _name(row: Row) -> str:
 
 
 def _found(row: Row) -> str:
-    names = {part.split()[0] for part in row["bar"].split("; ")}
-    return ", ".join(f"{name} is {row[name]:.3f}" for name in sorted(names))
+    """The bars that a row misses, and whether the middle 60 % of the rounds reach them."""
+    parts = []
+    for bar in missed_bars(row):
+        noisy = bar.quantity == "ratio" and row["ratio_p20"] <= bar.limit
+        parts.append(f"{bar}, but is {row[bar.quantity]:.3f}{' (the interval reaches it)' if noisy else ''}")
+    return "; ".join(parts)
 
 
 def _spread_columns(name: str, found: Spread) -> Row:

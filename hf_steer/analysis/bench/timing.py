@@ -14,8 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 FLOOR = "plain"
-_SLOW = 2.0
-"""A contender this many times slower than the floor is timed in the first rounds only: its ratio is no close matter."""
+_SLOW, _VERY_SLOW, _LONG_MS = 2.0, 4.0, 1000.0
+"""A contender `_SLOW` times slower than the floor is timed in the first rounds only, since its ratio is no close matter; one that
+is `_VERY_SLOW` and takes longer than `_LONG_MS` in the first alone."""
 
 Times = Mapping[str, list[float]]
 
@@ -95,7 +96,7 @@ def time_in_turns(
         calls: name -> call; the floor is one of them. All have run before.
         clock: milliseconds of one call.
         seconds: no round begins after this time, but for the first ones.
-        least_rounds: that run whatever the time; slow contenders run in these alone.
+        least_rounds: that run whatever the time; slow contenders run in these alone, or in fewer.
         most_rounds: at most.
         now: seconds, for the budget.
 
@@ -105,9 +106,9 @@ def time_in_turns(
     times: dict[str, list[float]] = {name: [] for name in calls}
     names, started = list(calls), now()
     for number in range(most_rounds):
-        if number == least_rounds:
-            floor = np.median(times[FLOOR])
-            names = [name for name in names if np.median(times[name]) <= _SLOW * floor]
+        if number in (1, least_rounds):
+            limit = _SLOW * np.median(times[FLOOR]) if number == least_rounds else max(_VERY_SLOW * times[FLOOR][0], _LONG_MS)
+            names = [name for name in names if np.median(times[name]) <= limit]
         if number >= least_rounds and now() - started > seconds:
             break
         for name in random.Random(number).sample(names, len(names)):

@@ -13,9 +13,6 @@ from hf_steer.analysis.bench.contenders import Contender
 from hf_steer.analysis.bench.decoder_stage import DecoderStage
 from hf_steer.analysis.bench.timing import Call
 
-ERROR_BUDGET = 4.0
-"""Times the plain model's own error. A kernel that adds a bias rounds it once more, sums in another order, and may take a path
-that rounds the weights to 16 bits; a bias that is forgotten or shifted by one key is off by hundreds."""
 _LEAST_EPS = 0.25
 """Of the type's epsilon: rounding the result alone makes a relative error of about this size."""
 

@@ -34,8 +34,9 @@ have random weights of real sizes. Every head of every layer is steered with str
               pastalib, nnsight  the packages themselves, where installed: pip install 'hf-steer[rivals]'
 
 Each contender is first verified: its result, in training its gradients too, against the same in float64. error is its error in
-units of the plain model's own; above 4 (eager attention: 10) the command fails. Then all run in turns, one call each a round. x is the median over
-rounds of contender / plain, the brackets hold the middle 60 %. MB is the peak of one call above what was there before.
+units of the plain model's own; above 4 (eager attention: 10) the command fails. Then all run in turns, one call each a round.
+x is the median over rounds of contender / plain, the brackets hold the middle 60 %. MB is the peak of one call above what was
+there before.
 
 Writes bench-DEVICE.csv (a row per measurement, with versions and date) and bench-DEVICE.png. Bars are the project's own limits;
 a missed one is printed, and is no failure: on a shared machine time is noisy.
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, metavar="N", help="of whole models")
     parser.add_argument("--contenders", help="only these, beside plain and hf_steer", **several)
     parser.add_argument("--backend", help="also time these backends of hf_steer by name (default on cuda: all)", **several)
-    parser.add_argument("--seconds", type=float, help="of timing per cell (default: 3; at least three rounds run)")
+    parser.add_argument("--seconds", type=float, help="of timing per cell (default: 2; at least three rounds run)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, 64 tokens, every level, phase and contender")
     parser.add_argument(
         "--output", type=Path, default=Path("hf_steer_bench"), metavar="DIR",
@@ -121,9 +122,9 @@ def _measure(arguments: argparse.Namespace) -> Bench:
         dtypes=arguments.dtype,
         layers=arguments.layers,
     )
-    backends = arguments.backend or (tuple(BACKENDS) if arguments.device == "cuda" or quick else ())
-    seconds = arguments.seconds if arguments.seconds is not None else 0.0 if quick else 3.0
-    bar = tqdm(total=len(cells), desc="bench", unit="cell", disable=None if not arguments.json else True)
+    named = tuple(BACKENDS) if arguments.device == "cuda" else ("folded", "mask") if quick else ()
+    seconds = arguments.seconds if arguments.seconds is not None else 0.0 if quick else 2.0
+    bar = tqdm(total=len(cells), desc="bench", unit="cell", disable=True if arguments.json else None)
 
     def progress(each: Any) -> Any:
         for cell in each:
@@ -132,7 +133,7 @@ def _measure(arguments: argparse.Namespace) -> Bench:
             bar.update()
 
     with bar:
-        contenders = choose_contenders(arguments.contenders, backends)
+        contenders = choose_contenders(arguments.contenders, arguments.backend or named)
         return run_bench(cells, contenders, seconds=seconds, quick=quick, progress=progress)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_steer import __version__
+from hf_steer.cli.bench import BENCH
 from hf_steer.cli.calibrate import CALIBRATE
 from hf_steer.cli.demo import DEMO
 from hf_steer.cli.heads import HEADS
@@ -17,7 +18,7 @@ from hf_steer.cli.simulate import SIMULATE
 from hf_steer.cli.sweep import SWEEP
 from hf_steer.errors import SteerError
 
-COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE)
+COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE, BENCH)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

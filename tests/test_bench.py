@@ -144,6 +144,26 @@ def test_what_would_not_fit_is_left_out():
     assert "dense mask" not in {row["contender"] for row in bench.rows}
 
 
+def test_a_run_that_is_cut_short_keeps_the_cells_that_it_has(tmp_path, monkeypatch):
+    from hf_steer.analysis.bench import run
+
+    honest, seen = run.time_in_turns, []
+
+    def interrupted(calls, clock, **how):
+        seen.append(len(calls))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return honest(calls, clock, **how)
+
+    monkeypatch.setattr(run, "time_in_turns", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--quick", "--json", "--level", "attention", "--phase", "decode", "--output", str(tmp_path)])
+    with open(tmp_path / "bench-cpu.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == seen[0] + seen[1]
+    assert {row["batch"] for row in rows} == {"1", "16"}
+
+
 @pytest.mark.parametrize(("phase", "batch"), [("prefill", 1), ("decode", 2), ("training", 2)])
 def test_the_exact_attention_is_that_of_plain_loops(phase, batch):
     stage = AttentionStage(cell(phase=phase, batch=batch, tokens=9))

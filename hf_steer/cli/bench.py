@@ -16,6 +16,7 @@ from hf_steer.files import write_whole
 if TYPE_CHECKING:
     from hf_steer.analysis.bench import Bench
 
+_SECONDS = {"cpu": 2.0, "cuda": 1.0}
 DESCRIPTION = """\
 Time steering against the same model unsteered, and against other ways to get the same attention. Nothing is downloaded: models
 have random weights of real sizes. Every head of every layer is steered with strength 2 towards a third of the tokens.
@@ -38,8 +39,8 @@ units of the plain model's own; above 4 (eager attention: 10) the command fails.
 x is the median over rounds of contender / plain, the brackets hold the middle 60 %. MB is the peak of one call above what was
 there before.
 
-Writes bench-DEVICE.csv (a row per measurement, with versions and date) and bench-DEVICE.png. Bars are the project's own limits;
-a missed one is printed, and is no failure: on a shared machine time is noisy.
+Writes bench-DEVICE.csv (a row per measurement, with versions and date; anew after each cell) and bench-DEVICE.png. Bars are the
+project's own limits; a missed one is printed, and is no failure: on a shared machine time is noisy.
 
   hf-steer bench --quick                                     everything once on a tiny shape: does it run? (seconds)
   hf-steer bench                                             1024 and 4096 tokens, float32 and bfloat16 (about a quarter of an hour)
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, metavar="N", help="of whole models")
     parser.add_argument("--contenders", help="only these, beside plain and hf_steer", **several)
     parser.add_argument("--backend", help="also time these backends of hf_steer by name (default on cuda: all)", **several)
-    parser.add_argument("--seconds", type=float, help="of timing per cell (default: 2; at least three rounds run)")
+    parser.add_argument("--seconds", type=float, help="of timing per cell (default: 2, on a GPU 1; at least three rounds run)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, 64 tokens, every level, phase and contender")
     parser.add_argument(
         "--output", type=Path, default=Path("hf_steer_bench"), metavar="DIR",
@@ -68,12 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from hf_steer.analysis.plots import plot_bench
+
     started = time.perf_counter()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which measures memory, logs every start and stop
     _check(arguments)
-    bench = _measure(arguments)
     table = arguments.output / f"bench-{arguments.device}.csv"
-    files = [table, _write(bench, table)]
+    bench = _measure(arguments, table)
+    files = [table, plot_bench(bench.rows, table.with_suffix(".png"))]
     seconds = time.perf_counter() - started
     if arguments.json:
         report = {"rows": bench.rows, "wrong": bench.wrong, "left_out": bench.left_out, "files": [str(path) for path in files]}
@@ -106,10 +109,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise FileError(f"cannot make the folder {arguments.output}: {error.strerror}; choose another with --output") from error
 
 
-def _measure(arguments: argparse.Namespace) -> Bench:
+def _measure(arguments: argparse.Namespace, table: Path) -> Bench:
+    """Run it; the table is written anew after each cell."""
     from tqdm.auto import tqdm
 
     from hf_steer.analysis.bench import choose_contenders, list_cells, run_bench
+    from hf_steer.analysis.tables import as_csv
     from hf_steer.attention import BACKENDS
 
     quick = arguments.quick
@@ -123,7 +128,7 @@ def _measure(arguments: argparse.Namespace) -> Bench:
         layers=arguments.layers,
     )
     named = tuple(BACKENDS) if arguments.device == "cuda" else ("folded", "mask") if quick else ()
-    seconds = arguments.seconds if arguments.seconds is not None else 0.0 if quick else 2.0
+    seconds = arguments.seconds if arguments.seconds is not None else 0.0 if quick else _SECONDS[arguments.device]
     bar = tqdm(total=len(cells), desc="bench", unit="cell", disable=True if arguments.json else None)
 
     def progress(each: Any) -> Any:
@@ -134,15 +139,10 @@ def _measure(arguments: argparse.Namespace) -> Bench:
 
     with bar:
         contenders = choose_contenders(arguments.contenders, arguments.backend or named)
-        return run_bench(cells, contenders, seconds=seconds, quick=quick, progress=progress)
-
-
-def _write(bench: Bench, table: Path) -> Path:
-    from hf_steer.analysis.plots import plot_bench
-    from hf_steer.analysis.tables import as_csv
-
-    write_whole(table, as_csv(bench.rows).encode())
-    return plot_bench(bench.rows, table.with_suffix(".png"))
+        return run_bench(
+            cells, contenders, seconds=seconds, quick=quick, progress=progress,
+            keep=lambda rows: write_whole(table, as_csv(rows).encode()),
+        )  # fmt: skip
 
 
 BENCH = Command("bench", "how fast steering is, beside the plain model and its rivals", DESCRIPTION, add_arguments, run)

@@ -21,6 +21,7 @@ _CPU_LAYERS = 2
 _CPU_LONG = 1024
 """What takes a CPU longest is timed up to this length by default: training, the seed's shape, single layers, Llama 3.2 1B, and more
 than one layer of a model."""
+_GPU_TRAINING = 4096
 _ROOM = 0.35
 """Share of a GPU's memory for weights and caches; rivals that hold queries × keys want some, too."""
 
@@ -86,8 +87,8 @@ def list_cells(
         phases: of `PHASES`; all by default.
         shapes: of `SHAPES`. None: seed to Llama-8B; on a CPU only Qwen2-VL-2B's as a layer and as a model, where Llama 3.2 1B,
             for pastalib, is a model, too.
-        tokens: lengths. None: 1024 and 4096, on a GPU also 16384 and 32768. With nothing chosen, a CPU leaves out some of the
-            longest cells.
+        tokens: lengths. None: 1024 and 4096, on a GPU also 16384 and 32768. With nothing else chosen, some of the longest
+            cells are left out.
         dtypes: of `DTYPES`. None: float32 and bfloat16; on a GPU bfloat16.
         layers: of whole models. None: 2 on a CPU, 1 for more than 1024 tokens; on a GPU as many as fit.
 
@@ -113,7 +114,7 @@ def list_cells(
         for phase in phases or PHASES
         for length in lengths
         for batch in PHASES[phase]
-        if not on_cpu or tokens or phases or shapes or _by_default_on_cpu(level, shape, phase, length)
+        if tokens or phases or shapes or _by_default(level, shape, phase, length, on_cpu=on_cpu)
     )
 
 
@@ -126,8 +127,10 @@ def _default_shapes(level: str, on_cpu: bool) -> Iterator[str]:
         yield "llama-1b"
 
 
-def _by_default_on_cpu(level: str, shape: str, phase: str, length: int) -> bool:
-    """A whole run takes about a quarter of an hour on two cores."""
+def _by_default(level: str, shape: str, phase: str, length: int, *, on_cpu: bool) -> bool:
+    """A whole run is to take about a quarter of an hour."""
+    if not on_cpu:
+        return phase != "training" or length <= _GPU_TRAINING
     if phase == "training":
         return length <= _CPU_LONG and shape == "qwen2-vl-2b"
     return length <= _CPU_LONG or (level != "layer" and shape not in ("seed", "llama-1b"))

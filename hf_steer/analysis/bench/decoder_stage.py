@@ -105,8 +105,12 @@ class DecoderStage:
         def around() -> Iterator[None]:
             if cache is not None:
                 self._fill(cache, self.cell.tokens)
-            with torch.set_grad_enabled(self.training), _all(contexts()):
-                yield
+            try:
+                with torch.set_grad_enabled(self.training), _all(contexts()):
+                    yield
+            finally:
+                if cache is not None:
+                    self._fill(cache, self.cell.tokens)  # its longer copy is let go
 
         if self.cell.level == "model":
             return Call(lambda: self._run_model(forward or model, cache, options()), around)

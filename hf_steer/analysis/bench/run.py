@@ -50,6 +50,7 @@ def run_bench(
     seconds: float,
     quick: bool = False,
     progress: Callable[[Sequence[Any]], Any] = iter,
+    keep: Callable[[list[Row]], object] = len,
 ) -> Bench:
     """Run all cells, and patch a model without weights.
 
@@ -59,6 +60,7 @@ def run_bench(
         seconds: of timing per cell, beyond the first three rounds.
         quick: patch a tiny model.
         progress: wraps the cells, as tqdm does.
+        keep: is handed all rows so far after each cell, so that a run that is cut short has not been for nothing.
     """
     bench, models = Bench(), Models()
     ready = [row for row in contenders if row.missing is None]
@@ -66,17 +68,26 @@ def run_bench(
     rows: list[Row] = []
     known: dict[tuple[Cell, str], float] = {}
     for cell in progress(cells):
-        entered = [row for row in ready if row.enters(cell) and _fits(row, cell, bench)]
-        errors = _verify(cell, entered, models, known, bench)
-        stage = _stage(cell, models)
-        calls = dict(_calls(stage, [row for row in entered if row.name in errors], bench))
-        peaks = dict(_peaks(calls, cell, bench))  # each call's first run, too
-        clock = cuda_clock if cell.device == "cuda" else cpu_clock
-        times = time_in_turns({name: calls[name] for name in peaks}, clock, seconds=seconds)
-        rows += cell_rows(cell, times, peaks, errors)
+        rows += _measure(cell, ready, models, known, bench, seconds)
+        bench.rows = finished(rows, cell.device)
+        keep(bench.rows)
     rows.append(patching_row(*patching_costs(quick=quick)))
     bench.rows = finished(rows, cells[0].device)
+    keep(bench.rows)
     return bench
+
+
+def _measure(
+    cell: Cell, contenders: Sequence[Contender], models: Models, known: dict[tuple[Cell, str], float], bench: Bench, seconds: float
+) -> list[Row]:
+    """One cell: verify, take the memory of a first call, time in turns."""
+    entered = [row for row in contenders if row.enters(cell) and _fits(row, cell, bench)]
+    errors = _verify(cell, entered, models, known, bench)
+    calls = dict(_calls(_stage(cell, models), [row for row in entered if row.name in errors], bench))
+    peaks = dict(_peaks(calls, cell, bench))
+    clock = cuda_clock if cell.device == "cuda" else cpu_clock
+    times = time_in_turns({name: calls[name] for name in peaks}, clock, seconds=seconds)
+    return cell_rows(cell, times, peaks, errors)
 
 
 class Models:

@@ -107,17 +107,17 @@ def plain(stage: AttentionStage) -> Call:
 def steered(stage: AttentionStage, *, backend: str = "auto") -> Call:
     """Ours, the bias ready: a model makes it once per prompt."""
     ride = SteeredCall({0: stage.bias()}, backend)
-    return stage.call(steered_attention, inner=sdpa_attention_forward, hf_steer=ride)
+    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa", hf_steer=ride)
 
 
 def disabled(stage: AttentionStage) -> Call:
     """Ours inside `disable_steering`: no ride comes along."""
-    return stage.call(steered_attention, inner=sdpa_attention_forward)
+    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa")
 
 
 def at_zero(stage: AttentionStage) -> Call:
     """Ours at strength 0: the ride has no bias for the layer."""
-    return stage.call(steered_attention, inner=sdpa_attention_forward, hf_steer=SteeredCall())
+    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa", hf_steer=SteeredCall())
 
 
 def dense_mask(stage: AttentionStage) -> Call:

@@ -21,15 +21,15 @@ Row = dict[str, Any]
 
 COLUMNS = (
     "level", "shape", "phase", "batch", "tokens", "dtype", "layers", "contender", "rounds", "ms", "ms_p20", "ms_p80",
-    "ratio", "ratio_p20", "ratio_p80", "times_ours", "times_fused", "added_ms", "peak_mb", "peak_ratio", "memory_growth",
+    "ratio", "ratio_p20", "ratio_p80", "times_ours", "times_triton", "added_ms", "peak_mb", "peak_ratio", "memory_growth",
     "error_ratio", "bar", "holds", "kind", "device", "threads", "torch", "transformers", "hf_steer", "python", "platform", "date",
 )  # fmt: skip
 """Of the CSV. Times are in milliseconds with their 20th and 80th percentile; `ratio` is over the plain model, `times_ours` over
-hf_steer, `times_fused` over hf_steer's fused backend, each the median of the rounds' own ratios; `added_ms` is per layer above
+hf_steer, `times_triton` over hf_steer's triton backend, each the median of the rounds' own ratios; `added_ms` is per layer above
 plain; `peak_mb` is of a call above what was there before; `memory_growth` is the exponent of peak_mb between this length and
 the next shorter one (1 linear, 2 quadratic); `error_ratio` is the error in units of the plain model's own."""
 
-_FUSED = f"{OURS} fused"
+_TRITON = f"{OURS} triton"
 _MB = 1e6
 
 
@@ -61,7 +61,7 @@ def cell_rows(cell: Cell, times: Times, peaks: dict[str, int], errors: dict[str,
                 "level": cell.level, "shape": cell.shape.name, "phase": cell.phase, "batch": cell.batch, "tokens": cell.tokens,
                 "dtype": cell.dtype, "layers": cell.layers, "contender": name, "rounds": len(taken),
                 **_spread_columns("ms", spread(taken)), **_spread_columns("ratio", ratio),
-                "times_ours": _times(times, name, OURS), "times_fused": _times(times, name, _FUSED),
+                "times_ours": _times(times, name, OURS), "times_triton": _times(times, name, _TRITON),
                 "added_ms": float(np.median(added)) / cell.layers, "peak_mb": peaks[name] / _MB,
                 "peak_ratio": peaks[name] / peaks[FLOOR] if peaks[FLOOR] else None, "memory_growth": None,
                 "error_ratio": errors.get(name),

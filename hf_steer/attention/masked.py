@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_steer.attention.bias import once
 from hf_steer.values import HeadBias
-
-_UNGROUPED = SimpleNamespace(num_key_value_groups=1, is_causal=False)
-"""Stands for an attention module whose query heads have been laid out as queries of the key heads."""
 
 
 def attend_masked(
@@ -28,27 +25,32 @@ def attend_masked(
     **kwargs: Any,
 ) -> Any:
     """Attend with the dense bias added to the mask; arguments as for `attend_folded`."""
+    queries, sdpa = query.shape[2], inner is sdpa_attention_forward
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    queries, sdpa = query.shape[2], inner is sdpa_attention_forward
-    dtype = _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0)
-    dense = once(bias.forms, ("dense", dtype), bias.query, lambda: dense_bias(bias, dtype))
-    mask = merge_mask(dense, attention_mask, causal_queries=queries if causal and queries > 1 else None)
-    if sdpa and queries == 1 and query.shape[1] > key.shape[1]:
-        return _attend_grouped(inner, query, key, value, mask, **kwargs)
+
+    def merge() -> tuple[Tensor | None, Tensor]:
+        dense = dense_bias(bias, _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0))
+        return attention_mask, merge_mask(dense, attention_mask, causal_queries=queries if causal and queries > 1 else None)
+
+    merged_with, mask = once(bias.forms, ("mask", attention_mask is None), bias.query, merge)
+    if merged_with is not attention_mask:  # layers of another kind have another mask, such as a window
+        mask = merge()[1]
+    if sdpa and queries == 1 and kwargs.get("position_bias") is None and kwargs.get("softcap") is None:
+        return _attend_step(query, key, value, mask, **kwargs)
     return inner(module, query, key, value, mask, is_causal=False, **kwargs)
 
 
-def _attend_grouped(
-    inner: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+def _attend_step(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float | None = None, dropout: float = 0.0, **_: Any
 ) -> tuple[Tensor, None]:
-    """A single query per head: the heads of a group become queries of their key head, so that no key is repeated for them."""
-    batch, heads, _, head_dim = query.shape
-    groups = (batch, key.shape[1], heads // key.shape[1], -1)
-    output, _ = inner(
-        _UNGROUPED, query.reshape(*groups[:3], head_dim), key, value, mask.reshape(*groups), is_causal=False, **kwargs
-    )
-    return output.transpose(1, 2).reshape(batch, 1, heads, value.shape[-1]), None
+    """sdpa for a single query per head: the heads of a group become queries of their key head, and no key is repeated."""
+    batch, heads, _one, head_dim = query.shape
+    key_heads = key.shape[1]
+    grouped = query.reshape(batch, key_heads, heads // key_heads, head_dim)
+    mask = mask.reshape(len(mask), key_heads, heads // key_heads, -1)
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return output.reshape(batch, 1, heads, value.shape[-1]), None
 
 
 def _mask_dtype(query: Tensor, value: Tensor, *, sdpa: bool, dropout: float) -> torch.dtype:

@@ -29,11 +29,13 @@ class SteeredCall:
         biases: layer -> bias, for the layers to steer in this pass.
         backend: what the user asked for.
         read: is handed what the layers of a first pass attend with; None in a pass that is steered.
+        chosen: what was decided for the pass's first layer holds for the others.
     """
 
     biases: Mapping[int, HeadBias] = field(default_factory=dict)
     backend: str = "auto"
     read: Reader | None = None
+    chosen: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
 def registered_name(implementation: str, part: str, family: str) -> str:
@@ -65,8 +67,11 @@ def steered_attention(
             "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
         )
     bias = on_device(bias, key.device)
-    call = call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs)
-    attend = BACKENDS[choose_backend(hf_steer.backend, call)].attend
+    alike = attention_mask is None, key.device  # in which the layers of one pass may differ
+    attend = hf_steer.chosen.get(alike)
+    if attend is None:
+        call = call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs)
+        attend = hf_steer.chosen[alike] = BACKENDS[choose_backend(hf_steer.backend, call)].attend
     return attend(inner, module, query, key, value, attention_mask, bias, **kwargs)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -335,6 +336,23 @@ def test_default_cells_are_the_listed_shapes_lengths_and_types():
     assert {("qwen2-vl-2b", 4096, "prefill"), ("qwen2-vl-2b", 4096, "decode"), ("llama-1b", 1024, "prefill")} <= whole
     assert not [c for c in cells if c.phase == "training" and c.tokens > 1024]
     assert [c.tokens for c in list_cells("cpu", levels=["attention"], phases=["training"], shapes=["tiny"], tokens=[5])] == [5, 5]
+
+
+def test_on_a_gpu_whole_models_have_as_many_layers_as_fit(monkeypatch):
+    memory = types.SimpleNamespace(total_memory=80_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    cells = list_cells("cuda")
+    assert {c.tokens for c in cells if c.phase == "prefill"} == {1024, 4096, 16384, 32768}
+    assert {c.tokens for c in cells if c.phase == "training"} == {1024, 4096}
+    assert {c.dtype for c in cells} == {"bfloat16"}
+    assert {("layer", "seed"), ("attention", "llama-8b"), ("model", "llama-1b")} <= {(c.level, c.shape.name) for c in cells}
+    layers = {(c.shape.name, c.phase, c.batch, c.tokens): c.layers for c in cells if c.level == "model"}
+    assert layers["qwen2-vl-7b", "prefill", 1, 1024] == 28
+    assert 1 <= layers["seed", "decode", 16, 32768] < layers["seed", "decode", 1, 32768] <= 32
+    assert {c.layers for c in cells if c.level != "model"} == {1}
+    memory.total_memory = 1_000_000
+    assert {c.layers for c in list_cells("cuda")} == {1}
+    assert {c.layers for c in list_cells("cpu", levels=["model"], shapes=["llama-8b"], layers=3)} == {3}
 
 
 def test_shapes_are_the_published_ones():

@@ -91,7 +91,7 @@ def _measure(
 
 
 class Models:
-    """The last model of each size of layers, since neighbouring cells share it."""
+    """The last model that was timed and the last that was verified, since neighbouring cells share them."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Any] = {}
@@ -100,8 +100,8 @@ class Models:
         """The plain model of a cell."""
         place = (cell.shape, cell.layers, cell.dtype)
         if place not in self._kept:
-            if any(shape != cell.shape or dtype != cell.dtype for shape, _, dtype in self._kept):
-                self._kept.clear()
+            verified = (cell.shape, min(cell.layers, _VERIFIED_LAYERS), cell.dtype)
+            self._kept = {kept: model for kept, model in self._kept.items() if kept == verified}
             self._kept[place] = make_model(cell.shape, layers=cell.layers, dtype=cell.torch_dtype, device=cell.device)
         return self._kept[place]
 
@@ -183,7 +183,9 @@ def _attempt(row: Contender, cell: Cell, act: Callable[[], Any], bench: Bench) -
 def _fits(row: Contender, cell: Cell, bench: Bench) -> bool:
     """Whether its queries × keys fit into the free memory."""
     held = row.copies * cell.scores_bytes * (cell.layers if cell.phase == "training" else 1)
-    free = torch.cuda.mem_get_info()[0] if cell.device == "cuda" else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if cell.device == "cuda":  # what torch keeps of freed tensors is free, too
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if held <= _ROOM * free:
         return True
     _leave_out(

@@ -30,6 +30,8 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> 
     by_level = sorted(shown, key=lambda row: _LEVELS.index(row["level"]))
     places = list(dict.fromkeys((row["level"], row["contender"]) for row in by_level))
     figure, axes = subplots(1, 2, size=(12, max(2.5, 0.27 * len(places) + 1.4)), sharey=True)
+    from matplotlib.ticker import LogLocator  # after `subplots`, which says how to install it
+
     for axis, phase in zip(axes, _PANELS, strict=True):
         for place, (level, contender) in enumerate(places):
             chosen = [row for row in shown if (row["phase"], row["level"], row["contender"]) == (phase, level, contender)]
@@ -40,6 +42,7 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> 
         axis.set_title(phase, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 5, 7)))
         axis.xaxis.set_minor_formatter("{x:.2g}")
         axis.tick_params(axis="x", which="both", labelsize=7)
     axes[0].set_yticks(range(len(places)), [f"{contender}, {level}" for level, contender in places], fontsize=8)

@@ -257,27 +257,28 @@ def query_gradient_kernel(
 
 @triton.jit
 def _gather_from_queries(
-    key_grad: tl.tensor, value_grad: tl.tensor, bias_grad: tl.tensor, k: tl.tensor, v: tl.tensor, key_at: tl.tensor, start: tl.tensor, end: tl.tensor,
+    key_grad: tl.tensor, value_grad: tl.tensor, bias_grad: tl.tensor, k: tl.tensor, v: tl.tensor, key_at: tl.tensor, start: tl.tensor,
     queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, query: tl.tensor, query_stride: tl.tensor, output_grad: tl.tensor, output_grad_stride: tl.tensor,
     log_sum: tl.tensor, delta: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor,
     HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, NEEDS_KEY: tl.constexpr,
+    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """What the queries from `start` to `end` add to the gradients of a block of keys; tiles are keys × queries.
+    """What the queries from `start` on add to the gradients of a block of keys; tiles are keys × queries.
 
     Rows beyond the last query need no look: there query, output's gradient, log-sum and delta are 0, and so is what they add.
+    One sweep, also where only a few tiles touch the diagonal: a second one costs registers that the sums need.
     """
-    for first in range(start, end, BLOCK_M):
+    for first in range(start, queries, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         query_at = rows[None, :]
         q = _load(query, first, queries, query_stride, BLOCK_M, HEAD, HEAD_WIDTH)
         o_grad = _load(output_grad, first, queries, output_grad_stride, BLOCK_M, VALUE, VALUE_WIDTH)
         logits = _logits(
             tl.dot(k, tl.trans(q)), query_at, key_at, queries, keys, scale, bias_query, bias_key, mask, mask_floor,
-            RANK, MASK, CAUSAL, EDGE,
+            RANK, MASK, CAUSAL, CAUSAL,
         )  # fmt: skip
-        weights = _weights(logits, tl.load(log_sum + rows, mask=rows < queries, other=0.0)[None, :], MASK, EDGE)
+        weights = _weights(logits, tl.load(log_sum + rows, mask=rows < queries, other=0.0)[None, :], MASK, CAUSAL)
         if NEEDS_VALUE:
             value_grad = tl.dot(weights.to(output_grad.dtype.element_ty).to(o_grad.dtype), o_grad, value_grad)
         if NEEDS_KEY or NEEDS_BIAS:
@@ -290,17 +291,6 @@ def _gather_from_queries(
                     bias_grad, slope, query_at, queries, bias_query[0], bias_query[1], bias_query[2], RANK, RANKS
                 )
     return key_grad, value_grad, bias_grad
-
-
-@triton.jit
-def _reach_of_keys(first: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr) -> tl.tensor:
-    """From which query any of a block of keys is seen, and from which all are."""
-    start = 0
-    whole = 0
-    if CAUSAL:
-        start = first // BLOCK_M * BLOCK_M
-        whole = (first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    return start, whole
 
 
 @triton.jit
@@ -322,22 +312,19 @@ def key_gradient_kernel(
     to_key = tl.zeros((BLOCK_N, HEAD_WIDTH), tl.float32)
     to_value = tl.zeros((BLOCK_N, VALUE_WIDTH), tl.float32)
     to_bias = tl.zeros((BLOCK_N, RANKS), tl.float32)
-    start, whole = _reach_of_keys(first, BLOCK_M, BLOCK_N, CAUSAL)
+    start = 0
+    if CAUSAL:
+        start = first // BLOCK_M * BLOCK_M
     for head in range(key_head * group, key_head * group + group):
         scalars = (batch * heads + head) * queries
-        for edge in tl.static_range(2):
-            if CAUSAL or edge == 0:
-                to_key, to_value, to_bias = _gather_from_queries(
-                    to_key, to_value, to_bias, k, v, key_at,
-                    whole + edge * (start - whole), queries + edge * (tl.minimum(whole, queries) - queries), queries, keys, scale,
-                    _at(query, batch, head), query[3], _at(output_grad, batch, head), output_grad[3],
-                    log_sum + scalars, delta + scalars,
-                    (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
-                    (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
-                    (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
-                    HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, RANKS, MASK, CAUSAL, edge == 1,
-                    NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, BLOCK_M,
-                )  # fmt: skip
+        to_key, to_value, to_bias = _gather_from_queries(
+            to_key, to_value, to_bias, k, v, key_at, start, queries, keys, scale,
+            _at(query, batch, head), query[3], _at(output_grad, batch, head), output_grad[3], log_sum + scalars, delta + scalars,
+            (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
+            (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
+            (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
+            HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, RANKS, MASK, CAUSAL, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, BLOCK_M,
+        )  # fmt: skip
     if NEEDS_KEY:
         _store(to_key * scale, _at(key_grad, batch, key_head), first, keys, key_grad[3], BLOCK_N, HEAD, HEAD_WIDTH)
     if NEEDS_VALUE:
@@ -354,11 +341,11 @@ _ROOMY_BYTES = 160 * 1024
 
 _TILINGS: Mapping[tuple[int, bool], tuple[Tiling, Tiling, Tiling]] = MappingProxyType({
     (64, True): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    (128, True): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    (256, True): ((64, 64, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1)),
-    (64, False): ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    (128, False): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    (256, False): ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (128, True): ((128, 64, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)),
+    (256, True): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    (64, False): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (128, False): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    (256, False): ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
 })  # fmt: skip
 """(Padded head size, much shared memory) -> tiles of the forward, the query gradient and the key gradient kernel."""
 
@@ -385,6 +372,7 @@ def launch_forward(
     Returns:
         Output `(batch, queries, heads, value_dim)` and base-2 log-sum-exp `(batch, heads, queries)` float32.
     """
+    query, key, value = (_with_rows(tensor) for tensor in (query, key, value))
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[3])
     log_sum = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -406,6 +394,7 @@ def launch_backward(
     *, output: Tensor, log_sum: Tensor, output_grad: Tensor, needed: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of query, key, value, bias_query and bias_key; None for those not needed."""
+    query, key, value = (_with_rows(tensor) for tensor in (query, key, value))
     (batch, heads, queries, _), (_, key_heads, keys, rank) = query.shape, (*key.shape[:3], bias_key.shape[2])
     grads = [torch.empty_like(tensor) if need else None for tensor, need in zip((query, key, value), needed[:3], strict=True)]
     query_grad, key_grad, value_grad = grads
@@ -434,8 +423,7 @@ def launch_backward(
 def _inputs(query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    rows = (_strided(_with_rows(tensor)) for tensor in (query, key, value))
-    return (*rows, _strided(bias_query), _strided(bias_key), _strided(mask))
+    return tuple(_strided(tensor) for tensor in (query, key, value, bias_query, bias_key, mask))
 
 
 def _numbers(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> tuple[int | float, ...]:

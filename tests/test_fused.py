@@ -1,0 +1,382 @@
+"""The fused kernel against the fp64 oracle in Triton's interpreter, and its compilation for GPUs that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from oracle import attend, rank_one
+from torch.nn import functional as F
+
+import hf_steer.attention
+from hf_steer.attention import fused
+from hf_steer.attention.fused import attend_fused, refusal
+from hf_steer.errors import SteerError
+from hf_steer.values import HeadBias
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+HEADS, KEY_HEADS = 4, 2
+KERNELS = "hf_steer.attention.fused_kernels"
+DECODER = SimpleNamespace(is_causal=True)
+
+
+@contextmanager
+def triton_as(*, interpreted):
+    """Triton decides as it is imported whether it interprets, so it is imported anew; what was there is put back."""
+
+    def take():  # the C++ part stays: it can be loaded once, and does not decide
+        names = [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]
+        vars(hf_steer.attention).pop("fused_kernels", None)
+        return {name: sys.modules.pop(name) for name in (*names, KERNELS) if name in sys.modules}
+
+    before, wanted = take(), os.environ.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if wanted is not None:
+            os.environ["TRITON_INTERPRET"] = wanted
+        take()
+        sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with triton_as(interpreted=True):
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        cast = InterpreterBuilder.cast_impl
+
+        def cast_rounded(self, source, wanted):  # Triton 3.9's interpreter cuts bfloat16 off where GPUs round to the nearest
+            if (source.dtype.scalar.name, wanted.scalar.name) != ("fp32", "bf16"):
+                return cast(self, source, wanted)
+            rounded = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
+            return TensorHandle(rounded.numpy().reshape(source.data.shape), wanted.scalar)
+
+        InterpreterBuilder.cast_impl = cast_rounded
+        yield
+
+
+def make_case(kind, *, head=64, value=None, dtype=torch.float16, queries=33, keys=33, rank=1, gated=False, batch=2):
+    """Leaves in the layout of transformers, who may attend to whom, and the mask that says so."""
+    torch.manual_seed(queries * keys + head)
+    leaf = {
+        "query": torch.randn(batch, queries, HEADS, head).to(dtype).transpose(1, 2),
+        "key": torch.randn(batch, keys, KEY_HEADS, head).to(dtype).transpose(1, 2),
+        "value": torch.randn(batch, keys, KEY_HEADS, value or head).to(dtype).transpose(1, 2),
+        "strength": torch.tensor([1.5, 0.0, -1.0, 0.75])[:, None] + 0.5 * torch.arange(rank),
+        "gate": torch.rand(batch, queries if gated else 1, rank) if gated else torch.ones(1, 1, rank),
+        "scores": torch.randn(batch, keys, rank),
+    }
+    lower = torch.ones(queries, keys, dtype=torch.bool).tril(max(0, keys - queries) if "padded" in kind else 0)
+    allowed = torch.ones(batch, queries, keys, dtype=torch.bool) if kind == "full" else lower.expand(batch, -1, -1).clone()
+    if "padded" in kind:
+        allowed[0, :, :5] = False  # its first queries may attend to nothing
+    mask = None
+    if kind == "padded bool":
+        mask = allowed[:, None]
+    if kind == "padded float":
+        mask = torch.zeros(allowed[:, None].shape, dtype=dtype).masked_fill(~allowed[:, None], torch.finfo(dtype).min)
+        mask = mask + torch.linspace(-1, 1, keys).to(dtype) * allowed[:, None]  # like a position bias
+    return {name: tensor.requires_grad_() for name, tensor in leaf.items()}, allowed, mask
+
+
+def bias_of(leaf):
+    query = leaf["strength"][None, :, None, :] * leaf["gate"][:, None]
+    return HeadBias(query, leaf["scores"])
+
+
+def added_by(mask, allowed):
+    added = torch.zeros(allowed[:, None].shape, dtype=torch.float64)
+    return added if mask is None or mask.dtype == torch.bool else torch.where(allowed[:, None], mask.double(), added)
+
+
+def run_exact(leaf, allowed, mask, upstream, *, biased=True):
+    """Output and gradients in float64 by a dense formula."""
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in leaf.items()}
+    groups = HEADS // KEY_HEADS
+    logits = exact["query"] @ exact["key"].repeat_interleave(groups, 1).mT * exact["query"].shape[-1] ** -0.5
+    logits = logits + added_by(mask, allowed)
+    if biased:
+        bias = bias_of(exact)
+        logits = logits + torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(logits), -1, -1, -1), bias.key)
+    logits.retain_grad()
+    some = allowed[:, None].any(-1, keepdim=True)
+    weights = torch.where(some, logits.masked_fill(~allowed[:, None], -1e300).softmax(-1), 0)
+    output = (weights @ exact["value"].repeat_interleave(groups, 1)).transpose(1, 2)
+    output.backward(upstream.double())
+    return collect(output, exact) | {"slope": logits.grad}
+
+
+def run_plain(leaf, allowed, mask, upstream, *, biased):
+    """The same by torch in the kernel's dtype; with the bias as a dense mask, since torch has no other place for it."""
+    plain = {name: tensor.detach().clone().requires_grad_() for name, tensor in leaf.items()}
+    dtype = plain["query"].dtype
+    dense = added_by(mask, allowed)
+    if biased:
+        bias = bias_of(plain)
+        dense = dense + torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(allowed), -1, -1, -1), bias.key)
+    dense = dense.masked_fill(~allowed[:, None], -torch.inf).to(dtype)
+    output = F.scaled_dot_product_attention(plain["query"], plain["key"], plain["value"], dense, enable_gqa=True).transpose(1, 2)
+    output.backward(upstream)
+    return collect(output, plain)
+
+
+def run_fused(leaf, mask, upstream, **kwargs):
+    for tensor in leaf.values():
+        tensor.grad = None
+    output, weights = attend_fused(None, DECODER, leaf["query"], leaf["key"], leaf["value"], mask, bias_of(leaf), **kwargs)
+    assert weights is None
+    assert output.is_contiguous()
+    output.backward(upstream)
+    return collect(output, leaf)
+
+
+def cancellation(leaf, exact):
+    """For what makes the bias: how much larger the gradient would be if all its terms had one sign."""
+    absolute = {name: leaf[name].detach().double().abs().requires_grad_() for name in ("strength", "gate", "scores")}
+    bias = bias_of(absolute)
+    slope = exact.pop("slope")
+    torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(slope), -1, -1, -1), bias.key).expand_as(slope).backward(slope.abs())
+    return {name: float(tensor.grad.norm() / exact[name].norm()) for name, tensor in absolute.items()}
+
+
+def collect(output, leaf):
+    return {"output": output.detach(), **{name: tensor.grad for name, tensor in leaf.items() if tensor.grad is not None}}
+
+
+def distance(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+CASES = {
+    "causal": {"kind": "causal", "queries": 37, "keys": 37},
+    "causal, more keys than queries": {"kind": "causal", "head": 80, "dtype": torch.bfloat16, "queries": 33, "keys": 70, "batch": 1},
+    "causal, more queries than keys": {"kind": "causal", "queries": 70, "keys": 35, "rank": 3, "gated": True, "batch": 1},
+    "left-padded, bool": {"kind": "padded bool", "dtype": torch.bfloat16, "queries": 35, "keys": 35, "rank": 3, "gated": True},
+    "left-padded, float": {"kind": "padded float", "head": 128, "gated": True},
+    "left-padded, float, rank 3": {"kind": "padded float", "dtype": torch.bfloat16, "queries": 34, "keys": 39, "rank": 3},
+    "wide heads": {"kind": "causal", "head": 256, "queries": 34, "keys": 34, "batch": 1},
+    "narrow values": {"kind": "padded bool", "head": 96, "value": 40, "batch": 1},
+    "one query": {"kind": "full", "dtype": torch.bfloat16, "queries": 1, "keys": 41, "rank": 3, "gated": True},
+    "one query, padded": {"kind": "padded bool", "queries": 1, "keys": 33},
+    "all to all": {"kind": "full", "queries": 34, "keys": 45, "batch": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_as_exact_as_those_of_the_plain_kernel(name, interpreter):
+    leaf, allowed, mask = make_case(**CASES[name])
+    kind = CASES[name]["kind"]
+    batch, heads, queries, _ = leaf["query"].shape
+    upstream = torch.randn(batch, queries, heads, leaf["value"].shape[-1]).to(leaf["query"].dtype)
+    exact = run_exact(leaf, allowed, mask, upstream)
+
+    strength, gate, scores = (leaf[name].detach().unbind(-1) for name in ("strength", "gate", "scores"))
+    gates = (column.expand(batch, queries) for column in gate)
+    bias = sum(rank_one(*columns) for columns in zip(strength, gates, scores, strict=True))
+    head, value = leaf["query"].shape[-1], leaf["value"].shape[-1]
+    padded = F.pad(leaf["value"].detach(), (0, head - value))  # the oracle has one size for all three
+    expected, _ = attend(leaf["query"].detach(), leaf["key"].detach(), padded, allowed, bias + added_by(mask, allowed), head**-0.5)
+    torch.testing.assert_close(exact["output"], expected[..., :value])  # the dense formula is the oracle's
+
+    found = run_fused(leaf, mask, upstream, is_causal=kind == "causal")
+    unbiased = run_exact(leaf, allowed, mask, upstream, biased=False)
+    plain = run_plain(leaf, allowed, mask, upstream, biased=False)
+    carried = run_plain(leaf, allowed, mask, upstream, biased=True)
+    lost = cancellation(leaf, exact)
+    for part, tensor in found.items():
+        if part in lost:  # sums of many terms of both signs; torch carries the bias as a mask, as we would have without the kernel
+            allowed_distance = 2 * distance(carried[part], exact[part]) + torch.finfo(leaf["query"].dtype).eps * lost[part]
+        else:
+            allowed_distance = 2 * distance(plain[part], unbiased[part])
+        assert distance(tensor, exact[part]) <= allowed_distance, part
+        assert tensor.shape == exact[part].shape
+        assert tensor.dtype == (leaf["query"].dtype if part == "output" else leaf[part].dtype)
+
+
+def changed(name="causal", **changes):
+    """A smaller case, with its bias, its upstream gradient and who may attend to whom."""
+    leaf, allowed, mask = make_case(**(CASES[name] | {"batch": 1} | changes))
+    upstream = torch.randn(1, leaf["query"].shape[2], HEADS, leaf["value"].shape[-1]).to(leaf["query"].dtype)
+    return leaf, allowed, mask, upstream
+
+
+@pytest.mark.parametrize("mask_like", [torch.bool, torch.float16, torch.float32])
+def test_a_query_that_may_attend_to_nothing_gets_zero_and_gives_none(mask_like, interpreter):
+    leaf, allowed, _, upstream = changed("all to all", queries=33, keys=35)
+    allowed = allowed.clone()
+    allowed[0, 2] = False
+    mask = allowed[:, None] if mask_like == torch.bool else torch.zeros(1, 1, 33, 35, dtype=mask_like)
+    if mask_like != torch.bool:
+        mask = mask.masked_fill(~allowed[:, None], -torch.inf if mask_like == torch.float32 else torch.finfo(mask_like).min)
+    found = run_fused(leaf, mask, upstream)
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    assert not found["output"][:, 2].any()
+    assert not found["query"][:, :, 2].any()
+    assert found["output"][:, 3].all()
+    others = torch.arange(33) != 2
+    upstream = upstream.clone()
+    upstream[:, 2] = 7  # what comes back there has nowhere to go
+    again = run_fused(leaf, mask, upstream)
+    assert all(torch.equal(found[part], again[part]) for part in found)
+    assert found["query"][:, :, others].any(-1).all()
+
+
+def test_an_unsteered_head_is_bit_equal_to_one_without_bias(interpreter):
+    leaf, _, _, upstream = changed(head=16)
+    steered = run_fused(leaf, None, upstream)
+    with torch.no_grad():
+        leaf["strength"].zero_()
+    unsteered = run_fused(leaf, None, upstream)
+    same = [torch.equal(steered["output"][:, :, head], unsteered["output"][:, :, head]) for head in range(HEADS)]
+    assert same == [False, True, False, False]  # λ is 0 for head 1 only
+
+
+def test_strides_do_not_matter(interpreter):
+    leaf, allowed, _, upstream = changed("all to all", head=16)
+    mask = allowed[:, None].clone()
+    mask[..., 3:9] = False
+    expected = run_fused(leaf, mask, upstream)
+    other = {name: tensor.detach() for name, tensor in leaf.items()}
+    other |= {"query": other["query"].contiguous(), "key": other["key"].mT.contiguous().mT, "value": other["value"].flip(2).flip(2)}
+    assert other["key"].stride(-1) != 1
+    other = {name: tensor.requires_grad_() for name, tensor in other.items()}
+    wide = mask[:, :, :1].expand(1, HEADS, -1, -1)  # the same for every query
+    found = run_fused(other, wide, upstream.transpose(1, 2).contiguous().transpose(1, 2))
+    assert [part for part in expected if not torch.equal(found[part], expected[part])] == []
+
+
+def test_only_wanted_gradients_are_computed_and_they_are_the_same(interpreter):
+    leaf, _, _, upstream = changed(head=16)
+    expected = run_fused(leaf, None, upstream)
+    for wanted in (["strength"], ["scores"], ["query"], ["key"], ["value"]):
+        for name, tensor in leaf.items():
+            tensor.requires_grad_(name in wanted)
+        found = run_fused(leaf, None, upstream)
+        assert set(found) == {"output", *wanted}
+        assert torch.equal(found[wanted[0]], expected[wanted[0]])
+
+
+def test_causality_follows_the_keyword_before_the_module(interpreter):
+    leaf, _, _, _ = changed(head=16)
+    with torch.no_grad():
+        def run(module, **kwargs):
+            return attend_fused(None, module, leaf["query"], leaf["key"], leaf["value"], None, bias_of(leaf), **kwargs)[0]
+
+        causal, full = run(DECODER), run(DECODER, is_causal=False)
+        assert not torch.equal(causal, full)
+        assert torch.equal(run(SimpleNamespace(is_causal=False)), full)
+        assert torch.equal(run(SimpleNamespace(), is_causal=None), causal)
+        assert torch.equal(run(DECODER, scaling=0.25), causal)  # 16 ** -0.5
+        assert not torch.equal(run(DECODER, scaling=0.5), causal)
+
+
+def like(tensor, **changes):
+    return torch.zeros(changes.pop("shape", tensor.shape), dtype=changes.pop("dtype", tensor.dtype), **changes)
+
+
+REFUSALS = {
+    "dtype float64, the kernel takes float16, bfloat16, float32": lambda c: {n: like(c[n], dtype=torch.float64) for n in QKV},
+    "query, key and value differ in dtype: float16, float16, bfloat16": lambda c: {"value": c["value"].bfloat16()},
+    "head size 8, the kernel takes 16 to 256": lambda c: {n: c[n][..., :8] for n in QKV},
+    "head size 272, the kernel takes 16 to 256": lambda c: {n: c[n].repeat(1, 1, 1, 17) for n in QKV},
+    "value size 8, the kernel takes 16 to 256": lambda c: {"value": c["value"][..., :8]},
+    "do not fit together": lambda c: {"value": c["value"][:, :, 1:]},
+    "4 query heads cannot share 3 key-value heads evenly": lambda c: {n: like(c[n], shape=(1, 3, 35, 16)) for n in QKV[1:]},
+    "there are no queries or no keys": lambda c: {"query": c["query"][:, :, :0], "bias": HeadBias(c["bias"].query, c["bias"].key)},
+    "batch times heads is 65536, the kernel takes up to 65535": lambda c: {n: like(c[n], shape=(1 << 14, *c[n].shape[1:]), device="meta") for n in QKV},
+    "rank 17, the kernel takes up to 16": lambda c: {"bias": HeadBias(c["bias"].query.repeat(1, 1, 1, 17), c["bias"].key.repeat(1, 1, 17))},
+    "bias (2, 4, 1, 1) by (1, 35, 1) for 1 × 4 × 33 × 35 logits": lambda c: {"bias": HeadBias(c["bias"].query.repeat(2, 1, 1, 1), c["bias"].key)},
+    "bias (1, 4, 1, 1) by (1, 34, 1) for": lambda c: {"bias": HeadBias(c["bias"].query, c["bias"].key[:, 1:])},
+    "bias in float32 and float16, the kernel takes float32": lambda c: {"bias": HeadBias(c["bias"].query, c["bias"].key.half())},
+    "a mask of int64": lambda c: {"mask": torch.ones(1, 1, 33, 35, dtype=torch.int64)},
+    "a mask of shape (1, 1, 33, 34) for logits of shape (1, 4, 33, 35)": lambda c: {"mask": torch.ones(1, 1, 33, 34, dtype=torch.bool)},
+    "a mask of shape (33, 35) for logits": lambda c: {"mask": torch.ones(33, 35, dtype=torch.bool)},
+    "the mask wants a gradient": lambda c: {"mask": torch.zeros(1, 1, 33, 35, requires_grad=True)},
+    "dropout 0.1": lambda c: {"kwargs": {"dropout": 0.1}},
+    "attention weights are asked for": lambda c: {"kwargs": {"output_attentions": True}},
+    "the kernel has no softcap": lambda c: {"kwargs": {"softcap": 30.0}},
+    "the kernel has no s_aux": lambda c: {"kwargs": {"s_aux": torch.zeros(4)}},
+}  # fmt: skip
+QKV = ("query", "key", "value")
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_the_kernel_cannot_carry_is_refused_with_its_reason(reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    leaf, allowed, _, _ = changed("all to all", head=16, queries=33, keys=35)
+    call = {name: tensor.detach() for name, tensor in leaf.items()} | {"mask": allowed[:, None], "kwargs": {"dropout": 0.0}}
+    call["bias"] = bias_of(call)
+    assert refusal(*(call[name] for name in (*QKV, "mask", "bias", "kwargs"))) is None
+    call |= REFUSALS[reason](call)
+    assert reason in refusal(*(call[name] for name in (*QKV, "mask", "bias", "kwargs")))
+    with pytest.raises(SteerError, match="backend 'fused' cannot carry this call: .* Use backend='auto'"):
+        attend_fused(None, DECODER, *(call[name] for name in (*QKV, "mask", "bias")), **call["kwargs"])
+
+
+def test_machines_that_cannot_run_the_kernel_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    leaf, _, mask, _ = changed(head=16)
+    assert refusal(leaf["query"], leaf["key"], leaf["value"], mask, bias_of(leaf), {}) == "the tensors are on cpu, the kernel runs on cuda"
+    gpu = torch.device("cuda", 0)
+    for capability, reason in (((7, 5), "the GPU has compute capability 7.5, 8.0 is needed"), ((8, 0), None), ((12, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert fused._refuse_machine(gpu) == reason
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert fused._refuse_machine(gpu) == "AMD GPUs are not supported"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fused._refuse_machine(gpu) == "triton is not installed"
+
+
+KINDS = {"query": 4, "key": 4, "value": 4, "output": 4, "output_grad": 4, "query_grad": 4, "key_grad": 4, "value_grad": 4}
+COLUMNS = {"bias_query": 4, "bias_key": 3, "bias_query_grad": 4, "bias_key_grad": 4}
+"""Tensors of 16-bit numbers, and those of float32, with their dimensions."""
+
+
+def compile_kernel(kernel, capability, tiling, constants):
+    """For a GPU that need not be there: shared memory in bytes, and PTX."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, fixed = {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name], fixed[at,] = "constexpr", constants[name]
+        elif name in KINDS:  # the last stride is 1
+            types[name], fixed[at, 4] = ("*bf16", "i32", "i32", "i32", "constexpr"), 1
+        elif name in COLUMNS:
+            types[name] = ("*fp32", *["i32"] * COLUMNS[name])
+        elif name == "mask":
+            types[name] = ("*bf16", *["i32"] * 4)
+        else:
+            types[name] = {"log_sum": "*fp32", "delta": "*fp32", "scale": "fp32", "mask_floor": "fp32"}.get(name, "i32")
+    options = {"num_warps": tiling[2], "num_stages": tiling[3], "enable_fp_fusion": True}
+    built = compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", capability, 32), options=options)
+    return built.metadata.shared, built.asm["ptx"]
+
+
+@pytest.mark.parametrize(("capability", "limit_kb"), [(80, 163), (86, 99), (90, 227)])
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, limit_kb, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with triton_as(interpreted=False):
+        from hf_steer.attention import fused_kernels as kernels
+
+        constants = dict.fromkeys(("HEAD", "HEAD_WIDTH", "VALUE", "VALUE_WIDTH"), 128) | {"RANK": 3, "RANKS": 4, "CAUSAL": True}
+        constants |= dict.fromkeys(("NEEDS_QUERY", "NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS"), True) | {"MASK": kernels.FLOAT_MASK.value}
+        tilings = kernels._TILINGS[128, limit_kb * 1024 >= kernels._ROOMY_BYTES]
+        for kernel, tiling in zip((kernels.forward_kernel, kernels.query_gradient_kernel, kernels.key_gradient_kernel), tilings, strict=True):
+            chosen = {name: size for name, size in constants.items() if name in kernel.arg_names}
+            shared, ptx = compile_kernel(kernel, capability, tiling, chosen | {"BLOCK_M": tiling[0], "BLOCK_N": tiling[1]})
+            assert 0 < shared <= limit_kb * 1024
+            assert ("wgmma" if capability == 90 else "mma.sync") in ptx

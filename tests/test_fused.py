@@ -40,7 +40,8 @@ def interpreter(monkeypatch):
         return TensorHandle(rounded.numpy().reshape(source.data.shape), wanted.scalar)
 
     # the interpreter leaves its own functions in all of these
-    owners = (language, core, language.math, language.standard, core.tensor, core.dtype, core.condition, core.tensor_descriptor_base)
+    owners = [language, core, language.math, language.standard]
+    owners += [core.tensor, core.dtype, core.condition, core.tensor_descriptor_base]
     before = [(owner, dict(vars(owner))) for owner in owners]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_rounded)
@@ -150,8 +151,8 @@ def distance(found, exact):
 
 CASES = {
     "causal": {"kind": "causal", "queries": 37, "keys": 37},
-    "causal, more keys than queries": {"kind": "causal", "head": 80, "dtype": torch.bfloat16, "queries": 33, "keys": 70, "batch": 1},
-    "causal, more queries than keys": {"kind": "causal", "queries": 70, "keys": 35, "rank": 3, "gated": True, "batch": 1},
+    "causal, more keys": {"kind": "causal", "head": 80, "dtype": torch.bfloat16, "queries": 33, "keys": 70, "batch": 1},
+    "causal, more queries": {"kind": "causal", "queries": 70, "keys": 35, "rank": 3, "gated": True, "batch": 1},
     "left-padded, bool": {"kind": "padded bool", "dtype": torch.bfloat16, "queries": 35, "keys": 35, "rank": 3, "gated": True},
     "left-padded, float": {"kind": "padded float", "head": 128, "gated": True},
     "left-padded, float, rank 3": {"kind": "padded float", "dtype": torch.bfloat16, "queries": 34, "keys": 39, "rank": 3},
@@ -271,34 +272,39 @@ def test_causality_follows_the_keyword_before_the_module(interpreter):
         assert not torch.equal(run(DECODER, scaling=0.5), causal)
 
 
-def like(tensor, **changes):
-    return torch.zeros(changes.pop("shape", tensor.shape), dtype=changes.pop("dtype", tensor.dtype), **changes)
+def bias_like(call, query=lambda tensor: tensor, key=lambda tensor: tensor):
+    return {"bias": HeadBias(query(call["bias"].query), key(call["bias"].key))}
 
 
-REFUSALS = {
-    "dtype float64, the kernel takes float16, bfloat16, float32": lambda c: {n: like(c[n], dtype=torch.float64) for n in QKV},
-    "query, key and value differ in dtype: float16, float16, bfloat16": lambda c: {"value": c["value"].bfloat16()},
-    "head size 8, the kernel takes 16 to 256": lambda c: {n: c[n][..., :8] for n in QKV},
-    "head size 272, the kernel takes 16 to 256": lambda c: {n: c[n].repeat(1, 1, 1, 17) for n in QKV},
-    "value size 8, the kernel takes 16 to 256": lambda c: {"value": c["value"][..., :8]},
-    "do not fit together": lambda c: {"value": c["value"][:, :, 1:]},
-    "4 query heads cannot share 3 key-value heads evenly": lambda c: {n: like(c[n], shape=(1, 3, 35, 16)) for n in QKV[1:]},
-    "there are no queries or no keys": lambda c: {"query": c["query"][:, :, :0], "bias": HeadBias(c["bias"].query, c["bias"].key)},
-    "batch times heads is 65536, the kernel takes up to 65535": lambda c: {n: like(c[n], shape=(1 << 14, *c[n].shape[1:]), device="meta") for n in QKV},
-    "rank 17, the kernel takes up to 16": lambda c: {"bias": HeadBias(c["bias"].query.repeat(1, 1, 1, 17), c["bias"].key.repeat(1, 1, 17))},
-    "bias (2, 4, 1, 1) by (1, 35, 1) for 1 × 4 × 33 × 35 logits": lambda c: {"bias": HeadBias(c["bias"].query.repeat(2, 1, 1, 1), c["bias"].key)},
-    "bias (1, 4, 1, 1) by (1, 34, 1) for": lambda c: {"bias": HeadBias(c["bias"].query, c["bias"].key[:, 1:])},
-    "bias in float32 and float16, the kernel takes float32": lambda c: {"bias": HeadBias(c["bias"].query, c["bias"].key.half())},
-    "a mask of int64": lambda c: {"mask": torch.ones(1, 1, 33, 35, dtype=torch.int64)},
-    "a mask of shape (1, 1, 33, 34) for logits of shape (1, 4, 33, 35)": lambda c: {"mask": torch.ones(1, 1, 33, 34, dtype=torch.bool)},
-    "a mask of shape (33, 35) for logits": lambda c: {"mask": torch.ones(33, 35, dtype=torch.bool)},
-    "the mask wants a gradient": lambda c: {"mask": torch.zeros(1, 1, 33, 35, requires_grad=True)},
-    "dropout 0.1": lambda c: {"kwargs": {"dropout": 0.1}},
-    "attention weights are asked for": lambda c: {"kwargs": {"output_attentions": True}},
-    "the kernel has no softcap": lambda c: {"kwargs": {"softcap": 30.0}},
-    "the kernel has no s_aux": lambda c: {"kwargs": {"s_aux": torch.zeros(4)}},
-}  # fmt: skip
+def mask_like(*shape, dtype=torch.bool, **kwargs):
+    return {"mask": torch.zeros(shape, dtype=dtype, **kwargs)}
+
+
 QKV = ("query", "key", "value")
+REFUSALS = {
+    "dtype float64, the kernel takes float16, bfloat16, float32": lambda call: {name: call[name].double() for name in QKV},
+    "query, key and value differ in dtype: float16, float16, bfloat16": lambda call: {"value": call["value"].bfloat16()},
+    "head size 8, the kernel takes 16 to 256": lambda call: {name: call[name][..., :8] for name in QKV},
+    "head size 272, the kernel takes 16 to 256": lambda call: {name: call[name].repeat(1, 1, 1, 17) for name in QKV},
+    "value size 8, the kernel takes 16 to 256": lambda call: {"value": call["value"][..., :8]},
+    "do not fit together": lambda call: {"value": call["value"][:, :, 1:]},
+    "4 query heads cannot share 3 key-value heads evenly": lambda call: {n: call[n][:, :1].expand(1, 3, 35, 16) for n in QKV[1:]},
+    "there are no queries or no keys": lambda call: {"query": call["query"][:, :, :0]},
+    "batch times heads is 65536, the kernel takes up to 65535": lambda call: {n: call[n].expand(1 << 14, -1, -1, -1) for n in QKV},
+    "rank 17, the kernel takes up to 16": lambda call: bias_like(call, *[lambda side: side.repeat_interleave(17, -1)] * 2),
+    "bias (2, 4, 1, 1) by (1, 35, 1) for 1 × 4 × 33 × 35": lambda call: bias_like(call, query=lambda q: q.repeat(2, 1, 1, 1)),
+    "bias (1, 4, 1, 1) by (1, 34, 1) for 1 × 4 × 33 × 35": lambda call: bias_like(call, key=lambda k: k[:, 1:]),
+    "bias (1, 1, 1, 1) by (1, 35, 1) for 1 × 4 × 33 × 35": lambda call: bias_like(call, query=lambda q: q[:, :1]),
+    "bias in float32 and float16, the kernel takes float32": lambda call: bias_like(call, key=lambda k: k.half()),
+    "a mask of int64, the kernel takes bool, float16": lambda call: mask_like(1, 1, 33, 35, dtype=torch.int64),
+    "a mask of shape (1, 1, 33, 34) for logits of shape (1, 4, 33, 35)": lambda call: mask_like(1, 1, 33, 34),
+    "a mask of shape (33, 35) for logits of shape (1, 4, 33, 35)": lambda call: mask_like(33, 35),
+    "the mask wants a gradient": lambda call: mask_like(1, 1, 33, 35, dtype=torch.float32, requires_grad=True),
+    "dropout 0.1": lambda call: {"kwargs": {"dropout": 0.1}},
+    "attention weights are asked for": lambda call: {"kwargs": {"output_attentions": True}},
+    "the kernel has no softcap": lambda call: {"kwargs": {"softcap": 30.0}},
+    "the kernel has no s_aux": lambda call: {"kwargs": {"s_aux": torch.zeros(4)}},
+}
 
 
 @pytest.mark.parametrize("reason", REFUSALS)
@@ -317,7 +323,8 @@ def test_what_the_kernel_cannot_carry_is_refused_with_its_reason(reason, monkeyp
 def test_machines_that_cannot_run_the_kernel_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     leaf, _, mask, _ = changed(head=16)
-    assert refusal(leaf["query"], leaf["key"], leaf["value"], mask, bias_of(leaf), {}) == "the tensors are on cpu, the kernel runs on cuda"
+    reason = refusal(*(leaf[name] for name in QKV), mask, bias_of(leaf), {})
+    assert reason == "the tensors are on cpu, the kernel runs on cuda"
     gpu = torch.device("cuda", 0)
     for capability, reason in (((7, 5), "the GPU has compute capability 7.5, 8.0 is needed"), ((8, 0), None), ((12, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)

@@ -90,10 +90,11 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         from hf_steer.attention.fused_kernels import launch_backward
 
-        *inputs, output, log_sum = ctx.saved_tensors
+        query, key, value, bias_query, bias_key, mask, output, log_sum = ctx.saved_tensors
         grads = launch_backward(
-            *inputs, ctx.scale, ctx.causal, output=output, log_sum=log_sum, output_grad=output_grad, needed=ctx.needs_input_grad[:5]
-        )
+            query, key, value, bias_query, bias_key, mask, ctx.scale, ctx.causal,
+            output=output, log_sum=log_sum, output_grad=output_grad, needed=ctx.needs_input_grad[:5],
+        )  # fmt: skip
         return (*grads, None, None, None)
 
 

@@ -5,6 +5,9 @@ The bias tile is computed in registers from a column of `bias.query` and a row o
 0. Logits are in base 2, as the hardware's exponential is. Recurrence: FlashAttention-2 (https://arxiv.org/abs/2307.08691).
 """
 
+# mypy: disable-error-code="import-untyped,import-not-found,untyped-decorator"
+# triton has no types
+
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +27,7 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = (tl.constexpr(kind) for kind in range(3))
 @triton.jit
 def _at(tensor: tl.tensor, batch: tl.tensor, head: tl.tensor) -> tl.tensor:
     """Pointer to one head of one batch row."""
-    return tensor[0] + batch * tensor[1] + head * tensor[2]
+    return tensor[0] + batch * tensor[1] + tl.cast(head, tl.int64) * tensor[2]
 
 
 INTERPRETED = tl.constexpr(not isinstance(_at, triton.JITFunction))
@@ -32,7 +35,10 @@ INTERPRETED = tl.constexpr(not isinstance(_at, triton.JITFunction))
 
 
 @triton.jit
-def _load(rows: tl.tensor, first: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
+def _load(
+    rows: tl.tensor, first: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """`(BLOCK, WIDTH)`, zero beyond `length` rows and `SIZE` columns."""
     at = first + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
@@ -47,8 +53,9 @@ def _load(rows: tl.tensor, first: tl.tensor, length: tl.tensor, stride: tl.tenso
 
 @triton.jit
 def _store(
-    tile: tl.tensor, rows: tl.tensor, first: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
-) -> None:
+    tile: tl.tensor, rows: tl.tensor, first: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
     """What `_load` reads."""
     at = first + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
@@ -58,8 +65,9 @@ def _store(
 
 @triton.jit
 def _logits(
-    products: tl.tensor, query_at: tl.tensor, key_at: tl.tensor, queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor,
-    mask_floor: tl.tensor, RANK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    products: tl.tensor, query_at: tl.tensor, key_at: tl.tensor, queries: tl.tensor, keys: tl.tensor, scale: tl.tensor,
+    bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor, RANK: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, EDGE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Base-2 logits of a tile, `HIDDEN` where attention is not allowed; works for both orientations.
 
@@ -113,8 +121,8 @@ def _weights(logits: tl.tensor, reference: tl.tensor, MASK: tl.constexpr, EDGE: 
 
 @triton.jit
 def _bias_gradient(
-    total: tl.tensor, slope: tl.tensor, at: tl.tensor, length: tl.tensor, factor: tl.tensor, stride: tl.tensor, rank_stride: tl.tensor,
-    RANK: tl.constexpr, RANKS: tl.constexpr,
+    total: tl.tensor, slope: tl.tensor, at: tl.tensor, length: tl.tensor, factor: tl.tensor, stride: tl.tensor,
+    rank_stride: tl.tensor, RANK: tl.constexpr, RANKS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Adds, for each rank, `slope` times the other factor of the bias, summed along rows: `(rows, RANKS)`."""
     for rank in tl.static_range(RANK):
@@ -124,7 +132,9 @@ def _bias_gradient(
 
 
 @triton.jit
-def _reach_of_queries(first: tl.tensor, keys: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr) -> tl.tensor:
+def _reach_of_queries(
+    first: tl.tensor, keys: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
+) -> tl.tensor:
     """Up to which key all tiles are wholly seen by a block of queries, and up to which key anything is."""
     whole = keys
     end = keys
@@ -136,10 +146,11 @@ def _reach_of_queries(first: tl.tensor, keys: tl.tensor, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def _attend_to_keys(
-    gathered: tl.tensor, top: tl.tensor, total: tl.tensor, q: tl.tensor, query_at: tl.tensor, start: tl.tensor, end: tl.tensor, queries: tl.tensor, keys: tl.tensor, scale: tl.tensor,
-    key: tl.tensor, key_stride: tl.tensor, value: tl.tensor, value_stride: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    gathered: tl.tensor, top: tl.tensor, total: tl.tensor, q: tl.tensor, query_at: tl.tensor, start: tl.tensor, end: tl.tensor,
+    queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, key: tl.tensor, key_stride: tl.tensor, value: tl.tensor,
+    value_stride: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor, HEAD: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The running softmax over the keys from `start` to `end`."""
     for first in range(start, end, BLOCK_N):
@@ -161,10 +172,11 @@ def _attend_to_keys(
 
 @triton.jit
 def forward_kernel(
-    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, output: tl.tensor, log_sum: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor, scale: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor,
+    output: tl.tensor, log_sum: tl.tensor, queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor,
+    scale: tl.tensor, mask_floor: tl.tensor, HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Output and base-2 log-sum-exp of one block of queries of one head."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of a causal triangle start first
@@ -191,12 +203,12 @@ def forward_kernel(
 
 @triton.jit
 def _gather_from_keys(
-    query_grad: tl.tensor, bias_grad: tl.tensor, q: tl.tensor, o_grad: tl.tensor, log_sum: tl.tensor, delta: tl.tensor, query_at: tl.tensor, start: tl.tensor, end: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, key: tl.tensor, key_stride: tl.tensor, value: tl.tensor, value_stride: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor,
-    mask: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, NEEDS_QUERY: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_grad: tl.tensor, bias_grad: tl.tensor, q: tl.tensor, o_grad: tl.tensor, log_sum: tl.tensor, delta: tl.tensor,
+    query_at: tl.tensor, start: tl.tensor, end: tl.tensor, queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, key: tl.tensor,
+    key_stride: tl.tensor, value: tl.tensor, value_stride: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor,
+    mask_floor: tl.tensor, HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    NEEDS_QUERY: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """What the keys from `start` to `end` add to the gradients of a block of queries."""
     for first in range(start, end, BLOCK_N):
@@ -217,12 +229,12 @@ def _gather_from_keys(
 
 @triton.jit
 def query_gradient_kernel(
-    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, output: tl.tensor, output_grad: tl.tensor, log_sum: tl.tensor,
-    delta: tl.tensor, query_grad: tl.tensor, bias_query_grad: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor, scale: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_QUERY: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor,
+    output: tl.tensor, output_grad: tl.tensor, log_sum: tl.tensor, delta: tl.tensor, query_grad: tl.tensor,
+    bias_query_grad: tl.tensor, queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor, scale: tl.tensor,
+    mask_floor: tl.tensor, HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_QUERY: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of one block of queries of one head; leaves output times its gradient, row by row, in `delta`."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -257,12 +269,12 @@ def query_gradient_kernel(
 
 @triton.jit
 def _gather_from_queries(
-    key_grad: tl.tensor, value_grad: tl.tensor, bias_grad: tl.tensor, k: tl.tensor, v: tl.tensor, key_at: tl.tensor, start: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, query: tl.tensor, query_stride: tl.tensor, output_grad: tl.tensor, output_grad_stride: tl.tensor,
-    log_sum: tl.tensor, delta: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    key_grad: tl.tensor, value_grad: tl.tensor, bias_grad: tl.tensor, k: tl.tensor, v: tl.tensor, key_at: tl.tensor,
+    start: tl.tensor, queries: tl.tensor, keys: tl.tensor, scale: tl.tensor, query: tl.tensor, query_stride: tl.tensor,
+    output_grad: tl.tensor, output_grad_stride: tl.tensor, log_sum: tl.tensor, delta: tl.tensor, bias_query: tl.tensor,
+    bias_key: tl.tensor, mask: tl.tensor, mask_floor: tl.tensor, HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """What the queries from `start` on add to the gradients of a block of keys; tiles are keys × queries.
 
@@ -295,12 +307,12 @@ def _gather_from_queries(
 
 @triton.jit
 def key_gradient_kernel(
-    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor, output_grad: tl.tensor, log_sum: tl.tensor, delta: tl.tensor,
-    key_grad: tl.tensor, value_grad: tl.tensor, bias_key_grad: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor, scale: tl.tensor, mask_floor: tl.tensor,
-    HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, bias_query: tl.tensor, bias_key: tl.tensor, mask: tl.tensor,
+    output_grad: tl.tensor, log_sum: tl.tensor, delta: tl.tensor, key_grad: tl.tensor, value_grad: tl.tensor,
+    bias_key_grad: tl.tensor, queries: tl.tensor, keys: tl.tensor, heads: tl.tensor, group: tl.tensor, scale: tl.tensor,
+    mask_floor: tl.tensor, HEAD: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, NEEDS_KEY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of one block of keys of one key-value head, summed over the query heads that share it, in their order."""
     first = tl.program_id(0) * BLOCK_N
@@ -355,8 +367,9 @@ _FEW_QUERIES = 16
 
 
 def launch_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None, scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend.
 
     Args:
@@ -390,8 +403,8 @@ def launch_forward(
 
 
 def launch_backward(
-    query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None, scale: float, causal: bool,
-    *, output: Tensor, log_sum: Tensor, output_grad: Tensor, needed: tuple[bool, bool, bool, bool, bool],
+    query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None, scale: float,
+    causal: bool, *, output: Tensor, log_sum: Tensor, output_grad: Tensor, needed: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of query, key, value, bias_query and bias_key; None for those not needed."""
     query, key, value = (_with_rows(tensor) for tensor in (query, key, value))
@@ -420,7 +433,9 @@ def launch_backward(
     return query_grad, key_grad, value_grad, bias_query_grad, None if key_columns is None else key_columns.sum(1)
 
 
-def _inputs(query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, bias_query: Tensor, bias_key: Tensor, mask: Tensor | None
+) -> tuple[Any, ...]:
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     return tuple(_strided(tensor) for tensor in (query, key, value, bias_query, bias_key, mask))

@@ -133,14 +133,16 @@ def _bias_gradient(
 
 @triton.jit
 def _reach_of_queries(
-    first: tl.tensor, keys: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
+    first: tl.tensor, keys: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr
 ) -> tl.tensor:
-    """Up to which key all tiles are wholly seen by a block of queries, and up to which key anything is."""
+    """Up to which key all tiles are wholly seen by a block of queries (0 with a mask), and up to which key anything is."""
     whole = keys
     end = keys
     if CAUSAL:
         whole = tl.minimum(keys, first + 1)
         end = tl.minimum(keys, first + BLOCK_M)
+    if MASK != NO_MASK:
+        whole = 0
     return whole // BLOCK_N * BLOCK_N, end
 
 
@@ -186,16 +188,17 @@ def forward_kernel(
     gathered = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
     top = tl.full((BLOCK_M,), HIDDEN, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    whole, end = _reach_of_queries(first, keys, BLOCK_M, BLOCK_N, CAUSAL)
+    whole, end = _reach_of_queries(first, keys, BLOCK_M, BLOCK_N, CAUSAL, MASK)
     for edge in tl.static_range(2):
-        gathered, top, total = _attend_to_keys(
-            gathered, top, total, q, rows[:, None], edge * whole, whole + edge * (end - whole), queries, keys, scale,
-            _at(key, batch, head // group), key[3], _at(value, batch, head // group), value[3],
-            (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
-            (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
-            (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
-            HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, MASK, CAUSAL, edge == 1, BLOCK_N,
-        )  # fmt: skip
+        if edge == 1 or MASK == NO_MASK:
+            gathered, top, total = _attend_to_keys(
+                gathered, top, total, q, rows[:, None], edge * whole, whole + edge * (end - whole), queries, keys, scale,
+                _at(key, batch, head // group), key[3], _at(value, batch, head // group), value[3],
+                (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
+                (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
+                (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
+                HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, MASK, CAUSAL, edge == 1, BLOCK_N,
+            )  # fmt: skip
     top, total = tl.where(total > 0, top, 0.0), tl.where(total > 0, total, 1.0)  # nothing to attend to: output 0, and no overflow
     _store(gathered / total[:, None], _at(output, batch, head), first, queries, output[3], BLOCK_M, VALUE, VALUE_WIDTH)
     tl.store(log_sum + tl.program_id(1).to(tl.int64) * queries + rows, top + tl.log2(total), mask=rows < queries)
@@ -250,17 +253,18 @@ def query_gradient_kernel(
         log_sums = tl.load(log_sum + scalars, mask=rows < queries, other=0.0)
         to_query = tl.zeros((BLOCK_M, HEAD_WIDTH), tl.float32)
         to_bias = tl.zeros((BLOCK_M, RANKS), tl.float32)
-        whole, end = _reach_of_queries(first, keys, BLOCK_M, BLOCK_N, CAUSAL)
+        whole, end = _reach_of_queries(first, keys, BLOCK_M, BLOCK_N, CAUSAL, MASK)
         for edge in tl.static_range(2):
-            to_query, to_bias = _gather_from_keys(
-                to_query, to_bias, q, o_grad, log_sums[:, None], delta_row[:, None], rows[:, None],
-                edge * whole, whole + edge * (end - whole), queries, keys, scale,
-                _at(key, batch, head // group), key[3], _at(value, batch, head // group), value[3],
-                (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
-                (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
-                (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
-                HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, RANKS, MASK, CAUSAL, edge == 1, NEEDS_QUERY, NEEDS_BIAS, BLOCK_N,
-            )  # fmt: skip
+            if edge == 1 or MASK == NO_MASK:
+                to_query, to_bias = _gather_from_keys(
+                    to_query, to_bias, q, o_grad, log_sums[:, None], delta_row[:, None], rows[:, None],
+                    edge * whole, whole + edge * (end - whole), queries, keys, scale,
+                    _at(key, batch, head // group), key[3], _at(value, batch, head // group), value[3],
+                    (_at(bias_query, batch, head), bias_query[3], bias_query[4]),
+                    (bias_key[0] + batch * bias_key[1], bias_key[2], bias_key[3]),
+                    (_at(mask, batch, head), mask[3], mask[4]), mask_floor,
+                    HEAD, HEAD_WIDTH, VALUE, VALUE_WIDTH, RANK, RANKS, MASK, CAUSAL, edge == 1, NEEDS_QUERY, NEEDS_BIAS, BLOCK_N,
+                )  # fmt: skip
         if NEEDS_QUERY:
             _store(to_query * scale, _at(query_grad, batch, head), first, queries, query_grad[3], BLOCK_M, HEAD, HEAD_WIDTH)
         if NEEDS_BIAS:
@@ -389,7 +393,7 @@ def launch_forward(
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[3])
     log_sum = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    tiling = _tiling(query, value, 0)
+    tiling = _tiling(query, value, 0, mask is not None)
     with torch.cuda.device_of(query):
         forward_kernel[triton.cdiv(queries, tiling["BLOCK_M"]), batch * heads](
             *_inputs(query, key, value, bias_query, bias_key, mask),
@@ -418,12 +422,12 @@ def launch_backward(
     constants = _constants(query, value, bias_key, mask, causal) | {"RANKS": triton.next_power_of_2(rank)}
     upstream = _strided(_with_rows(output_grad.transpose(1, 2)))
     with torch.cuda.device_of(query):
-        tiling = _tiling(query, value, 1)
+        tiling = _tiling(query, value, 1, mask is not None)
         query_gradient_kernel[triton.cdiv(queries, tiling["BLOCK_M"]), batch * heads](
             *inputs, _strided(output.transpose(1, 2)), upstream, log_sum, delta, _strided(query_grad), _strided(query_columns),
             *numbers, **constants, **tiling, NEEDS_QUERY=needed[0], NEEDS_BIAS=needed[3],
         )  # fmt: skip
-        tiling = _tiling(query, value, 2)
+        tiling = _tiling(query, value, 2, mask is not None)
         if needed[1] or needed[2] or needed[4]:
             key_gradient_kernel[triton.cdiv(keys, tiling["BLOCK_N"]), batch * key_heads](
                 *inputs, upstream, log_sum, delta, _strided(key_grad), _strided(value_grad), _strided(key_columns),
@@ -461,13 +465,13 @@ def _constants(query: Tensor, value: Tensor, bias_key: Tensor, mask: Tensor | No
     }
 
 
-def _tiling(query: Tensor, value: Tensor, kernel: int) -> dict[str, int]:
+def _tiling(query: Tensor, value: Tensor, kernel: int, masked: bool) -> dict[str, int]:
     if INTERPRETED:
         queries, keys, warps, stages = _INTERPRETED_TILING
     else:
         width = triton.next_power_of_2(max(64, query.shape[3], value.shape[3]))
         memory = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-        queries, keys, warps, stages = _TILINGS[width, memory >= _ROOMY_BYTES][kernel]
+        queries, keys, warps, stages = _TILINGS[width, memory >= _ROOMY_BYTES and not masked][kernel]  # a mask takes registers
         if kernel == 0 and query.shape[2] <= _FEW_QUERIES:
             queries, warps = _FEW_QUERIES, 4
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

@@ -272,7 +272,9 @@ def test_auto_takes_the_cheapest_backend_that_is_exact(expected, situation):
         ("mask", {"implementation": "flex_attention"}, "flex", "it does not know the masks of 'flex_attention'"),
         ("flex", {"dropout": 0.1}, "folded", "FlexAttention has no dropout"),
         ("flex", {"queries": 1, "keys": 9}, "mask", "FlexAttention for a single query on CPUs"),
-        ("flex", {"implementation": "eager", "s_aux": torch.zeros(HEADS)}, "folded", "FlexAttention has no sinks on CPUs"),
+        ("flex", {"s_aux": torch.zeros(HEADS)}, "folded", "FlexAttention has no sinks on CPUs"),
+        ("flex", {"implementation": "eager"}, "folded", "it does not know the masks of 'eager'"),  # and gives no weights
+        ("triton", {}, "cpu_flash", "the tensors are on cpu, the kernel runs on cuda"),
     ],
 )
 def test_what_a_backend_cannot_carry_another_does_and_that_is_said_once(wanted, situation, taken, reason):

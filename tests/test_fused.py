@@ -13,16 +13,15 @@ import torch
 from oracle import attend, rank_one
 from torch.nn import functional as F
 
-from hf_steer.attention import fused
-from hf_steer.attention.fused import attend_fused, refusal
-from hf_steer.errors import SteerError
+from hf_steer.attention import call_of, fused
+from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.values import HeadBias
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 HEADS, KEY_HEADS = 4, 2
 KERNELS = "hf_steer.attention.fused_kernels"
-DECODER = SimpleNamespace(is_causal=True)
+DECODER = SimpleNamespace(is_causal=True, layer_idx=0)
 
 
 @pytest.fixture
@@ -281,6 +280,13 @@ def mask_like(*shape, dtype=torch.bool, **kwargs):
 
 
 QKV = ("query", "key", "value")
+
+
+def refusal(call):
+    given = (call[name] for name in (*QKV, "mask", "bias"))
+    return refuse_fused(call_of(DECODER, *given, implementation="sdpa", kwargs=call["kwargs"]))
+
+
 REFUSALS = {
     "dtype float64, the kernel takes float16, bfloat16, float32": lambda call: {name: call[name].double() for name in QKV},
     "query, key and value differ in dtype: float16, float16, bfloat16": lambda call: {"value": call["value"].bfloat16()},
@@ -301,9 +307,9 @@ REFUSALS = {
     "a mask of shape (33, 35) for logits of shape (1, 4, 33, 35)": lambda call: mask_like(33, 35),
     "the mask wants a gradient": lambda call: mask_like(1, 1, 33, 35, dtype=torch.float32, requires_grad=True),
     "dropout 0.1": lambda call: {"kwargs": {"dropout": 0.1}},
-    "attention weights are asked for": lambda call: {"kwargs": {"output_attentions": True}},
-    "the kernel has no softcap": lambda call: {"kwargs": {"softcap": 30.0}},
-    "the kernel has no s_aux": lambda call: {"kwargs": {"s_aux": torch.zeros(4)}},
+    "the kernel knows no softcap, sinks or second bias": lambda call: {"kwargs": {"softcap": 30.0}},
+    "no softcap, sinks": lambda call: {"kwargs": {"s_aux": torch.zeros(4)}},
+    "sinks or second bias": lambda call: {"kwargs": {"position_bias": torch.zeros(1)}},
 }
 
 
@@ -313,17 +319,14 @@ def test_what_the_kernel_cannot_carry_is_refused_with_its_reason(reason, monkeyp
     leaf, allowed, _, _ = changed("all to all", head=16, queries=33, keys=35)
     call = {name: tensor.detach() for name, tensor in leaf.items()} | {"mask": allowed[:, None], "kwargs": {"dropout": 0.0}}
     call["bias"] = bias_of(call)
-    assert refusal(*(call[name] for name in (*QKV, "mask", "bias", "kwargs"))) is None
-    call |= REFUSALS[reason](call)
-    assert reason in refusal(*(call[name] for name in (*QKV, "mask", "bias", "kwargs")))
-    with pytest.raises(SteerError, match="backend 'fused' cannot carry this call: .* Use backend='auto'"):
-        attend_fused(None, DECODER, *(call[name] for name in (*QKV, "mask", "bias")), **call["kwargs"])
+    assert refusal(call) is None
+    assert reason in refusal(call | REFUSALS[reason](call))
 
 
 def test_machines_that_cannot_run_the_kernel_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     leaf, _, mask, _ = changed(head=16)
-    reason = refusal(*(leaf[name] for name in QKV), mask, bias_of(leaf), {})
+    reason = refusal(leaf | {"mask": mask, "bias": bias_of(leaf), "kwargs": {}})
     assert reason == "the tensors are on cpu, the kernel runs on cuda"
     gpu = torch.device("cuda", 0)
     for capability, reason in (((7, 5), "the GPU has compute capability 7.5, 8.0 is needed"), ((8, 0), None), ((12, 0), None)):

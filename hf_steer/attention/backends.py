@@ -44,8 +44,8 @@ BACKENDS: Mapping[str, Backend] = {
     "folded": Backend(attend_folded, refuse_folded, ("eager", "sdpa", "flex_attention", *FLASH)),
     "mask": Backend(attend_masked, lambda call: None, ("eager", "sdpa")),
     "cpu_flash": Backend(attend_on_cpu, refuse_cpu_flash, ("sdpa",)),
-    "flex": Backend(attend_flex, refuse_flex, ("eager", "sdpa", "flex_attention")),
-    "triton": Backend(attend_fused, refuse_fused, ("eager", "sdpa")),
+    "flex": Backend(attend_flex, refuse_flex, ("sdpa", "flex_attention")),
+    "triton": Backend(attend_fused, refuse_fused, ("sdpa",)),
 }
 
 PREFERRED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -61,7 +61,7 @@ def attend_flex(
     bias: HeadBias,
     **kwargs: Any,
 ) -> Any:
-    """Attend with FlexAttention; arguments as for `attend_folded`. `inner` is not called: it may be sdpa's or eager's."""
+    """Attend with FlexAttention; arguments as for `attend_folded`. `inner` is not called: it may be sdpa's."""
     from transformers.integrations.flex_attention import flex_attention_forward
 
     causal = kwargs.pop("is_causal", None)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_steer.errors import SteerError
+from hf_steer.attention.call import AttentionCall
 from hf_steer.values import HeadBias
 
 _SMALLEST_HEAD, _LARGEST_HEAD, _LARGEST_RANK, _LARGEST_GRID = 16, 256, 16, 65535
@@ -47,17 +47,11 @@ def attend_fused(
             logits; its dtype's lowest number hides), `(batch or 1, heads or 1, queries or 1, keys or 1)`.
         bias: low-rank bias for these heads and keys.
         scaling: factor on the logits; `head_dim**-0.5` when None.
-        **kwargs: `is_causal` is read; others that would change the result are refused.
+        **kwargs: `is_causal` is read; what would change the result besides is refused by `refuse_fused`.
 
     Returns:
         `(batch, queries, heads, value_dim)`, contiguous, and None for the weights.
-
-    Raises:
-        SteerError: the kernel cannot carry this call; see `refusal`.
     """
-    reason = refusal(query, key, value, attention_mask, bias, kwargs)
-    if reason is not None:
-        raise SteerError(f"backend 'fused' cannot carry this call: {reason}. Use backend='auto', which takes another here.")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
@@ -98,21 +92,19 @@ class _FusedAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def refusal(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, bias: HeadBias, kwargs: Mapping[str, Any]
-) -> str | None:
-    """Why the kernel cannot carry a call, in a few words; None where it can.
+def refuse_fused(call: AttentionCall) -> str | None:
+    """Why the kernel cannot carry this call's bias.
 
     It takes float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 and above, head and value sizes from 16 to 256
     (also different ones), ranks up to 16, and masks as `attend_fused` says. Under `TRITON_INTERPRET=1` it also takes the CPU
     and float32, for tests.
     """
     return (
-        _refuse_machine(query.device)
-        or _refuse_tensors(query, key, value)
-        or _refuse_bias(query, key, bias)
-        or _refuse_mask(query, key, attention_mask)
-        or _refuse_options(kwargs)
+        _refuse_machine(call.query.device)
+        or _refuse_tensors(call.query, call.key, call.value)
+        or _refuse_bias(call.query, call.key, call.bias)
+        or _refuse_mask(call.query, call.key, call.mask)
+        or _refuse_options(call)
     )
 
 
@@ -150,7 +142,9 @@ def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _refuse_bias(query: Tensor, key: Tensor, bias: HeadBias) -> str | None:
+def _refuse_bias(query: Tensor, key: Tensor, bias: HeadBias | None) -> str | None:
+    if bias is None:
+        return "there is no bias"
     (batch, heads, queries, _), keys, rank = query.shape, key.shape[2], bias.key.shape[-1]
     if rank > _LARGEST_RANK:
         return f"rank {rank}, the kernel takes up to {_LARGEST_RANK}"
@@ -172,13 +166,12 @@ def _refuse_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> str | None:
     return "the mask wants a gradient" if mask.requires_grad and torch.is_grad_enabled() else None
 
 
-def _refuse_options(kwargs: Mapping[str, Any]) -> str | None:
-    if kwargs.get("dropout"):
-        return f"dropout {kwargs['dropout']}"
-    if kwargs.get("output_attentions"):
-        return "attention weights are asked for"
-    unknown = [name for name in ("softcap", "s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
-    return f"the kernel has no {', '.join(unknown)}" if unknown else None
+def _refuse_options(call: AttentionCall) -> str | None:
+    if call.dropout:
+        return f"dropout {call.dropout}"
+    if call.softcap is not None or call.sinks or call.position_bias:
+        return "the kernel knows no softcap, sinks or second bias"
+    return None
 
 
 def _fits(tensor: Tensor, wanted: tuple[int, ...], alike: tuple[int, ...] = ()) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import numpy
 import pytest
 import torch
 from oracle import attend, rank_one
+from test_contract import TOLERANCE, gaze, logits, prompt_for, steer
+from tiny import make_model
 from torch.nn import functional as F
 
+from hf_steer import patch_model, unpatch_model
 from hf_steer.attention import call_of, fused
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.values import HeadBias
@@ -20,7 +24,7 @@ from hf_steer.values import HeadBias
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 HEADS, KEY_HEADS = 4, 2
-KERNELS = "hf_steer.attention.fused_kernels"
+KERNELS, LAUNCH = "hf_steer.attention.fused_kernels", "hf_steer.attention.fused_launch"
 DECODER = SimpleNamespace(is_causal=True, layer_idx=0)
 
 
@@ -45,12 +49,14 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_rounded)
     monkeypatch.setattr(InterpretedFunction, "rewritten_fn", {})  # whose functions need what is taken back below
-    monkeypatch.delitem(sys.modules, KERNELS, raising=False)
+    for name in (KERNELS, LAUNCH):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for name, function in before[0][1].items():
         if isinstance(function, JITFunction):
             setattr(language, name, InterpretedFunction(function.fn))
     yield
-    sys.modules.pop(KERNELS, None)
+    for name in (KERNELS, LAUNCH):
+        sys.modules.pop(name, None)
     for owner, members in before:
         for name in [name for name, member in vars(owner).items() if member is not members.get(name)]:
             setattr(owner, name, members[name]) if name in members else delattr(owner, name)
@@ -371,13 +377,38 @@ def test_the_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path, monke
     """The interpreter takes much that the compiler does not."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.delitem(sys.modules, KERNELS, raising=False)
-    kernels = importlib.import_module(KERNELS)
+    for name in (KERNELS, LAUNCH):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    kernels, launch = (importlib.import_module(name) for name in (KERNELS, LAUNCH))
     constants = dict.fromkeys(("HEAD", "HEAD_WIDTH", "VALUE", "VALUE_WIDTH"), 64) | {"RANK": 2, "RANKS": 2, "CAUSAL": True}
     constants |= dict.fromkeys(("NEEDS_QUERY", "NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS"), True) | {"MASK": kernels.FLOAT_MASK.value}
     all_three = (kernels.forward_kernel, kernels.query_gradient_kernel, kernels.key_gradient_kernel)
-    for kernel, tiling in zip(all_three, kernels._TILINGS[64, True], strict=True):
+    for kernel, tiling in zip(all_three, launch._TILINGS[64, True], strict=True):
         chosen = {name: size for name, size in constants.items() if name in kernel.arg_names}
         shared, ptx = compile_kernel(kernel, tiling, chosen | {"BLOCK_M": tiling[0], "BLOCK_N": tiling[1]})
         assert 0 < shared <= 163 * 1024
         assert "wgmma" in ptx  # Hopper's tensor cores
+
+
+@pytest.mark.parametrize("padding", ["left", None])
+def test_a_model_is_steered_through_the_kernel_as_through_the_channels(interpreter, padding):
+    inputs = prompt_for("qwen2", rows=[[21], [13 if padding else 21]])
+    if padding is None:
+        del inputs["attention_mask"]
+    found = {}
+    for backend in ("folded", "triton"):
+        model = patch_model(make_model("qwen2", head_dim=16), steer("qwen2", backend=backend, preserve_mass=True))
+        found[backend] = logits(model, inputs, gaze("qwen2", inputs))
+        unpatch_model(model)
+        found["plain"] = logits(model, inputs)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    torch.testing.assert_close(found["triton"][real], found["folded"][real], **TOLERANCE)
+    assert (found["plain"] - found["triton"])[real].abs().max() > 0.1
+    assert LAUNCH in sys.modules
+
+
+def test_importing_hf_steer_loads_no_kernels():
+    """Nor would it load Triton or FlexAttention, if torch and transformers did not."""
+    script = "import sys, hf_steer.attention; print([name for name in sys.modules if 'fused_' in name and 'hf_steer' in name])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -72,7 +72,7 @@ class _FusedAttention(torch.autograd.Function):
         scale: float,
         causal: bool,
     ) -> Tensor:
-        from hf_steer.attention.fused_kernels import launch_forward
+        from hf_steer.attention.fused_launch import launch_forward
 
         output, log_sum = launch_forward(query, key, value, bias_query, bias_key, mask, scale, causal)
         ctx.save_for_backward(query, key, value, bias_query, bias_key, mask, output, log_sum)
@@ -82,7 +82,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        from hf_steer.attention.fused_kernels import launch_backward
+        from hf_steer.attention.fused_launch import launch_backward
 
         query, key, value, bias_query, bias_key, mask, output, log_sum = ctx.saved_tensors
         grads = launch_backward(

@@ -60,6 +60,7 @@ class Family:
         arrangement: how the model lays out what the tower saw as tokens: `"whole"`, every picture its patches; `"anyres"`,
             base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
         encoders: modality -> where its aligners go.
+        composes: the logits are what the head gives, so that a composed model's head can stand for the decoder's own.
         counts_items: the model's loss heeds `num_items_in_batch`, Trainer's count over all accumulation steps.
     """
 
@@ -72,6 +73,7 @@ class Family:
     windowed: bool = False
     arrangement: Literal["whole", "anyres"] | None = None
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
+    composes: bool = True
     counts_items: bool = True
 
 
@@ -122,7 +124,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "llama": Family(),
         "mistral": Family(),
         "deepseek_v3": Family(),
-        "gemma2": Family(),
+        "gemma2": Family(composes=False),
         "gpt_oss": Family(),
     }
 )  # fmt: skip

@@ -99,7 +99,7 @@ PADDING = {"Qwen2AudioProcessor": {"padding": True}, "AudioFlamingo3Processor": 
 
 
 @each
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False), ("qwen2", True)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False), ("qwen2", True), ("deepseek_v3", False)])
 def test_text_only_answers_are_those_that_the_decoder_gave_alone(kind, projector, expected, auto, family, tied):
     decoder = make_model(family, tie_word_embeddings=tied)
     decoder.tie_weights()
@@ -286,6 +286,7 @@ def test_the_tokenizer_that_was_given_is_not_changed():
     [
         ({"encoder": "llama"}, PatchError, "the encoder must be one of whisper, clip.*got 'llama'"),
         ({"decoder": "qwen2_vl"}, PatchError, "the decoder must be a text-only causal language model .*got 'qwen2_vl'"),
+        ({"decoder": "gemma2"}, PatchError, "the decoder must be a text-only causal language model .*got 'gemma2'"),  # caps logits
         ({"decoder": "base"}, PatchError, "the decoder must be a text-only .*AutoModelForCausalLM"),
         ({"pooling": "max"}, ConfigError, "pooling for audio must be one of 'mean', 'stack'; got 'max'"),
         ({"projector": "conv"}, ConfigError, "projector must be one of 'linear', 'mlp'; got 'conv'"),
@@ -297,7 +298,7 @@ def test_parts_that_cannot_be_joined_are_refused(change, error, message):
     gaze = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(source=None)))
     built = {
         "llama": lambda: make_model("llama"), "qwen2_vl": lambda: make_model("qwen2_vl"), "base": lambda: make_model("qwen3").model,
-        "patched": lambda: hf_steer.patch_model(make_model("qwen3"), gaze),
+        "patched": lambda: hf_steer.patch_model(make_model("qwen3"), gaze), "gemma2": lambda: make_model("gemma2", "eager"),
     }  # fmt: skip
     given |= {part: built[value]() if value in built else value for part, value in change.items()}
     encoder, decoder = given.pop("encoder"), given.pop("decoder")

@@ -118,8 +118,10 @@ class AttentionConfig:
             given.
         gate: steer only while the row is uncertain; None steers always.
         think_tags: what opens and closes the thinking text, in the prompt or in what is generated; the last one counts.
-        backend: `"auto"` folds the bias into the head dimension for prompts and adds a mask for single queries;
-            `"folded"` and `"mask"` do one of the two always.
+        backend: how the bias is carried; all give the same result. `"auto"` takes what is cheapest for the device, the phase and
+            the attention implementation. `"folded"`: channels of the head dimension; `"mask"`: added to the mask;
+            `"cpu_flash"`: a row inside the CPU's flash kernel; `"flex"`: computed inside FlexAttention; `"triton"`: added inside
+            a flash attention kernel of hf_steer's own, on GPUs. One that cannot carry a call gives way, and that is said once.
     """
 
     heads: Heads = "all"

@@ -231,6 +231,24 @@ def test_prefill_and_decode_equal_one_pass(family, implementation, preserve_mass
     torch.testing.assert_close(steps, one_pass, **TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:backend 'cpu_flash' gives way")
+@pytest.mark.parametrize("backend", ["auto", "folded", "mask", "cpu_flash"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_unpadded_steps_equal_one_pass_through_every_backend(family, backend):
+    """transformers gives sdpa no mask here, neither for the prompt nor for a step."""
+    model = patch_model(make_model(family), steer(family, backend=backend, normalize="none"))
+    ids = prompt_for(family, rows=[[9], [9]])["input_ids"]
+    said, cache = torch.randn(2, 6), DynamicCache(config=model.config)
+    with use_saliency(model, Saliency.from_tokens(said)):
+        steps = [model(ids[:, :6], past_key_values=cache).logits]
+        steps += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(6, 9)]
+    whole = logits(model, {"input_ids": ids}, Saliency.from_tokens(torch.nn.functional.pad(said, (0, 3))))
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **TOLERANCE)
+    with disable_steering(model):
+        assert (logits(model, {"input_ids": ids}) - whole)[:, -1].abs().max() > 0.1
+
+
 @every
 def test_beams_and_returned_sequences_equal_a_repeated_batch(family, implementation):
     model = patch_model(make_model(family, implementation), steer(family))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_contract import gaze, prompt_for, steer
 from tiny import make_model
+from torch._dynamo.utils import counters
 from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -95,6 +96,7 @@ def test_a_step_is_captured_in_a_cuda_graph_and_equals_the_uncaptured_one(attent
                 out = run(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache)
         found.append(torch.stack(logits))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)  # other kernels, tf32 off
+    assert not counters["inductor"]["cudagraph_skips"]  # which inductor says nowhere else
     with disable_steering(model):
         plain = model(input_ids=inputs["input_ids"]).logits[:, -1]
     assert (found[0][0] - plain).abs().max() > 0.1

@@ -119,15 +119,16 @@ def test_an_implementation_that_cannot_carry_the_bias_is_refused_by_name(impleme
 
 
 @pytest.mark.usefixtures("flex_without_a_compiler")
+@pytest.mark.parametrize("preserve_mass", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "folded"])
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_flex_attention_is_steered_like_sdpa(family, backend):
+def test_flex_attention_is_steered_like_sdpa(family, backend, preserve_mass):
     inputs = prompt_for(family)
     found = []
     for implementation in ("sdpa", "flex_attention"):
         model = make_model(family, implementation)
         plain = logits(model, inputs)
-        patch_model(model, steer(family, backend=backend))
+        patch_model(model, steer(family, backend=backend, preserve_mass=preserve_mass))
         found.append([real_logits(own, inputs) for own in (plain, logits(model, inputs, gaze(family, inputs)))])
         unpatch_model(model)
         assert torch.equal(logits(model, inputs), plain)

@@ -95,3 +95,13 @@ def test_attention_that_goes_to_a_sink_is_not_read_as_if_it_went_to_tokens():
     patch_model(model, steer())
     with use_saliency(model, Saliency.from_tokens(scores)), pytest.raises(SteerError, match=r"in heads with sinks \(gpt-oss\)"):
         attention_metrics(model, {"input_ids": ids}, span=None)
+
+
+@torch.no_grad()
+def test_softcapped_attention_is_read_as_the_model_computes_it():
+    model = make_model("gemma2", "eager")
+    ids, _ = example()
+    attentions = model(ids, output_attentions=True).attentions
+    entropy = torch.stack([-(weights * weights.clamp(min=1e-30).log()).sum(-1).mean((0, 2)) for weights in attentions])
+    measured = attention_metrics(model, {"input_ids": ids}, span=None).entropy_nats
+    torch.testing.assert_close(measured, entropy, **TOLERANCE)

@@ -67,6 +67,11 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
     Raises:
         SteerError: no backend can carry the bias.
     """
+    if call.paged:
+        raise SteerError(
+            "the keys are in a paged cache, whose order hf_steer does not know; use generate without continuous batching, or run "
+            "inside disable_steering(model)."
+        )
     prompt, step = PREFERRED[call.implementation]
     reasons: dict[str, str | None] = {}
     wished: tuple[str, ...] = () if wanted == "auto" else (wanted,)
@@ -85,8 +90,6 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
 
 def refuse(name: str, call: AttentionCall) -> str | None:
     """Why a backend cannot carry this call's bias; None where it can."""
-    if call.paged:
-        return "the keys are in a paged cache"
     backend = BACKENDS[name]
     if call.implementation not in backend.over:
         return f"it does not know the masks of {call.implementation!r}"

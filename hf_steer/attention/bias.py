@@ -13,12 +13,12 @@ from hf_steer.values import HeadBias, TokenScores
 Form = TypeVar("Form")
 
 
-def once(forms: dict[Hashable, Form], name: Hashable, source: Tensor, make: Callable[[], Form]) -> Form:
+def once(forms: dict[Hashable, Form], name: Hashable, make: Callable[[], Form], *sources: Tensor) -> Form:
     """What a backend makes of a bias, made once for all layers that share it.
 
-    Not where gradients flow through it: checkpointing runs layers again and expects them to compute what they computed.
+    Not where gradients flow to what it is made of: checkpointing runs layers again and expects them to compute what they computed.
     """
-    if source.requires_grad:
+    if any(source.requires_grad for source in sources):
         return make()
     if name not in forms:
         forms[name] = make()
@@ -29,7 +29,9 @@ def on_device(bias: HeadBias, device: torch.device) -> HeadBias:
     """The bias where the layer is: layers may be spread over devices. Each device gets its own copy once."""
     if bias.key.device == device:
         return bias
-    moved: HeadBias = once(bias.forms, device, bias.query, lambda: HeadBias(bias.query.to(device), bias.key.to(device)))
+    moved: HeadBias = once(
+        bias.forms, device, lambda: HeadBias(bias.query.to(device), bias.key.to(device)), bias.query, bias.key
+    )
     return moved
 
 

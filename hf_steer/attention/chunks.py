@@ -59,7 +59,7 @@ def logits_in_chunks(
 
 def _mask_of(call: AttentionCall, chunk: slice, count: int, keys: int) -> Tensor | None:
     if isinstance(call.mask, Tensor):
-        return call.mask[:, :, chunk, :keys]
+        return call.mask[:, :, chunk]
     if call.mask is not None:
         return _evaluated(call.mask, chunk, keys, call.query.device)
     if not call.causal or count == 1:

@@ -28,7 +28,7 @@ def refuse_cpu_flash(call: AttentionCall) -> str | None:
         return "this torch has no flash attention for CPUs, or it is switched off"
     if call.query.device.type != "cpu":
         return f"the model is on {call.query.device.type!r}"
-    if call.mask is not None or not call.causal:
+    if call.mask is not None or not call.causal or call.queries == 1:
         return "it needs a causal prompt without padding"
     if bias is None or bias.query.shape[2] > 1:
         return "the bias differs from query to query"
@@ -56,6 +56,6 @@ def attend_on_cpu(
     """Attend causally with one row of bias per head; arguments as for `attend_folded`. `inner` is not called."""
     keys = query.shape[2]  # an empty static cache has more: none of them may be attended to
     dtype = torch.promote_types(query.dtype, torch.float32)  # beside 16-bit queries, too, so that the bias is not rounded
-    row = once(bias.forms, ("dense", dtype), bias.query, lambda: dense_bias(bias, dtype))
+    row = once(bias.forms, ("dense", dtype), lambda: dense_bias(bias, dtype), bias.query, bias.key)
     output = _attend(query, key[:, :, :keys], value[:, :, :keys], 0.0, True, attn_mask=row[..., :keys], scale=scaling)[0]
     return output.transpose(1, 2).contiguous(), None

@@ -6,31 +6,46 @@ entry by entry, and here an entry is a product of captured tensors, so a new pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_steer.attention.bias import once
 from hf_steer.attention.call import AttentionCall
+from hf_steer.attention.masked import merge_mask
 from hf_steer.values import HeadBias
 
+_BLOCK = 128
+"""Queries, and keys, that FlexAttention skips or takes as one."""
 
-class LowRankEntries:
-    """Reads like a `(batch, heads, queries, keys)` tensor, one entry at a time, and holds none."""
 
-    def __init__(self, bias: HeadBias, added: Any) -> None:
-        self.query, self.key, self.added = bias.query.contiguous(), bias.key.contiguous(), added
-        self.rows, self.queries, self.rank = self.query.shape[0] > 1, self.query.shape[2] > 1, self.key.shape[2]
+class Entries:
+    """Reads like a `(batch, heads, queries, keys)` tensor, one entry at a time: the bias and what else is added, none of it stored.
+
+    Args:
+        bias: low-rank.
+        added: `(batch or 1, heads or 1, queries or 1, keys or 1)` each.
+    """
+
+    def __init__(self, bias: HeadBias, added: Sequence[Tensor]) -> None:
+        self.query, self.key, self.added = bias.query.contiguous(), bias.key.contiguous(), tuple(added)
 
     def __getitem__(self, index: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        batch, head, query, key = index
-        row, place = batch if self.rows else batch * 0, query if self.queries else query * 0
-        entry = self.query[row, head, place, 0] * self.key[batch, key, 0]
-        for rank in range(1, self.rank):
-            entry = entry + self.query[row, head, place, rank] * self.key[batch, key, rank]
-        return entry if self.added is None else entry + self.added[batch, head, query, key]
+        row, head, place, _ = _within(index, self.query)
+        entry = self.query[row, head, place, 0] * self.key[index[0], index[3], 0]
+        for rank in range(1, self.key.shape[2]):
+            entry = entry + self.query[row, head, place, rank] * self.key[index[0], index[3], rank]
+        for tensor in self.added:
+            row, head, place, key = _within(index, tensor)
+            entry = entry + tensor[row, head, place, key]
+        return entry
+
+
+def _within(index: tuple[Tensor, ...], tensor: Tensor) -> list[Tensor]:
+    """The index into a tensor that is broadcast where its size is 1."""
+    return [own if size > 1 else own * 0 for own, size in zip(index, tensor.shape, strict=True)]
 
 
 def refuse_flex(call: AttentionCall) -> str | None:
@@ -66,24 +81,37 @@ def attend_flex(
 
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    added = [own for own in (kwargs.pop("position_bias", None),) if own is not None]
     if attention_mask is None and causal and query.shape[2] > 1:
-        attention_mask = _causal_blocks(query.shape[2], key.shape[2], query.device)
-    elif isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device).masked_fill(
-            ~attention_mask, lowest
-        )
-    entries = LowRankEntries(bias, kwargs.pop("position_bias", None))
-    output, _ = flex_attention_forward(module, query, key, value, attention_mask, position_bias=entries, **kwargs)  # type: ignore[arg-type]
+        sizes = query.shape[2], key.shape[2], query.device
+        attention_mask = once(bias.forms, ("causal", *sizes), lambda: _causal_blocks(*sizes))
+    elif isinstance(attention_mask, Tensor):  # flex_attention_forward reads the first head's alone
+        nothing = query.new_zeros(1, 1, 1, 1)
+        added.append(merge_mask(nothing, attention_mask, causal_queries=None))
+        attention_mask = None
+    entries: Any = Entries(bias, added)
+    output, _ = flex_attention_forward(module, query, key, value, attention_mask, position_bias=entries, **kwargs)
     return output, None
 
 
-@lru_cache(maxsize=8)
 def _causal_blocks(queries: int, keys: int, device: torch.device) -> Any:
-    """Blocks of keys that lie after all of their queries are skipped."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Which blocks of keys a block of queries sees wholly, and which in part, without a queries × keys tensor."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
-    return create_block_mask(causal, None, None, queries, keys, device=device)
+    rows = torch.arange(-(-queries // _BLOCK), device=device)[:, None]
+    columns = torch.arange(-(-keys // _BLOCK), device=device)
+    inside = ((columns + 1) * _BLOCK <= keys) & ((rows + 1) * _BLOCK <= queries)  # the last ones may hang over
+    whole, seen = (columns < rows) & inside, columns <= rows
+    partly = seen & ~whole
+    return BlockMask.from_kv_blocks(
+        *_listed(partly), *_listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=causal, seq_lengths=(queries, keys)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and their numbers, first."""
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).int()[None, None], order.int()[None, None]

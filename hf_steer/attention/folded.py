@@ -27,10 +27,10 @@ def refuse_folded(call: AttentionCall) -> str | None:
     """Why the channels cannot carry this call's bias."""
     if call.softcap is not None:
         return "softcapped logits would bend a folded bias"
-    if call.implementation == "eager" and call.query.dtype == torch.float16:
+    if call.implementation == "eager" and _product_dtype(call.query) == torch.float16:
         return "eager attention multiplies in float16 before it scales, and float16 ends at 65504"
     if call.implementation.startswith("flash") and call.bias is not None:
-        head_dim, parts = call.query.shape[-1], 3 if call.query.dtype.itemsize == 2 else 1
+        head_dim, parts = call.query.shape[-1], 3 if _product_dtype(call.query).itemsize == 2 else 1
         if head_dim + call.bias.key.shape[-1] * parts > _FLASH_LIMIT:
             return f"heads of {head_dim} leave no room for its channels below {_FLASH_LIMIT}, where flash kernels end"
     return None
@@ -64,32 +64,45 @@ def attend_folded(
     Returns:
         What `inner` returns: `(batch, queries, heads, value_dim)` and its weights, if it has any.
     """
-    head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], query.dtype
+    head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], _product_dtype(query)
     scale = head_dim**-0.5 if scaling is None else scaling
     rank = bias.key.shape[-1] * (3 if dtype.itemsize == 2 else 1)
     padding = -(head_dim + rank) % _CHANNELS_STEP
     columns = rank + padding
 
     def fold_query() -> Tensor:
-        return F.pad(split_query(bias.query, dtype), (0, padding))
+        return F.pad(split_query(bias.query * _reach(bias.key, dtype), dtype), (0, padding))
 
     def fold_key() -> Tensor:
-        return F.pad(split_key(bias.key / scale, dtype), (0, padding))
+        return F.pad(split_key(bias.key / (_reach(bias.key, dtype) * scale), dtype), (0, padding))
 
-    query_columns = once(bias.forms, ("folded", dtype, padding), bias.query, fold_query)
-    key_columns = once(bias.key_forms, ("folded", dtype, padding, scale), bias.key, fold_key)
+    query_columns = once(bias.forms, ("folded", dtype, padding), fold_query, bias.query, bias.key)
+    key_columns = once(bias.key_forms, ("folded", dtype, padding, scale), fold_key, bias.key)
     # fused kernels want one head size for all three; where they differ already (DeepSeek's MLA), `inner` knows what to do
     widened = F.pad(value, (0, columns)) if value_dim == head_dim else value
     output, weights = inner(
         module,
-        torch.cat([query, query_columns.expand(*query.shape[:-1], columns)], dim=-1),
-        torch.cat([key, key_columns[:, None].expand(*key.shape[:-1], columns)], dim=-1),
+        torch.cat([query, query_columns.to(query.dtype).expand(*query.shape[:-1], columns)], dim=-1),
+        torch.cat([key, key_columns.to(key.dtype)[:, None].expand(*key.shape[:-1], columns)], dim=-1),
         widened,
         attention_mask,
         scaling=scale,
         **kwargs,
     )
     return output[..., :value_dim], weights
+
+
+def _product_dtype(query: Tensor) -> torch.dtype:
+    """What the kernel multiplies in: autocast rounds 32-bit queries on its way in."""
+    device = query.device.type
+    if query.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return query.dtype
+
+
+def _reach(key: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """What is moved from the keys' factor to the queries', so that raw scores beyond float16's range fit in."""
+    return key.detach().abs().amax().clamp(min=1.0) if dtype == torch.float16 else 1.0
 
 
 def split_query(query: Tensor, dtype: torch.dtype) -> Tensor:

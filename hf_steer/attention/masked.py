@@ -28,12 +28,13 @@ def attend_masked(
     queries, sdpa = query.shape[2], inner is sdpa_attention_forward
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = causal and sdpa and queries > 1  # no mask means causal to sdpa alone
+    dtype = _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0)
 
     def merge() -> tuple[Tensor | None, Tensor]:
-        dense = dense_bias(bias, _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0))
-        return attention_mask, merge_mask(dense, attention_mask, causal_queries=queries if causal and queries > 1 else None)
+        return attention_mask, merge_mask(dense_bias(bias, dtype), attention_mask, causal_queries=queries if causal else None)
 
-    merged_with, mask = once(bias.forms, ("mask", attention_mask is None), bias.query, merge)
+    merged_with, mask = once(bias.forms, ("mask", dtype, attention_mask is None), merge, bias.query, bias.key)
     if merged_with is not attention_mask:  # layers of another kind have another mask, such as a window
         mask = merge()[1]
     if sdpa and queries == 1 and kwargs.get("position_bias") is None and kwargs.get("softcap") is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_steer.attention.backends import BACKENDS, PREFERRED, choose_backend
@@ -67,7 +68,8 @@ def steered_attention(
             "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
         )
     bias = on_device(bias, key.device)
-    alike = attention_mask is None, key.device  # in which the layers of one pass may differ
+    # in which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with
+    alike = attention_mask is None, key.device, torch.is_grad_enabled()
     attend = hf_steer.chosen.get(alike)
     if attend is None:
         call = call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs)

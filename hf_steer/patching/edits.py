@@ -56,6 +56,7 @@ class SetAttentionFunction:
     def __enter__(self) -> None:
         self.previous = self.module.config
         config = copy.copy(self.previous)
+        config.hf_steer_original = vars(self.previous).get("hf_steer_original", self.previous)  # for flash_by_name
         config._attn_implementation_internal = self.name  # the property's setter would reach into shared sub-configs
         self.module.config = config
 

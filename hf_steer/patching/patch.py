@@ -180,5 +180,5 @@ def _inner(site: Site, implementation: str) -> Any:
         return sys.modules[type(site.module).__module__].eager_attention_forward
     function = ALL_ATTENTION_FUNCTIONS[implementation]
     if "flash" in implementation:
-        return partial(flash_by_name, flash=function, implementation=implementation)
+        return partial(flash_by_name, flash=function)
     return function

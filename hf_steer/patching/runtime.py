@@ -91,7 +91,7 @@ def read_prompt(
         input_ids=ids,
         shape=(batch, tokens),
         first_position=first,
-        real=real_tokens(mask, first + tokens) if isinstance(mask, Tensor) else None,
+        real=real_tokens(mask, first + tokens).expand(batch, -1) if isinstance(mask, Tensor) else None,
         encoded=encoded,
         raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
         arrangements=arrangements,

@@ -347,17 +347,44 @@ def test_raw_scores_beyond_the_range_of_float16_fold_if_the_bias_is_within_it():
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2**-8)
 
 
-@pytest.mark.parametrize("spread", [1.0, 20.0])
-def test_under_autocast_the_channels_are_split_for_the_type_that_is_multiplied(spread):
-    query, key, value, strength, scores, gate, allowed = case = make_case(KEYS, gated=False)
-    expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores * spread), SCALING)
-    unbiased, _ = attend(query, key, value, allowed, torch.zeros(BATCH, HEADS, KEYS, KEYS), SCALING)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain, _ = INNER["sdpa"](Module(), query, key, value, allowed[:, None], scaling=SCALING)
-        output, _ = run("folded", "sdpa", (*case[:4], scores * spread, *case[5:]), gated=False)
+def many_keys(queries, keys=600, spread=12.0):
+    """A bias that decides which of many keys wins: rounding it shows."""
+    generator = torch.Generator().manual_seed(11)
+    query, key, value = (torch.randn(1, HEADS, count, 32, generator=generator) for count in (queries, keys, keys))
+    scores, strength = torch.randn(1, keys, generator=generator), torch.tensor([1.0, -0.7, 0.3, 1.2]) * spread
+    tensors = [own.bfloat16() for own in (query, key, value)]
+    logits = tensors[0].double() @ tensors[1].double().mT * SCALING
+    biases = torch.zeros(HEADS, 1, keys), strength[:, None, None] * scores
+    exact = [((logits + bias).softmax(-1) @ tensors[2].double()).transpose(1, 2) for bias in biases]
+    return tensors, head_bias(TokenScores(scores, torch.zeros(1, keys).long()), strength, None, None), exact
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize(
+    ("backend", "implementation"), [("folded", "sdpa"), ("folded", "eager"), ("mask", "sdpa"), ("mask", "eager")]
+)
+def test_a_large_bias_is_not_rounded_in_sixteen_bits(backend, implementation, queries, how):
+    if backend == "mask" and (how == "autocast" if implementation == "sdpa" else queries > 1):
+        return  # autocast rounds sdpa's mask; eager's has the logits' type, or it would hold queries × keys twice as wide
+    tensors, bias, (unbiased, expected) = many_keys(queries)
+    tensors = [own.float() for own in tensors] if how == "autocast" else tensors
+    site = Module()
+    site.num_key_value_groups, site.is_causal = 1, False
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        plain, _ = INNER[implementation](site, *tensors, None, scaling=SCALING)
+        output, _ = BACKENDS[backend].attend(INNER[implementation], site, *tensors, None, bias, scaling=SCALING)
     assert plain.dtype == output.dtype == torch.bfloat16
-    floor = (plain.double() - unbiased).norm() / unbiased.norm()
-    assert (output.double() - expected).norm() / expected.norm() < 3 * floor
+    assert relative(output.double(), expected) < 3 * relative(plain.double(), unbiased)
+
+
+@pytest.mark.parametrize("backend", ["folded", "mask", "flex"])
+def test_every_rank_is_added(backend):
+    query, key, value, _, _, _, allowed = make_case(KEYS)
+    bias = HeadBias(torch.randn(BATCH, HEADS, KEYS, 3), torch.randn(BATCH, KEYS, 3))
+    expected, _ = attend(query, key, value, allowed, torch.einsum("bhqr,bkr->bhqk", bias.query, bias.key), SCALING)
+    output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, scaling=SCALING)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_was_decided_for_one_layer_does_not_hold_for_a_layer_with_another_mask():

@@ -249,6 +249,16 @@ def test_unpadded_steps_equal_one_pass_through_every_backend(family, backend):
         assert (logits(model, {"input_ids": ids}) - whole)[:, -1].abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_a_mask_of_ones_own_may_be_one_for_all_rows():
+    model = patch_model(make_model("qwen2"), steer("qwen2"))
+    ids = prompt_for("qwen2", rows=[[9], [9]])["input_ids"]
+    said = Saliency.from_tokens(torch.randn(2, 9))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    with use_saliency(model, said):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, **TOLERANCE)
+
+
 @every
 def test_beams_and_returned_sequences_equal_a_repeated_batch(family, implementation):
     model = patch_model(make_model(family, implementation), steer(family))

@@ -29,7 +29,7 @@ def attend_masked(
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = causal and sdpa and queries > 1  # no mask means causal to sdpa alone
-    dtype = _mask_dtype(query, value, sdpa=sdpa, dropout=kwargs.get("dropout") or 0.0)
+    dtype = _mask_dtype(query, sdpa=sdpa)
 
     def merge() -> tuple[Tensor | None, Tensor]:
         return attention_mask, merge_mask(dense_bias(bias, dtype), attention_mask, causal_queries=queries if causal else None)
@@ -54,12 +54,10 @@ def _attend_step(
     return output.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-def _mask_dtype(query: Tensor, value: Tensor, *, sdpa: bool, dropout: float) -> torch.dtype:
-    """float32 where the kernel takes it beside 16-bit queries: the bias is then not rounded."""
-    if sdpa:
-        fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not dropout
-        return torch.promote_types(query.dtype, torch.float32) if fused else query.dtype
-    return torch.promote_types(query.dtype, torch.float32) if query.shape[2] == 1 else query.dtype
+def _mask_dtype(query: Tensor, *, sdpa: bool) -> torch.dtype:
+    """float32 where the kernel takes it beside 16-bit queries, and eager's logits are few: the bias is then not rounded."""
+    wide = query.device.type == "cpu" if sdpa else query.shape[2] == 1
+    return torch.promote_types(query.dtype, torch.float32) if wide else query.dtype
 
 
 def dense_bias(bias: HeadBias, dtype: torch.dtype) -> Tensor:

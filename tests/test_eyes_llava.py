@@ -703,11 +703,24 @@ def test_a_tower_that_is_not_known_is_refused_for_its_eyes_alone():
 @each
 def test_an_implementation_of_the_tower_that_cannot_be_wrapped_is_refused(variant):
     model = make_model(variant)
-    model.set_attn_implementation({"vision_config": "flex_attention"})
-    with pytest.raises(hf_steer.PatchError, match="the vision tower runs attention implementation 'flex_attention'"):
+    model.get_encoder("image").config._attn_implementation_internal = "my_own"
+    with pytest.raises(hf_steer.PatchError, match="the vision tower runs attention implementation 'my_own'"):
         patch_model(model, steer())
     assert not hf_steer.get_steer_status(model).patched
     patch_model(model, steer(None))
+
+
+@each
+@pytest.mark.usefixtures("flex_without_a_compiler")
+def test_a_tower_that_runs_flex_attention_sees_what_it_sees_with_sdpa(variant):
+    found = []
+    for implementation in ("sdpa", "flex_attention"):
+        model = make_model(variant)
+        model.set_attn_implementation({"vision_config": implementation})
+        inputs = make_prompt(variant, ROWS)
+        found.append(record_state(patch_model(model, steer(normalize="none")), inputs).scores.values)
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].std() > 0.01
 
 
 @each

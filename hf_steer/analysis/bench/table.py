@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,25 @@ def conditions(kind: str) -> Row:
 
     return {
         "kind": kind,
-        "device": torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if kind == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_steer": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def _processor() -> str:
+    """The CPU's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def cell_rows(cell: Cell, times: Times, peaks: dict[str, int], errors: dict[str, float]) -> list[Row]:

@@ -169,3 +169,44 @@ def test_the_aligners_benchmark_runs_and_the_readme_quotes_it(tmp_path):
     for row in full:
         if row["pass"] == "forward" and row["dtype"] == "float32":
             assert f"{row['aligner']} {float(row['ratio']):.1f}" in " ".join(README.split()), row["aligner"]
+
+
+BENCH = ROOT / "examples" / "benchmarks" / "bench-cpu.csv"
+SHOWN = ("hf_steer", "dense mask", "position_bias", "edited weights")
+
+
+def bench_rows():
+    return list(csv.DictReader(BENCH.read_text().splitlines()))
+
+
+def bench_table(rows):
+    """The README's table: Qwen2-VL-2B's shape, times the plain model's time, as the benchmark wrote it."""
+    cells = {}
+    for row in rows:
+        if row["shape"] == "qwen2-vl-2b" and row["level"] in ("attention", "model") and row["phase"] != "training":
+            place = row["level"], row["phase"], int(row["batch"]), int(row["tokens"]), row["dtype"]
+            cells.setdefault(place, {})[row["contender"]] = row
+    lines = []
+    for (level, phase, batch, tokens, dtype), found in cells.items():
+        ours = found["hf_steer"]
+        first = f"{float(ours['ratio']):.2f} [{float(ours['ratio_p20']):.2f}, {float(ours['ratio_p80']):.2f}]"
+        others = [f"{float(found[name]['ratio']):.2f}" if name in found else "" for name in SHOWN[1:]]
+        where = f"{level}, {phase}" + (f", batch {batch}" if batch > 1 else "")
+        lines.append("| " + " | ".join([where, str(tokens), dtype, first, *others]) + " |")
+    return lines
+
+
+def test_the_readme_shows_the_benchmarks_own_table_and_counts_its_bars():
+    text, rows = (ROOT / "README.md").read_text(), bench_rows()
+    lines = bench_table(rows)
+    assert len(lines) == 24
+    for line in lines:
+        assert line in text
+    held = [row for row in rows if row["holds"]]
+    steered = [row for row in held if row["contender"] == "hf_steer"]
+    kept = sum(row["holds"] == "True" for row in held), sum(row["holds"] == "True" for row in steered)
+    assert f"{kept[1]} of its {len(steered)} rows" in " ".join(text.split())
+    assert f"{kept[0]} of all {len(held)}" in " ".join(text.split())
+    (patching,) = (row for row in rows if row["level"] == "patching")
+    assert f"takes {float(patching['ms']):.1f} ms" in text
+    assert max(float(row["error_ratio"]) for row in rows if row["contender"] == "hf_steer" and row["error_ratio"]) < 4

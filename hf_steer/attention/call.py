@@ -56,6 +56,11 @@ class AttentionCall:
 Reader = Callable[[AttentionCall], None]
 
 
+def causal_of(module: Any, is_causal: bool | None) -> bool:
+    """Whether no mask means causal: as the call says, or else the module."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
 def call_of(
     module: Any,
     query: Tensor,
@@ -68,7 +73,7 @@ def call_of(
     kwargs: Mapping[str, Any],
 ) -> AttentionCall:
     """From the arguments of an attention function."""
-    scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    scaling = kwargs.get("scaling")
     return AttentionCall(
         layer=module.layer_idx,
         implementation=implementation,
@@ -77,7 +82,7 @@ def call_of(
         value=value,
         mask=mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=getattr(module, "is_causal", True) if causal is None else causal,
+        causal=causal_of(module, kwargs.get("is_causal")),
         bias=bias,
         dropout=kwargs.get("dropout") or 0.0,
         softcap=kwargs.get("softcap"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.attention.bias import once
-from hf_steer.attention.call import AttentionCall
+from hf_steer.attention.call import AttentionCall, causal_of
 from hf_steer.attention.masked import merge_mask
 from hf_steer.values import HeadBias
 
@@ -79,8 +79,7 @@ def attend_flex(
     """Attend with FlexAttention; arguments as for `attend_folded`. `inner` is not called: it may be sdpa's."""
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    causal = kwargs.pop("is_causal", None)
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = causal_of(module, kwargs.pop("is_causal", None))
     added = [own for own in (kwargs.pop("position_bias", None),) if own is not None]
     if attention_mask is None and causal and query.shape[2] > 1:
         sizes = query.shape[2], key.shape[2], query.device

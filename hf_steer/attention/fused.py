@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_steer.attention.call import AttentionCall
+from hf_steer.attention.call import AttentionCall, causal_of
 from hf_steer.values import HeadBias
 
 _SMALLEST_HEAD, _LARGEST_HEAD, _LARGEST_RANK, _LARGEST_GRID = 16, 256, 16, 65535
@@ -52,9 +52,7 @@ def attend_fused(
     Returns:
         `(batch, queries, heads, value_dim)`, contiguous, and None for the weights.
     """
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    causal = causal_of(module, kwargs.get("is_causal")) and attention_mask is None and query.shape[2] > 1
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return _FusedAttention.apply(query, key, value, bias.query, bias.key, attention_mask, scale, causal), None
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_steer.attention.bias import once
+from hf_steer.attention.call import causal_of
 from hf_steer.values import HeadBias
 
 
@@ -26,9 +27,8 @@ def attend_masked(
 ) -> Any:
     """Attend with the dense bias added to the mask; arguments as for `attend_folded`."""
     queries, sdpa = query.shape[2], inner is sdpa_attention_forward
-    causal = kwargs.pop("is_causal", None)
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = causal and sdpa and queries > 1  # no mask means causal to sdpa alone
+    # no mask means causal to sdpa alone
+    causal = causal_of(module, kwargs.pop("is_causal", None)) and sdpa and queries > 1
     dtype = _mask_dtype(query, sdpa=sdpa)
 
     def merge() -> tuple[Tensor | None, Tensor]:

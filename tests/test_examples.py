@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,11 @@ def test_the_readme_shows_the_benchmarks_own_table_and_counts_its_bars():
     kept = sum(row["holds"] == "True" for row in held), sum(row["holds"] == "True" for row in steered)
     assert f"{kept[1]} of its {len(steered)} rows" in " ".join(text.split())
     assert f"{kept[0]} of all {len(held)}" in " ".join(text.split())
+    off = [
+        float(row["ratio"]) for row in rows
+        if row["contender"] in ("hf_steer disabled", "hf_steer strength 0") and row["phase"] in ("prefill", "decode")
+    ]  # fmt: skip
+    assert f"the median of its {len(off)} cells is {statistics.median(off):.3f}" in " ".join(text.split())
     (patching,) = (row for row in rows if row["level"] == "patching")
     assert f"takes {float(patching['ms']):.1f} ms" in text
     assert max(float(row["error_ratio"]) for row in rows if row["contender"] == "hf_steer" and row["error_ratio"]) < 4

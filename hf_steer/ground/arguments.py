@@ -1,0 +1,143 @@
+"""What transformers calls its arguments: our word for each, and every spelling that a supported version uses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        # of a prompt
+        "ids": ("input_ids",),
+        "embeds": ("inputs_embeds",),
+        "mask": ("attention_mask",),
+        "labels": ("labels",),
+        "loss_items": ("num_items_in_batch",),
+        # what holds the keys; renamed in 5.24, and the old name still comes in from users' loops
+        "cache": ("cache", "past_key_values"),
+        "keeps_cache": ("use_cache",),
+        # of pictures, videos and sounds
+        "encoded": ("mm_encoder_outputs",),
+        "image_pixels": ("pixel_values",),
+        "video_pixels": ("pixel_values_videos",),
+        "mels": ("input_features",),
+        "samples": ("input_values",),
+        "mel_mask": ("feature_attention_mask", "input_features_mask"),
+        "image_grids": ("image_grid_thw",),
+        "video_grids": ("video_grid_thw",),
+        "grids": ("grid_thw",),
+        "image_sizes": ("image_sizes",),
+        "images_per_row": ("batch_num_images",),
+        "aspect_ratio": ("vision_aspect_ratio",),
+        "feature_strategy": ("vision_feature_select_strategy",),
+        # of generate
+        "inputs": ("inputs",),
+        "settings": ("generation_config",),
+        "pad_token": ("pad_token_id",),
+        "end_tokens": ("eos_token_id",),
+        "guidance": ("guidance_scale",),
+        "draft_model": ("assistant_model",),
+        "draft_exit": ("assistant_early_exit",),
+    }
+)
+"""Our word -> their spellings, the newest first."""
+PERCEIVED = ("encoded", "image_pixels", "video_pixels", "mels", "samples")
+"""Words for what an encoder reads, or has read."""
+IGNORED_LABEL = -100
+
+
+class Given:
+    """The arguments of one call, read by our words: `given.ids`, `given.cache`; None for one that did not come.
+
+    Attributes:
+        named: the arguments by transformers' names.
+        own: further spellings of this module, found by `own_spellings`.
+    """
+
+    def __init__(self, named: Mapping[str, Any], own: Mapping[str, str] | None = None) -> None:
+        self.named = named
+        self.own = own or {}
+
+    def __getattr__(self, word: str) -> Any:
+        if word not in ARGUMENTS:
+            raise AttributeError(f"{word!r} is no word of ground/arguments.py; it has {', '.join(ARGUMENTS)}.")
+        for name in ARGUMENTS[word]:
+            if self.named.get(name) is not None:
+                return self.named[name]
+        return self.named.get(self.own[word]) if word in self.own else None
+
+    def pixels(self, modality: str) -> Any:
+        """Pixels of `"image"` or `"video"`."""
+        return self.image_pixels if modality == "image" else self.video_pixels if modality == "video" else None
+
+    def features(self, modality: str) -> Any:
+        """What the caller had encoded of a modality: the encoder's output; None without."""
+        return (self.encoded or {}).get(modality)
+
+    def tokens(self) -> Tensor | None:
+        """Token numbers, or embeddings when they come alone or as the longer ones: `(batch, tokens, ...)`."""
+        ids, embeds = self.ids, self.embeds
+        if ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2]):
+            return embeds  # type: ignore[no-any-return]
+        return ids  # type: ignore[no-any-return]
+
+    def count_tokens(self) -> int:
+        """Tokens per row."""
+        tokens = self.tokens()
+        return 0 if tokens is None else tokens.shape[1]
+
+    @property
+    def perceives(self) -> bool:
+        """Whether pictures or sounds come along."""
+        return any(getattr(self, word) is not None for word in PERCEIVED)
+
+
+def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """What a module is called with."""
+    own = own_spellings(type(module))
+    if not args:
+        return Given(kwargs, own)
+    names = inspect.signature(module.forward).parameters
+    return Given({**dict(zip(names, args, strict=False)), **kwargs}, own)
+
+
+def read_generate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
+    """What `generate` is called with; its first positional arguments are `inputs` and `generation_config`."""
+    named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+    if named.get("inputs") is not None:
+        named["input_ids"] = named["inputs"]
+    return Given(named)
+
+
+def spelling_in(module: nn.Module, word: str) -> str | None:
+    """The name under which a module's forward takes an argument; None where it takes none of that kind by name."""
+    names = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    found = next((name for name in ARGUMENTS[word] if name in names), None)
+    return found or own_spellings(type(module)).get(word)
+
+
+def with_changes(module: nn.Module, given: Given, **changes: Any) -> dict[str, Any]:
+    """All arguments by transformers' names, some of them replaced: under the name that came, or the one that the module takes."""
+    named = dict(given.named)
+    for word, value in changes.items():
+        came = next((name for name in (*ARGUMENTS[word], *given.own.values()) if name in named), None)
+        name = came or spelling_in(module, word) or ARGUMENTS[word][0]
+        named[name] = value
+    return named
+
+
+_OWN: dict[type, Mapping[str, str]] = {}
+
+
+def own_spellings(kind: type) -> Mapping[str, str]:
+    """Spellings of a module class that the table lacks: of the cache, told by its type, so that a next renaming is no loss."""
+    if kind not in _OWN:
+        parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters  # type: ignore[attr-defined]
+        known = any(name in parameters for name in ARGUMENTS["cache"])
+        caches = [name for name, own in parameters.items() if str(own.annotation).rpartition(".")[2].startswith("Cache")]
+        _OWN[kind] = {"cache": caches[0]} if not known and len(caches) == 1 else {}
+    return _OWN[kind]

@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from calls import attend_with, call_of
 from oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, SteeredCall, backends, call_of, choose_backend, head_bias, mass_shift, steered_attention
+from hf_steer.attention import BACKENDS, SteeredCall, backends, choose_backend, head_bias, mass_shift, steered_attention
 from hf_steer.attention.backends import PREFERRED
 from hf_steer.attention.bias import on_device
 from hf_steer.attention.masked import merge_mask
@@ -50,8 +51,7 @@ def run(backend, implementation, case, *, gated=True, mask_kind=None):
     mask = allowed[:, None]
     if (mask_kind or implementation) != "sdpa":
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return BACKENDS[backend].attend(
-        INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING, dropout=0.0
+    return attend_with(backend, INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING, dropout=0.0
     )
 
 
@@ -79,9 +79,9 @@ def test_a_causal_prompt_without_a_mask_stays_causal(backend, gated):
     allowed = torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), SCALING)
     bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, gate if gated else None)
-    output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
+    output, _ = attend_with(backend, INNER["sdpa"], Module(), query, key, value, None, bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
-    default, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, None, bias)
+    default, _ = attend_with(backend, INNER["sdpa"], Module(), query, key, value, None, bias)
     expected, _ = attend(query, key, value, allowed, rank_one(strength, gate, scores), HEAD_DIM**-0.5)
     torch.testing.assert_close(default.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_values_and_gradients_are_as_exact_as_those_of_the_plain_kernel(backend,
         bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
         asked = call_of(Module(), query, key, value, mask, bias, implementation=implementation, kwargs={})
         assert backends.refuse(backend, asked) is None
-        return BACKENDS[backend].attend(INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING)[0]
+        return attend_with(backend, INNER[implementation], Module(), query, key, value, mask, bias, scaling=SCALING)[0]
 
     def formula(query, key, value, strength, scores):
         return dense_attention(query, key, value, strength, scores, allowed)
@@ -201,7 +201,7 @@ def test_preserved_mass_is_exact_where_attention_inside_a_group_is_uniform(backe
         grouped = TokenScores(scores, group)
         bias = head_bias(grouped, strength, mass_shift(grouped, strength) if preserve else None, None)
         everyone = torch.zeros(BATCH, 1, 3, KEYS)
-        _, weights = BACKENDS[backend].attend(INNER["eager"], Module(), query, key, value, everyone, bias, scaling=SCALING)
+        _, weights = attend_with(backend, INNER["eager"], Module(), query, key, value, everyone, bias, scaling=SCALING)
         mass[preserve] = torch.stack([(weights * (group == g)[:, None, None]).sum(-1) for g in (0, 1)])
     uniform = torch.stack([(group == g).float().mean(1) for g in (0, 1)])[:, :, None, None].expand(-1, -1, HEADS, 3)
     torch.testing.assert_close(mass[True], uniform)
@@ -317,7 +317,7 @@ def test_masks_of_every_shape_are_heeded(backend, kind, shape):
     bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
     logits = query.double() @ key.repeat_interleave(2, 1).double().mT * SCALING + rank_one(strength, gate[:, :1], scores)
     expected = (logits.masked_fill(~allowed, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 1).double()).transpose(1, 2)
-    output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, mask, bias, scaling=SCALING)
+    output, _ = attend_with(backend, INNER["sdpa"], Module(), query, key, value, mask, bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -373,7 +373,7 @@ def test_a_large_bias_is_not_rounded_in_sixteen_bits(backend, implementation, qu
     site.num_key_value_groups, site.is_causal = 1, False
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         plain, _ = INNER[implementation](site, *tensors, None, scaling=SCALING)
-        output, _ = BACKENDS[backend].attend(INNER[implementation], site, *tensors, None, bias, scaling=SCALING)
+        output, _ = attend_with(backend, INNER[implementation], site, *tensors, None, bias, scaling=SCALING)
     assert plain.dtype == output.dtype == torch.bfloat16
     assert relative(output.double(), expected) < 3 * relative(plain.double(), unbiased)
 
@@ -383,7 +383,7 @@ def test_every_rank_is_added(backend):
     query, key, value, _, _, _, allowed = make_case(KEYS)
     bias = HeadBias(torch.randn(BATCH, HEADS, KEYS, 3), torch.randn(BATCH, KEYS, 3))
     expected, _ = attend(query, key, value, allowed, torch.einsum("bhqr,bkr->bhqk", bias.query, bias.key), SCALING)
-    output, _ = BACKENDS[backend].attend(INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, scaling=SCALING)
+    output, _ = attend_with(backend, INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, scaling=SCALING)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -414,7 +414,7 @@ def test_a_single_query_through_sdpa(case, dtype):
     more = {"position_bias": extra.to(dtype)} if case == "position_bias" else {}
     if case == "dropout":
         more = {"dropout": 1e-9}  # takes the kernel that has dropout, and drops nothing
-    output, _ = BACKENDS["mask"].attend(INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, scaling=SCALING, **more)
+    output, _ = attend_with("mask", INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, scaling=SCALING, **more)
     assert output.shape == (BATCH, 1, HEADS, value.shape[-1])
     # what the output and, where the kernel takes no wider one, the mask lose to 16 bits
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
@@ -425,7 +425,7 @@ def test_softcaps_that_sdpa_refuses_are_refused_with_a_bias_too():
     query, key, value, strength, scores, _, allowed = make_case(1)
     bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
     with pytest.raises(ValueError, match="does not support `softcap`"):
-        BACKENDS["mask"].attend(INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, softcap=30.0)
+        attend_with("mask", INNER["sdpa"], Module(), query, key, value, allowed[:, None], bias, softcap=30.0)
 
 
 def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once():
@@ -469,7 +469,7 @@ def test_memory_of_the_folded_channel_does_not_grow_with_queries_times_keys():
         scores = TokenScores(torch.randn(1, length), torch.zeros(1, length).long())
         bias = head_bias(scores, torch.ones(HEADS), None, None)
         tensors = torch.zeros(1, HEADS, length, 16), torch.zeros(1, GROUPED, length, 16), torch.zeros(1, GROUPED, length, 16)
-        BACKENDS["folded"].attend(inner, Module(), *tensors, None, bias, scaling=1.0)
+        attend_with("folded", inner, Module(), *tensors, None, bias, scaling=1.0)
         assert bias.query.numel() + bias.key.numel() == HEADS + length
     assert [size[0][-1] for size in sizes] == [24, 24]
     assert all(size[3] is None for size in sizes)

@@ -361,6 +361,7 @@ def test_a_later_token_never_changes_an_earlier_output(family, implementation):
 
 
 @every
+@pytest.mark.filterwarnings("ignore:this call of a patched model says nothing about where to look")
 def test_threads_with_different_saliency_equal_the_same_in_turn(family, implementation):
     model = patch_model(make_model(family, implementation), steer(family))
     inputs = prompt_for(family, rows=[[4, ("image", 2, 3), 5]])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from calls import call_of
 from test_contract import gaze, prompt_for, steer
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,7 +119,8 @@ def test_what_is_kept_for_other_layers_is_not_kept_where_gradients_flow():
     for learned in (False, True):
         bias = HeadBias(torch.ones(1, 2, 1, 1, requires_grad=learned), torch.ones(1, 5, 1))
         query, key = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)
-        folded.attend_folded(lambda *args, **kwargs: (args[1].transpose(1, 2), None), None, query, key, key, None, bias)
+        call = call_of(None, query, key, key, None, bias, inner=lambda *args, **kwargs: (args[1].transpose(1, 2), None))
+        folded.attend_folded(call, bias)
         assert bool(bias.forms) != learned
         assert bias.key_forms
 

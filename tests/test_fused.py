@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from calls import call_of
 from oracle import attend, rank_one
 from test_contract import TOLERANCE, gaze, logits, prompt_for, steer
 from tiny import make_model
 from torch.nn import functional as F
 
 from hf_steer import patch_model, unpatch_model
-from hf_steer.attention import call_of, fused
+from hf_steer.attention import fused
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.values import HeadBias
 
@@ -130,7 +131,8 @@ def run_plain(leaf, allowed, mask, upstream, *, biased):
 def run_fused(leaf, mask, upstream, **kwargs):
     for tensor in leaf.values():
         tensor.grad = None
-    output, weights = attend_fused(None, DECODER, leaf["query"], leaf["key"], leaf["value"], mask, bias_of(leaf), **kwargs)
+    bias = bias_of(leaf)
+    output, weights = attend_fused(call_of(DECODER, leaf["query"], leaf["key"], leaf["value"], mask, bias, kwargs=kwargs), bias)
     assert weights is None
     assert output.is_contiguous()
     output.backward(upstream)
@@ -267,7 +269,8 @@ def test_causality_follows_the_keyword_before_the_module(interpreter):
     leaf, _, _, _ = changed(head=16)
     with torch.no_grad():
         def run(module, **kwargs):
-            return attend_fused(None, module, leaf["query"], leaf["key"], leaf["value"], None, bias_of(leaf), **kwargs)[0]
+            bias = bias_of(leaf)
+            return attend_fused(call_of(module, leaf["query"], leaf["key"], leaf["value"], None, bias, kwargs=kwargs), bias)[0]
 
         causal, full = run(DECODER), run(DECODER, is_causal=False)
         assert not torch.equal(causal, full)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import attend_with, call_of
 from test_contract import gaze, prompt_for, steer
 from tiny import make_model
 from torch._dynamo.utils import counters
@@ -13,7 +14,7 @@ from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_steer import disable_steering, patch_model, use_saliency
-from hf_steer.attention import BACKENDS, call_of, head_bias
+from hf_steer.attention import head_bias
 from hf_steer.attention.backends import refuse
 from hf_steer.values import TokenScores
 
@@ -62,7 +63,7 @@ def test_values_and_gradients_are_as_exact_as_those_of_the_plain_kernel(backend,
     def steered(query, key, value, strength, scores):
         bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
         assert refuse(backend, call_of(site, query, key, value, mask, bias, implementation="sdpa", kwargs={})) is None
-        return BACKENDS[backend].attend(sdpa_attention_forward, site, query, key, value, mask, bias, scaling=SCALING)[0]
+        return attend_with(backend, sdpa_attention_forward, site, query, key, value, mask, bias, scaling=SCALING)[0]
 
     def formula(query, key, value, strength, scores):
         return exact(query, key, value, strength, scores, allowed)

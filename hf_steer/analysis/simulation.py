@@ -22,11 +22,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_steer.attention import BACKENDS
+from hf_steer.attention import BACKENDS, AttentionCall
 from hf_steer.checks import check_count, check_indices, check_number
 from hf_steer.errors import ConfigError
+from hf_steer.ground.attention_call import options_of
+from hf_steer.ground.implementations import function_of
 from hf_steer.saliency import NORMALIZERS
 from hf_steer.values import HeadBias
 
@@ -183,9 +184,11 @@ def _fold(log_attention: Tensor, saliency: Tensor, strength: float) -> Tensor:
     """`(queries, keys)`: the same distribution with the bias as a channel of queries and keys; see `simulate`."""
     keys = torch.ones_like(saliency).diag()[None, None]
     bias = HeadBias(saliency.new_full((1, 1, 1, 1), strength), saliency[None, :, None])
-    output, _ = BACKENDS["folded"].attend(
-        sdpa_attention_forward, torch.nn.Module(), log_attention[None, None], keys, keys, None, bias, scaling=1.0, is_causal=False
-    )
+    call = AttentionCall(
+        torch.nn.Module(), function_of("sdpa", ""), "sdpa", log_attention[None, None], keys, keys, None, bias,
+        options_of(scale=1.0, causal=False),
+    )  # fmt: skip
+    output, _ = BACKENDS["folded"].attend(call, bias)
     distribution: Tensor = output[0, :, 0]  # transformers puts the heads behind the queries
     return distribution
 

@@ -1,26 +1,30 @@
-"""Pure functions with transformers' attention signature; one file per way to carry the bias."""
+"""Pure functions that attend with a bias; one file per way to carry it."""
 
 from hf_steer.attention.backends import BACKENDS, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
-from hf_steer.attention.call import AttentionCall, Reader, call_of
 from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
+    UNSTEERED,
+    Reader,
     SteeredCall,
+    enter_pass,
     recording_attention,
     registered_name,
     steered_attention,
 )
+from hf_steer.ground.attention_call import AttentionCall
 
 __all__ = [
     "BACKENDS",
     "READABLE",
     "STEERABLE",
+    "UNSTEERED",
     "AttentionCall",
     "Reader",
     "SteeredCall",
-    "call_of",
     "choose_backend",
+    "enter_pass",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from hf_steer.attention.call import AttentionCall
 from hf_steer.attention.cpu_flash import attend_on_cpu, refuse_cpu_flash
 from hf_steer.attention.flex import attend_flex, refuse_flex
 from hf_steer.attention.folded import attend_folded, refuse_folded
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.attention.masked import attend_masked
 from hf_steer.errors import SteerError
-
-FLASH = ("flash_attention_2", "flash_attention_3")
+from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.ground.implementations import FLASH
+from hf_steer.values import HeadBias
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,24 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        attend: takes the function that the model had, and its arguments with the bias after the mask; returns what it returns.
+        attend: from a call and its bias to what the function underneath would return.
         refuse: why it cannot carry a call's bias, in a few words; None where it can.
         over: the attention implementations whose masks it understands.
+        instead: it runs a kernel of its own instead of the function underneath.
     """
 
-    attend: Callable[..., Any]
+    attend: Callable[[AttentionCall, HeadBias], tuple[Any, Any]]
     refuse: Callable[[AttentionCall], str | None]
     over: tuple[str, ...]
+    instead: bool = False
 
 
 BACKENDS: Mapping[str, Backend] = {
     "folded": Backend(attend_folded, refuse_folded, ("eager", "sdpa", "flex_attention", *FLASH)),
     "mask": Backend(attend_masked, lambda call: None, ("eager", "sdpa")),
-    "cpu_flash": Backend(attend_on_cpu, refuse_cpu_flash, ("sdpa",)),
-    "flex": Backend(attend_flex, refuse_flex, ("sdpa", "flex_attention")),
-    "triton": Backend(attend_fused, refuse_fused, ("sdpa",)),
+    "cpu_flash": Backend(attend_on_cpu, refuse_cpu_flash, ("sdpa",), instead=True),
+    "flex": Backend(attend_flex, refuse_flex, ("sdpa", "flex_attention"), instead=True),
+    "triton": Backend(attend_fused, refuse_fused, ("sdpa",), instead=True),
 }
 
 PREFERRED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -72,6 +74,11 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
             "the keys are in a paged cache, whose order hf_steer does not know; use generate without continuous batching, or run "
             "inside disable_steering(model)."
         )
+    if call.unknown:
+        raise SteerError(
+            f"layer {call.layer} calls its attention with {', '.join(call.unknown)}, and what that does to the logits is not known "
+            "to hf_steer; to add a bias would be a guess. Load the model without it, or run inside disable_steering(model)."
+        )
     prompt, step = PREFERRED[call.implementation]
     reasons: dict[str, str | None] = {}
     wished: tuple[str, ...] = () if wanted == "auto" else (wanted,)
@@ -93,6 +100,8 @@ def refuse(name: str, call: AttentionCall) -> str | None:
     backend = BACKENDS[name]
     if call.implementation not in backend.over:
         return f"it does not know the masks of {call.implementation!r}"
+    if backend.instead and not call.plain:
+        return f"it would pass over the function that is registered as {call.implementation!r} in place of transformers' own"
     return backend.refuse(call)
 
 

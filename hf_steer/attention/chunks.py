@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.attention.call import AttentionCall
 from hf_steer.attention.masked import dense_bias, merge_mask
 from hf_steer.errors import SteerError
+from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
 
 _SCORES_PER_CHUNK = 1 << 22
@@ -50,9 +50,9 @@ def logits_in_chunks(
     step = max(1, scores_per_chunk // (batch * heads * keys))
     for start in range(first, last, step):
         chunk = slice(start, min(start + step, last))
-        raw = call.query[:, :, chunk].float() @ key * call.scaling
-        if call.softcap is not None:
-            raw = call.softcap * torch.tanh(raw / call.softcap)
+        raw = call.query[:, :, chunk].float() @ key * call.scale
+        if call.cap is not None:
+            raw = call.cap * torch.tanh(raw / call.cap)
         logits = merge_mask(raw, _mask_of(call, chunk, count, keys), causal_queries=None)
         yield chunk, logits, None if call.bias is None else dense_bias(_cut(call.bias, chunk), torch.float32)
 

@@ -6,15 +6,14 @@ own causal flag; only `scaled_dot_product_attention` forbids the two together, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_steer.attention.bias import once
-from hf_steer.attention.call import AttentionCall
 from hf_steer.attention.masked import dense_bias
+from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
 
 _attend: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -36,26 +35,16 @@ def refuse_cpu_flash(call: AttentionCall) -> str | None:
         return "the kernel gives no gradient of the bias"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"heads of {call.query.shape[-1]} and values of {call.value.shape[-1]} differ"
-    if call.softcap is not None or call.sinks or call.position_bias or call.dropout:
+    if call.cap is not None or call.sinks or call.added is not None or call.dropped:
         return "the kernel knows no softcap, sinks, dropout or second bias"
     return None
 
 
-def attend_on_cpu(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    bias: HeadBias,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend causally with one row of bias per head; arguments as for `attend_folded`. `inner` is not called."""
-    keys = query.shape[2]  # an empty static cache has more: none of them may be attended to
+def attend_on_cpu(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, None]:
+    """Attend causally with one row of bias per head; the function underneath is not called."""
+    query, keys = call.query, call.queries  # an empty static cache has more keys: none of them may be attended to
     dtype = torch.promote_types(query.dtype, torch.float32)  # beside 16-bit queries, too, so that the bias is not rounded
     row = once(bias.forms, ("dense", dtype), lambda: dense_bias(bias, dtype), bias.query, bias.key)
-    output = _attend(query, key[:, :, :keys], value[:, :, :keys], 0.0, True, attn_mask=row[..., :keys], scale=scaling)[0]
+    key, value = call.key[:, :, :keys], call.value[:, :, :keys]
+    output = _attend(query, key, value, 0.0, True, attn_mask=row[..., :keys], scale=call.scale)[0]
     return output.transpose(1, 2).contiguous(), None

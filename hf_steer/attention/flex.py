@@ -1,20 +1,20 @@
 """The bias inside FlexAttention: computed from λ and s while the kernel runs. The kernel is loaded when it is first asked for.
 
-transformers' own `flex_attention_forward` does the rest (block masks, grouped heads, softcaps, sinks). It reads a position bias
+transformers' own function does the rest (block masks, grouped heads, softcaps, sinks). It reads a position bias
 entry by entry, and here an entry is a product of captured tensors, so a new prompt of the same shape is not compiled again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_steer.attention.bias import once
-from hf_steer.attention.call import AttentionCall, causal_of
 from hf_steer.attention.masked import merge_mask
+from hf_steer.ground.attention_call import AttentionCall, flex_attention, has_flex
 from hf_steer.values import HeadBias
 
 _BLOCK = 128
@@ -50,11 +50,9 @@ def _within(index: tuple[Tensor, ...], tensor: Tensor) -> list[Tensor]:
 
 def refuse_flex(call: AttentionCall) -> str | None:
     """Why FlexAttention cannot carry this call's bias."""
-    from transformers.utils.import_utils import is_torch_flex_attn_available
-
-    if not is_torch_flex_attn_available():
+    if not has_flex():
         return "this torch has no FlexAttention"
-    if call.dropout:
+    if call.dropped:
         return "FlexAttention has no dropout"
     on_cpu = call.query.device.type == "cpu"
     if on_cpu and call.sinks:
@@ -66,31 +64,17 @@ def refuse_flex(call: AttentionCall) -> str | None:
     return None
 
 
-def attend_flex(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    bias: HeadBias,
-    **kwargs: Any,
-) -> Any:
-    """Attend with FlexAttention; arguments as for `attend_folded`. `inner` is not called: it may be sdpa's."""
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    causal = causal_of(module, kwargs.pop("is_causal", None))
-    added = [own for own in (kwargs.pop("position_bias", None),) if own is not None]
-    if attention_mask is None and causal and query.shape[2] > 1:
-        sizes = query.shape[2], key.shape[2], query.device
-        attention_mask = once(bias.forms, ("causal", *sizes), lambda: _causal_blocks(*sizes))
-    elif isinstance(attention_mask, Tensor):  # flex_attention_forward reads the first head's alone
-        nothing = query.new_zeros(1, 1, 1, 1)
-        added.append(merge_mask(nothing, attention_mask, causal_queries=None))
-        attention_mask = None
-    entries: Any = Entries(bias, added)
-    output, _ = flex_attention_forward(module, query, key, value, attention_mask, position_bias=entries, **kwargs)
-    return output, None
+def attend_flex(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, None]:
+    """Attend with FlexAttention, whatever the function underneath is: it may be sdpa's."""
+    mask, query = call.mask, call.query
+    added = [] if call.added is None else [call.added]
+    if mask is None and call.causal and call.queries > 1:
+        sizes = call.queries, call.key.shape[2], query.device
+        mask = once(bias.forms, ("causal", *sizes), lambda: _causal_blocks(*sizes))
+    elif isinstance(mask, Tensor):  # transformers' function reads the first head's alone
+        added.append(merge_mask(query.new_zeros(1, 1, 1, 1), mask, causal_queries=None))
+        mask = None
+    return flex_attention(call, mask, Entries(bias, added)), None
 
 
 def _causal_blocks(queries: int, keys: int, device: torch.device) -> Any:

@@ -6,15 +6,15 @@ causal flag, grouped heads, and no queries × keys tensor. Prior art: FlashBias 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hf_steer.attention.bias import once
-from hf_steer.attention.call import AttentionCall
+from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.ground.implementations import FLASH
 from hf_steer.values import HeadBias
 
 _CHANNELS_STEP = 8
@@ -25,47 +25,29 @@ _FLASH_LIMIT = 256
 
 def refuse_folded(call: AttentionCall) -> str | None:
     """Why the channels cannot carry this call's bias."""
-    if call.softcap is not None:
+    if call.cap is not None:
         return "softcapped logits would bend a folded bias"
     if call.implementation == "eager" and _product_dtype(call.query) == torch.float16:
         return "eager attention multiplies in float16 before it scales, and float16 ends at 65504"
-    if call.implementation.startswith("flash") and call.bias is not None:
+    if call.implementation in FLASH and call.bias is not None:
         head_dim, parts = call.query.shape[-1], 3 if _product_dtype(call.query).itemsize == 2 else 1
         if head_dim + call.bias.key.shape[-1] * parts > _FLASH_LIMIT:
             return f"heads of {head_dim} leave no room for its channels below {_FLASH_LIMIT}, where flash kernels end"
     return None
 
 
-def attend_folded(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    bias: HeadBias,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> Any:
+def attend_folded(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, Any]:
     """Attend with the bias folded into q and k.
 
     Args:
-        inner: the attention function that the model had.
-        module: the attention module, handed on to `inner`.
-        query: `(batch, heads, queries, head_dim)`.
-        key: `(batch, key_value_heads, keys, head_dim)`.
-        value: `(batch, key_value_heads, keys, value_dim)`.
-        attention_mask: whatever `inner` takes; not looked at.
+        call: whose mask is handed on as it is.
         bias: low-rank bias for these heads and keys.
-        scaling: factor on the logits; `head_dim**-0.5` when None.
-        **kwargs: handed on to `inner`.
 
     Returns:
-        What `inner` returns: `(batch, queries, heads, value_dim)` and its weights, if it has any.
+        What the function underneath returns: `(batch, queries, heads, value_dim)` and its weights, if it has any.
     """
-    head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], _product_dtype(query)
-    scale = head_dim**-0.5 if scaling is None else scaling
+    query, key, value = call.query, call.key, call.value
+    head_dim, value_dim, dtype, scale = query.shape[-1], value.shape[-1], _product_dtype(query), call.scale
     rank = bias.key.shape[-1] * (3 if dtype.itemsize == 2 else 1)
     padding = -(head_dim + rank) % _CHANNELS_STEP
     columns = rank + padding
@@ -78,16 +60,14 @@ def attend_folded(
 
     query_columns = once(bias.forms, ("folded", dtype, padding), fold_query, bias.query, bias.key)
     key_columns = once(bias.key_forms, ("folded", dtype, padding, scale), fold_key, bias.key)
-    # fused kernels want one head size for all three; where they differ already (DeepSeek's MLA), `inner` knows what to do
+    # fused kernels want one head size for all three; where they differ already (DeepSeek's MLA), what lies underneath knows
     widened = F.pad(value, (0, columns)) if value_dim == head_dim else value
-    output, weights = inner(
-        module,
+    output, weights = call.run(
         torch.cat([query, query_columns.to(query.dtype).expand(*query.shape[:-1], columns)], dim=-1),
         torch.cat([key, key_columns.to(key.dtype)[:, None].expand(*key.shape[:-1], columns)], dim=-1),
         widened,
-        attention_mask,
-        scaling=scale,
-        **kwargs,
+        call.mask,
+        scale=scale,
     )
     return output[..., :value_dim], weights
 

@@ -8,53 +8,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_steer.attention.call import AttentionCall, causal_of
+from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
 
 _SMALLEST_HEAD, _LARGEST_HEAD, _LARGEST_RANK, _LARGEST_GRID = 16, 256, 16, 65535
 
 
-def attend_fused(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    bias: HeadBias,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+def attend_fused(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, None]:
     """Attend with the bias added in the kernel's registers.
 
-    A query that may attend to nothing gets 0. A mask given together with `sliding_window` already contains the window.
+    A query that may attend to nothing gets 0. A mask given together with a sliding window already contains the window.
 
     Args:
-        inner: the attention function that the model had; not called.
-        module: the attention module; `is_causal` is read where `kwargs` do not say.
-        query: `(batch, heads, queries, head_dim)`, float16 or bfloat16.
-        key: `(batch, key_value_heads, keys, head_dim)`.
-        value: `(batch, key_value_heads, keys, value_dim)`.
-        attention_mask: None (causal, aligned to the top left, if the module is), bool (True may attend) or float (added to the
-            logits; its dtype's lowest number hides), `(batch or 1, heads or 1, queries or 1, keys or 1)`.
+        call: query, key and value in float16 or bfloat16; the mask is None (causal, aligned to the top left, if the call is),
+            bool (True may attend) or float (added to the logits; its dtype's lowest number hides), `(batch or 1, heads or 1,
+            queries or 1, keys or 1)`. What would change the result besides is refused by `refuse_fused`.
         bias: low-rank bias for these heads and keys.
-        scaling: factor on the logits; `head_dim**-0.5` when None.
-        **kwargs: `is_causal` is read; what would change the result besides is refused by `refuse_fused`.
 
     Returns:
         `(batch, queries, heads, value_dim)`, contiguous, and None for the weights.
     """
-    causal = causal_of(module, kwargs.get("is_causal")) and attention_mask is None and query.shape[2] > 1
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _FusedAttention.apply(query, key, value, bias.query, bias.key, attention_mask, scale, causal), None
+    causal = call.causal and call.mask is None and call.queries > 1
+    return _FusedAttention.apply(
+        call.query, call.key, call.value, bias.query, bias.key, call.mask, float(call.scale), causal
+    ), None
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -165,9 +148,9 @@ def _refuse_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> str | None:
 
 
 def _refuse_options(call: AttentionCall) -> str | None:
-    if call.dropout:
-        return f"dropout {call.dropout}"
-    if call.softcap is not None or call.sinks or call.position_bias:
+    if call.dropped:
+        return f"dropout {call.dropped}"
+    if call.cap is not None or call.sinks or call.added is not None:
         return "the kernel knows no softcap, sinks or second bias"
     return None
 

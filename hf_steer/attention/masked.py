@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_steer.attention.bias import once
-from hf_steer.attention.call import causal_of
+from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
 
 
-def attend_masked(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    bias: HeadBias,
-    **kwargs: Any,
-) -> Any:
+def attend_masked(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, Any]:
     """Attend with the dense bias added to the mask; arguments as for `attend_folded`."""
-    queries, sdpa = query.shape[2], inner is sdpa_attention_forward
-    # no mask means causal to sdpa alone
-    causal = causal_of(module, kwargs.pop("is_causal", None)) and sdpa and queries > 1
-    dtype = _mask_dtype(query, sdpa=sdpa)
+    sdpa = call.implementation == "sdpa"  # by its name: somebody may have put a wrapper in its place
+    causal = call.causal and sdpa and call.queries > 1  # no mask means causal to sdpa alone
+    dtype = _mask_dtype(call.query, sdpa=sdpa)
 
     def merge() -> tuple[Tensor | None, Tensor]:
-        return attention_mask, merge_mask(dense_bias(bias, dtype), attention_mask, causal_queries=queries if causal else None)
+        return call.mask, merge_mask(dense_bias(bias, dtype), call.mask, causal_queries=call.queries if causal else None)
 
-    merged_with, mask = once(bias.forms, ("mask", dtype, attention_mask is None), merge, bias.query, bias.key)
-    if merged_with is not attention_mask:  # layers of another kind have another mask, such as a window
+    merged_with, mask = once(bias.forms, ("mask", dtype, call.mask is None), merge, bias.query, bias.key)
+    if merged_with is not call.mask:  # layers of another kind have another mask, such as a window
         mask = merge()[1]
-    if sdpa and queries == 1 and kwargs.get("position_bias") is None and kwargs.get("softcap") is None:
-        return _attend_step(query, key, value, mask, **kwargs)
-    return inner(module, query, key, value, mask, is_causal=False, **kwargs)
+    if sdpa and call.plain and call.queries == 1 and call.added is None and call.cap is None:
+        return _attend_step(call, mask)
+    return call.run(call.query, call.key, call.value, mask, causal=False)
 
 
-def _attend_step(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float | None = None, dropout: float = 0.0, **_: Any
-) -> tuple[Tensor, None]:
+def _attend_step(call: AttentionCall, mask: Tensor) -> tuple[Tensor, None]:
     """sdpa for a single query per head: the heads of a group become queries of their key head, and no key is repeated."""
-    batch, heads, _one, head_dim = query.shape
-    key_heads = key.shape[1]
-    grouped = query.reshape(batch, key_heads, heads // key_heads, head_dim)
+    batch, heads, _one, head_dim = call.query.shape
+    key, value, key_heads = call.key, call.value, call.key.shape[1]
+    grouped = call.query.reshape(batch, key_heads, heads // key_heads, head_dim)
     mask = mask.reshape(len(mask), key_heads, heads // key_heads, -1)
-    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=call.dropped, scale=call.scale)
     return output.reshape(batch, 1, heads, value.shape[-1]), None
 
 
@@ -67,7 +53,7 @@ def dense_bias(bias: HeadBias, dtype: torch.dtype) -> Tensor:
     return torch.einsum("bhqr,bkr->bhqk", bias.query.expand(len(bias.key), -1, -1, -1), bias.key).to(dtype)
 
 
-def merge_mask(bias: Tensor, attention_mask: Tensor | None, *, causal_queries: int | None) -> Tensor:
+def merge_mask(bias: Tensor, mask: Tensor | None, *, causal_queries: int | None) -> Tensor:
     """Add the bias to a mask of any kind without ever opening a masked position.
 
     transformers hands eager a float mask and sdpa a bool mask or None. Adding a float to a bool mask would turn "masked"
@@ -75,15 +61,15 @@ def merge_mask(bias: Tensor, attention_mask: Tensor | None, *, causal_queries: i
 
     Args:
         bias: `(batch, heads, queries or 1, keys)`.
-        attention_mask: None, bool (True may attend), or float (added to the logits).
+        mask: None, bool (True may attend), or float (added to the logits).
         causal_queries: how many queries there are, if no mask means causal, aligned to the top left as in sdpa; the bias may be
             one for all of them.
     """
     lowest = torch.finfo(bias.dtype).min
-    if attention_mask is None:
+    if mask is None:
         if causal_queries is None:
             return bias
-        attention_mask = torch.ones(causal_queries, bias.shape[3], dtype=torch.bool, device=bias.device).tril()
-    if attention_mask.dtype == torch.bool:
-        return torch.where(attention_mask, bias, lowest)
-    return (attention_mask + bias).clamp(min=lowest)
+        mask = torch.ones(causal_queries, bias.shape[3], dtype=torch.bool, device=bias.device).tril()
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest)
+    return (mask + bias).clamp(min=lowest)

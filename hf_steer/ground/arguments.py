@@ -90,6 +90,27 @@ class Given:
         tokens = self.tokens()
         return 0 if tokens is None else tokens.shape[1]
 
+    def with_mask(self, mask: Tensor | None) -> Given:
+        """The same arguments with a mask."""
+        return self if mask is self.mask else Given({**self.named, ARGUMENTS["mask"][0]: mask}, self.own)
+
+    def drafts_for(self, model: Any) -> bool:
+        """Whether `generate` lets the model draft for itself."""
+        return self.draft_exit is not None or (self.draft_model is not None and self.draft_model is model)
+
+    def guides(self, model: Any) -> bool:
+        """Whether `generate` runs passes without the prompt beside those with it (classifier-free guidance)."""
+        scale = self.setting("guidance", model.generation_config)
+        return scale is not None and scale != 1
+
+    def setting(self, word: str, default: Any = None) -> Any:
+        """An option of `generate`: as it was given, or as its settings say."""
+        given = getattr(self, word)
+        if given is not None:
+            return given
+        settings = self.settings if self.settings is not None else default
+        return next((own for own in (getattr(settings, name, None) for name in ARGUMENTS[word]) if own is not None), None)
+
     @property
     def perceives(self) -> bool:
         """Whether pictures or sounds come along."""
@@ -111,6 +132,16 @@ def read_generate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
     if named.get("inputs") is not None:
         named["input_ids"] = named["inputs"]
     return Given(named)
+
+
+def inferred_mask(given: Given, model: Any) -> Tensor | None:
+    """The mask that `generate` makes when none is given: from the padding token, unless that also ends sequences."""
+    pad = given.setting("pad_token", model.generation_config)
+    ends = given.setting("end_tokens", model.generation_config)
+    if given.ids is None or pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        return None
+    mask: Tensor = given.ids != pad
+    return mask
 
 
 def spelling_in(module: nn.Module, word: str) -> str | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_steer.errors import PatchError, SaliencyError
+from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.state import CacheState
 from hf_steer.saliency import EyeRecord, Saliency
 from hf_steer.values import Span
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
-
-Thing = TypeVar("Thing")
+STATEMENT = "saliency"
+"""The keyword argument of `generate` and of the model itself that says where to look in that one call."""
+SAID, OFF = "saliency", "off"
+"""Kinds of blocks: what the user says, and that steering is off."""
 
 
 class Enough(Exception):
@@ -34,7 +36,7 @@ class Prompt:
     """What a call says about its input, before anything ran.
 
     Attributes:
-        input_ids: `(batch, tokens)`; None when only `inputs_embeds` came.
+        ids: `(batch, tokens)`; None when only embeddings came.
         shape: batch and tokens.
         first_position: key position of the first token: 0, or the cache's length when only new tokens came.
         real: `(batch, first_position + tokens)` bool, False for padding; None when no mask came.
@@ -45,7 +47,7 @@ class Prompt:
         labelled: `(batch, tokens)` bool, True where the next token is a label; None without labels.
     """
 
-    input_ids: Tensor | None
+    ids: Tensor | None
     shape: tuple[int, int]
     first_position: int
     real: Tensor | None
@@ -58,28 +60,44 @@ class Prompt:
 
 @dataclass
 class GenerateScope:
-    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart.
+    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart; and its ledger.
 
-    Without a prompt its passes are not steered.
+    Attributes:
+        prompt: None for a draft by the model itself, whose passes are not steered: the steered ones check it.
+        statement: what the call itself, or the block around it, says.
+        block: what the block around it says.
+        past: keys in its cache when it began.
+        guided: classifier-free guidance runs passes of its own, which see no prompt and are unsteered by design.
+        drafts: the model drafts for itself.
+        records: what the vision tower recorded for it.
+        started: whether its first pass has come.
+        state: of a `generate` without a cache.
+        steered: passes that went on with the prompt's saliency, or had none to go on with.
+        unsteered: passes that are unsteered by design.
     """
 
     prompt: Prompt | None
+    statement: Saliency | None = None
+    block: Saliency | None = None
+    past: int = 0
+    guided: bool = False
+    drafts: bool = False
     records: list[EyeRecord] = field(default_factory=list)
     started: bool = False
     state: CacheState | None = None
+    steered: int = 0
+    unsteered: int = 0
 
 
-_STATEMENTS: ContextVar[Mapping[int, Saliency | None]] = ContextVar("hf_steer_statements", default={})  # noqa: B039 - never mutated
 _SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated
 _SINKS: ContextVar[Mapping[int, list[EyeRecord]]] = ContextVar("hf_steer_sinks", default={})  # noqa: B039 - never mutated
 
 
-@contextmanager
-def use_saliency(model: Any, saliency: Saliency) -> Iterator[None]:
+def use_saliency(model: Any, saliency: Saliency) -> AbstractContextManager[Any]:
     """Steer this model's calls inside the block by what the user says, instead of by the model's own eyes.
 
-    It holds for the thread that enters it. A streamer's thread needs its own: run `generate` in a function that enters
-    the block, or start it through `contextvars.copy_context().run`.
+    It holds for the thread or task that enters it. To say it for one call wherever that runs (a streamer's thread, a pool, a
+    pipeline), give it to the call: `model.generate(..., saliency=...)`, `model(..., saliency=...)`.
 
     Args:
         model: a patched model.
@@ -90,24 +108,35 @@ def use_saliency(model: Any, saliency: Saliency) -> Iterator[None]:
         SaliencyError: not a Saliency. That it fits the prompt is checked when the model is called.
     """
     steering = steering_of(model)
-    if not isinstance(saliency, Saliency):
-        raise SaliencyError(f"use_saliency takes a Saliency, such as Saliency.from_boxes(...); got {type(saliency).__name__}.")
-    if steering.plan.config.attention is None:
-        raise PatchError("this model's SteerConfig has attention=None, so there is no gaze to steer; see AttentionConfig.")
-    enabled, _ = statement_for(steering)
-    with _entered(_STATEMENTS, steering, saliency if enabled else None):  # off stays off
-        yield
+    check_statement(steering, saliency, "use_saliency takes a Saliency")
+    return Block(steering, SAID, saliency)
 
 
-@contextmanager
-def disable_steering(model: Any) -> Iterator[None]:
+def disable_steering(model: Any) -> AbstractContextManager[Any]:
     """Run this model's calls inside the block, in this thread, exactly as if it were not patched.
 
     Raises:
         PatchError: the model is not patched.
     """
-    with _entered(_STATEMENTS, steering_of(model), None):
-        yield
+    return Block(steering_of(model), OFF, True)
+
+
+def check_statement(steering: Any, saliency: Any, asked: str) -> None:
+    """SaliencyError for something else than a statement, PatchError where no gaze could follow it."""
+    if not isinstance(saliency, Saliency):
+        raise SaliencyError(f"{asked}, such as Saliency.from_boxes(...); got {type(saliency).__name__}.")
+    if steering.plan.config.attention is None:
+        raise PatchError("this model's SteerConfig has attention=None, so there is no gaze to steer; see AttentionConfig.")
+
+
+def take_statement(steering: Any, kwargs: dict[str, Any]) -> tuple[Saliency | None, dict[str, Any]]:
+    """What a call itself says, and its other arguments."""
+    if STATEMENT not in kwargs:
+        return None, kwargs
+    said = kwargs[STATEMENT]
+    if said is not None:
+        check_statement(steering, said, f"{STATEMENT}= takes a Saliency")
+    return said, {name: value for name, value in kwargs.items() if name != STATEMENT}
 
 
 def steering_of(model: Any) -> Any:
@@ -133,9 +162,10 @@ def find_steering(model: Any) -> Any | None:
 
 
 def statement_for(steering: object) -> tuple[bool, Saliency | None]:
-    """Whether steering is on for this thread, and what the user says, if anything."""
-    statements = _STATEMENTS.get()
-    return statements.get(id(steering), True) is not None, statements.get(id(steering))
+    """Whether steering is on for this code, and what the user says, if anything."""
+    if held(steering, OFF) is not None:
+        return False, None
+    return True, held(steering, SAID)
 
 
 def scope_for(steering: object) -> GenerateScope | None:
@@ -159,24 +189,10 @@ def sink_for(steering: object) -> list[EyeRecord] | None:
 
 
 @contextmanager
-def generate_scope(steering: object, prompt: Prompt | None) -> Iterator[None]:
+def generate_scope(steering: object, scope: GenerateScope) -> Iterator[GenerateScope]:
     """Hold a prompt for the forward passes of one call of `generate`."""
-    with _entered(_SCOPES, steering, GenerateScope(prompt)):
-        yield
-
-
-@contextmanager
-def _entered(variable: ContextVar[Mapping[int, Thing]], steering: object, thing: Thing) -> Iterator[None]:
-    token = variable.set({**variable.get(), id(steering): thing})
+    token = _SCOPES.set({**_SCOPES.get(), id(steering): scope})
     try:
-        yield
+        yield scope
     finally:
-        variable.reset(token)
-
-
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module is called with, by name."""
-    if not args:
-        return kwargs
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+        _SCOPES.reset(token)

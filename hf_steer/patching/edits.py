@@ -6,11 +6,12 @@ point to the copy's modules.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import nn
+
+from hf_steer.ground.implementations import with_implementation
 
 
 class AddSubmodule:
@@ -50,15 +51,12 @@ class SetAttentionFunction:
     Masks are built from the model's config, which stays as it is, and so do all other layers.
     """
 
-    def __init__(self, module: Any, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, module: Any, name: str, *, sees: bool = False) -> None:
+        self.module, self.name, self.sees = module, name, sees
 
     def __enter__(self) -> None:
         self.previous = self.module.config
-        config = copy.copy(self.previous)
-        config.hf_steer_original = vars(self.previous).get("hf_steer_original", self.previous)  # for flash_by_name
-        config._attn_implementation_internal = self.name  # the property's setter would reach into shared sub-configs
-        self.module.config = config
+        self.module.config = with_implementation(self.previous, self.name, sees=self.sees)
 
     def __exit__(self, *_: object) -> None:
         self.module.config = self.previous

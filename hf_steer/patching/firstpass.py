@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,20 +13,22 @@ from torch.nn import functional as F
 
 from hf_steer.attention import AttentionCall, SteeredCall, logits_in_chunks
 from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import Given, with_changes
+from hf_steer.ground.caches import copy_of, past_of
 from hf_steer.patching.context import STEERING, Enough, Prompt
 from hf_steer.saliency import SOURCES, Sight
 from hf_steer.values import Plan
 
 
 def look_at_prompt(
-    plan: Plan, prompt: Prompt, named: Mapping[str, Any], *, rows: int, past: int, prompt_end: int | None
+    plan: Plan, prompt: Prompt, given: Given, *, rows: int, past: int, prompt_end: int | None
 ) -> Tensor:
     """Raw scores of the tokens of this pass, by the configured source.
 
     Args:
         plan: with a source of `SOURCES`.
         prompt: what is new.
-        named: the decoder's arguments by name.
+        given: the decoder's arguments.
         rows: of this pass: the prompt's, repeated for beams.
         past: keys in the cache before it.
         prompt_end: key position after the prompt, inside `generate`; drafted tokens may follow it.
@@ -39,8 +40,8 @@ def look_at_prompt(
         SaliencyError: a prompt that comes in pieces, or whose tokens are not known.
     """
     anatomy, saliency = plan.anatomy, plan.config.attention.saliency  # type: ignore[union-attr]
-    embeds, ids = named.get("inputs_embeds"), prompt.input_ids
-    embeds = anatomy.root.get_input_embeddings()(named["input_ids"]) if embeds is None else embeds
+    embeds, ids = given.embeds, prompt.ids
+    embeds = anatomy.root.get_input_embeddings()(given.ids) if embeds is None else embeds
     tokens, copies = embeds.shape[1], rows // prompt.shape[0]
     if any(int(span.positions[-1]) >= past + tokens for span in prompt.spans):
         raise SaliencyError(f"source {saliency.source!r} needs the whole prompt in one pass; leave out prefill_chunk_size.")
@@ -59,9 +60,9 @@ def look_at_prompt(
     sight = Sight(
         embeds=embeds.detach(),
         text=real & ~placeholder,
-        attend=lambda: attend_first(anatomy.decoder, named, plan.readers, last),
+        attend=lambda: attend_first(anatomy.decoder, given, plan.readers, last),
         slope=lambda: slope_first(
-            anatomy.decoder, anatomy.root.get_output_embeddings(), named, embeds,
+            anatomy.decoder, anatomy.root.get_output_embeddings(), given, embeds,
             (real & (later == 1)).float().argmax(1), saliency.answer_token,
         ),
     )  # fmt: skip
@@ -101,13 +102,13 @@ class HeadReader:
 
 
 def attend_first(
-    decoder: nn.Module, named: Mapping[str, Any], heads: Mapping[int, tuple[int, ...]], queries: Tensor
+    decoder: nn.Module, given: Given, heads: Mapping[int, tuple[int, ...]], queries: Tensor
 ) -> Tensor:
     """Mean attention that the heads pay to each token of this pass, from the chosen queries.
 
     Args:
         decoder: whose layers of these heads carry our attention function.
-        named: its arguments by name; neither they nor the cache among them are changed.
+        given: its arguments; neither they nor the cache among them are changed.
         heads: layer -> query heads.
         queries: `(rows, tokens)` bool.
 
@@ -116,21 +117,21 @@ def attend_first(
     """
     reader = HeadReader(heads, queries)
     with torch.no_grad(), suppress(Enough):
-        decoder(**_without_cache(named), **{STEERING: SteeredCall(read=reader)})
+        decoder(**_without_cache(decoder, given), **{STEERING: SteeredCall(read=reader)})
     if reader.received is None:
         raise SaliencyError("the first pass read no head; give source_heads in layers that this model has.")
     return reader.received[:, -queries.shape[1] :] / sum(map(len, heads.values()))
 
 
 def slope_first(
-    decoder: nn.Module, head: nn.Module, named: Mapping[str, Any], embeds: Tensor, last: Tensor, answer: int | None
+    decoder: nn.Module, head: nn.Module, given: Given, embeds: Tensor, last: Tensor, answer: int | None
 ) -> Tensor:
     """Gradient of the answer's logit with respect to what the decoder gets.
 
     Args:
         decoder: the language model.
         head: from its last hidden state to logits.
-        named: the decoder's arguments by name.
+        given: the decoder's arguments.
         embeds: `(rows, tokens, features)`.
         last: `(rows,)` the query that the answer comes out of.
         answer: token; each row's likeliest when None.
@@ -143,9 +144,8 @@ def slope_first(
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = embeds.detach().clone().requires_grad_()
-        arguments = {name: _plain(value) for name, value in _without_cache(named).items()}
-        arguments |= {"input_ids": None, "inputs_embeds": leaf, STEERING: SteeredCall()}
-        hidden = decoder(**arguments)[0]
+        arguments = Given({name: _plain(value) for name, value in _without_cache(decoder, given).items()}, given.own)
+        hidden = decoder(**with_changes(decoder, arguments, ids=None, embeds=leaf), **{STEERING: SteeredCall()})[0]
         logits = head(hidden[torch.arange(len(hidden), device=hidden.device), _plain(last).to(hidden.device)])
         if answer is not None and not 0 <= answer < logits.shape[-1]:
             raise SaliencyError(f"answer_token={answer} is not in the vocabulary of {logits.shape[-1]} tokens.")
@@ -154,20 +154,17 @@ def slope_first(
     return gradient.detach()
 
 
-def _without_cache(named: Mapping[str, Any]) -> dict[str, Any]:
+def _without_cache(decoder: nn.Module, given: Given) -> dict[str, Any]:
     """The decoder's arguments, for a pass that leaves no trace: without a cache, or on a copy of one that holds something."""
-    arguments = {name: value for name, value in named.items() if name != STEERING}
-    cache = arguments.get("past_key_values")
-    if cache is None or not int(cache.get_seq_length()):
-        source = arguments.get("inputs_embeds") if arguments.get("inputs_embeds") is not None else arguments.get("input_ids")
-        tokens = 0 if source is None else source.shape[1]
-        return {**arguments, "past_key_values": None, "use_cache": False, "attention_mask": _cut(arguments, tokens)}
-    return {**arguments, "past_key_values": copy.deepcopy(cache), "use_cache": True}
+    own = Given({name: value for name, value in given.named.items() if name != STEERING}, given.own)
+    if not int(past_of(own.cache)):
+        mask = _cut(own.mask, own.count_tokens())
+        return with_changes(decoder, own, cache=None, keeps_cache=False, mask=mask)
+    return with_changes(decoder, own, cache=copy_of(own.cache), keeps_cache=True)
 
 
-def _cut(arguments: Mapping[str, Any], tokens: int) -> Any:
+def _cut(mask: Any, tokens: int) -> Any:
     """A static cache's masks cover more keys than there are tokens."""
-    mask = arguments.get("attention_mask")
     cut: Callable[[Any], Any] = lambda own: own[..., :tokens] if isinstance(own, Tensor) and own.ndim == 4 else own  # noqa: E731
     return {name: cut(own) for name, own in mask.items()} if isinstance(mask, dict) else cut(mask)
 

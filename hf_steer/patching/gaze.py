@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.utils.generic import ModelOutput
 
-from hf_steer.attention import registered_name
+from hf_steer.attention import UNSTEERED, enter_pass, recording_attention, registered_name, steered_attention
 from hf_steer.errors import PatchError
+from hf_steer.ground.arguments import Given, read_call
+from hf_steer.ground.caches import past_of
+from hf_steer.ground.decoders import skips_layers
+from hf_steer.ground.implementations import function_of, implementation_of, register_function
+from hf_steer.ground.outputs import caches_in, logits_in, put_record
 from hf_steer.patching.context import (
     STEERING,
-    GenerateScope,
     collect_records,
-    named_arguments,
     scope_for,
     sink_for,
     statement_for,
+    take_statement,
 )
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
 from hf_steer.patching.firstpass import look_at_prompt
+from hf_steer.patching.ledger import begin_pass, check_receipt, refuse_stray
 from hf_steer.patching.pacing import PassFacts, gates_after, pace
-from hf_steer.patching.plan import implementation_of
 from hf_steer.patching.reading import tell_reader
-from hf_steer.patching.runtime import (
-    PIXELS,
-    Ride,
-    count_tokens,
-    make_biases,
-    read_prompt,
-    repeats_prompt,
-    resolve_state,
-)
+from hf_steer.patching.runtime import Ride, make_biases, resolve_state
 from hf_steer.patching.state import read_state, write_state
 from hf_steer.patching.strength import strengths_for
 from hf_steer.patching.trace import mean_strength, trace_of
-from hf_steer.saliency import EyeRecorder, record_with
+from hf_steer.patching.unchanged import place_of, refuse_other_implementation, refuse_replaced
+from hf_steer.saliency import EyeRecorder, Saliency, record_with
 from hf_steer.values import Plan
-
-NEW_PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
 
 
 class Gaze(nn.Module):
@@ -53,8 +47,35 @@ class Gaze(nn.Module):
         self.plan = plan
         self.owner = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         anatomy = plan.anatomy
-        self.implementation = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
-        self.eyes_implementation = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+        decoder = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
+        tower = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+        self.implementations = decoder, tower
+        self.function = registered_name(str(decoder), "gaze", anatomy.family)
+        self.eyes_function = "" if anatomy.tower is None else registered_name(str(tower), "eyes", anatomy.tower.config.model_type)
+        self.sites = {site.index: site.module for site in anatomy.layers if site.index in plan.strengths}
+        self.places = tuple(
+            place_of(anatomy.root, site, self.function)
+            for site in anatomy.layers
+            if site.index in plan.strengths or site.index in plan.readers
+        )
+        self.files = (
+            type(self.places[0].site.module).__module__ if self.places else None,
+            type(plan.eyes[0].module).__module__ if plan.eyes else None,
+        )
+
+    def register_functions(self) -> None:
+        """Make our attention functions known in this process; a registry entry changes no model."""
+        if self.files[0] is not None:
+            how = {"inner": function_of(str(self.implementations[0]), self.files[0]), "implementation": self.implementations[0]}
+            register_function(self.function, partial(steered_attention, stray=refuse_stray, **how))
+        if self.files[1] is not None:
+            inner = function_of(str(self.implementations[1]), self.files[1])
+            register_function(self.eyes_function, partial(recording_attention, inner=inner))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle, perhaps in another process, which knows nothing of our functions."""
+        super().__setstate__(state)
+        self.register_functions()
 
     @property
     def steering(self) -> Any:
@@ -64,29 +85,29 @@ class Gaze(nn.Module):
     def edits(self) -> Iterator[SetAttentionFunction | AddHook]:
         """All that the gaze changes, in the order of change."""
         anatomy = self.plan.anatomy
-        for site in anatomy.layers:
-            if site.index in self.plan.strengths or site.index in self.plan.readers:
-                yield SetAttentionFunction(site.module, registered_name(str(self.implementation), "gaze", anatomy.family))
+        for place in self.places:
+            yield SetAttentionFunction(place.site.module, place.function, sees=self.plan.sees)
         for site in self.plan.eyes:
-            name = registered_name(str(self.eyes_implementation), "eyes", anatomy.tower.config.model_type)
-            yield SetAttentionFunction(site.module, name)
+            yield SetAttentionFunction(site.module, self.eyes_function)
         if self.plan.eyes:
             yield AddHook(anatomy.tower, "before", self.before_tower)
             yield AddHook(anatomy.tower, "finally", self.after_tower)
         yield AddHook(anatomy.decoder, "before", self.before_decoder)
-        yield AddHook(anatomy.decoder, "after", self.after_decoder)
+        yield AddHook(anatomy.decoder, "finally", self.after_decoder)
         yield AddHook(anatomy.root, "after", self.after_model)
         for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
+            if module is not anatomy.decoder:
+                yield AddHook(module, "after", self.after_base)
             yield AddHook(module, "before", self.before_model)
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Root and base model: read the prompt, which the decoder no longer sees. PEFT calls only the base model."""
         if STEERING in kwargs:
             return None
-        named = named_arguments(module, args, kwargs)
-        ride = self._begin(named)
+        said, kwargs = take_statement(self.steering, kwargs)
+        ride = self._begin(read_call(module, args, kwargs), said)
         if ride is None:
-            return None
+            return args, kwargs
         ride.watched = module is self.plan.anatomy.root
         if self.plan.eyes and ride.prompt is not None:
             collect_records(self.steering, ride.records)  # a LLaVA hands no arguments of ours on to its tower
@@ -96,7 +117,12 @@ class Gaze(nn.Module):
         """Vision tower: let a recorder watch it when the model's own eyes are wanted."""
         ride = kwargs.pop(STEERING, None)
         enabled, statement = statement_for(self.steering)
-        continues = ride is not None and ride.prompt is None
+        scope = scope_for(self.steering)
+        if isinstance(ride, Ride):
+            statement = ride.statement
+        elif scope is not None and statement is None:
+            statement = scope.statement
+        continues = ride is not None and (not isinstance(ride, Ride) or ride.prompt is None)
         wanted = enabled and statement is None and not continues
         record_with(EyeRecorder(self.plan.config.attention.saliency.source) if wanted else None)  # type: ignore[union-attr,arg-type]
         return args, kwargs
@@ -108,28 +134,35 @@ class Gaze(nn.Module):
             return
         if anatomy.arrangement is None:
             window = (module.window_size, module.patch_size) if anatomy.windowed else None
-            grid = named_arguments(module, args, kwargs)["grid_thw"]
-            record = recorder.tokens(grid, merge_size=anatomy.merge_size, window=window)
+            record = recorder.tokens(read_call(module, args, kwargs).grids, merge_size=anatomy.merge_size, window=window)
         else:
             record = recorder.pictures()
         sink = sink_for(self.steering)
         if sink is not None:
             sink.append(record)
-        if isinstance(output, ModelOutput):
-            output.hf_steer = record
+        put_record(output, record)
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
         if self.plan.eyes:
             collect_records(self.steering, None)
-        named = named_arguments(module, args, kwargs)
-        ride = kwargs.get(STEERING) or self._begin(named)
+        ride = kwargs.get(STEERING)
+        if ride is None:  # it was called by itself, or what was begun got lost on the way
+            said, kwargs = take_statement(self.steering, kwargs)
+            ride = self._begin(read_call(module, args, kwargs), said, last=True)
         if not isinstance(ride, Ride):  # nothing to steer, or a first pass that looks for it
-            return None
-        tokens: Tensor = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
-        (rows, queries), device = tokens.shape[:2], tokens.device
-        cache = named.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+            enter_pass(ride or UNSTEERED)
+            return args, kwargs
+        ride.arrived = True
+        self._decide(ride, module, read_call(module, args, kwargs))
+        enter_pass(ride)
+        return args, {**kwargs, STEERING: ride}
+
+    def _decide(self, ride: Ride, module: nn.Module, given: Given) -> None:
+        """This pass's biases."""
+        tokens: Tensor = given.ids if given.embeds is None else given.embeds
+        (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
+        past = past_of(cache)
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if ride.state is not None and (ride.prompt is None or int(past)):
             gates = ride.state.for_rows(rows).gates
@@ -137,7 +170,7 @@ class Gaze(nn.Module):
             prompt, start = ride.prompt, int(past)
 
             def look() -> Tensor:
-                return look_at_prompt(self.plan, prompt, named, rows=rows, past=start, prompt_end=ride.prompt_end)
+                return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=ride.prompt_end)
 
             ride.state = resolve_state(ride, prompt, self.plan, rows=rows, past=start, device=device, look=look)
             tell_reader(self.steering, ride)
@@ -146,32 +179,47 @@ class Gaze(nn.Module):
         ride.state = ride.state.for_rows(rows)  # no-op but for a cache whose rows were repeated since
         if cache is None and (scope := scope_for(self.steering)) is not None:
             scope.state = ride.state
-        if ride.state.speaks:
-            facts = PassFacts(
-                rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
-                training=module.training and torch.is_grad_enabled(), tokens=ride.tokens, prompt=ride.prompt,
-                prompt_end=ride.prompt_end, gates=gates, traced=trace_of(self.steering) is not None, watched=ride.watched,
-            )  # fmt: skip
-            ride.pace = pace(self.plan.config.attention, self.plan.patterns, facts)  # type: ignore[arg-type]
-            strengths = strengths_for(self.steering, device)
-            ride.biases = make_biases(ride.state, self.plan, strengths, cache=cache, queries=queries, gate=ride.pace.factor)
-        return args, {**kwargs, STEERING: ride}
+        if not ride.state.speaks:
+            return
+        facts = PassFacts(
+            rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
+            training=module.training and torch.is_grad_enabled(), tokens=ride.tokens, prompt=ride.prompt,
+            prompt_end=ride.prompt_end, gates=gates, traced=trace_of(self.steering) is not None, watched=ride.watched,
+        )  # fmt: skip
+        ride.pace = pace(self.plan.config.attention, self.plan.patterns, facts)  # type: ignore[arg-type]
+        strengths = strengths_for(self.steering, device)
+        ride.biases = make_biases(ride.state, self.plan, strengths, cache=cache, queries=queries, gate=ride.pace.factor)
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Decoder: now that the keys are in the cache, the caller's or its own, the state goes there, too."""
+        """Decoder: check the receipt; the keys are in the cache now, the caller's or its own, so the state goes there, too."""
+        enter_pass(None)
         ride = kwargs.get(STEERING)
-        if not isinstance(ride, Ride) or ride.state is None:
+        if output is None or not isinstance(ride, Ride) or ride.state is None:  # interrupted, or nothing to steer
             return
-        values = output.values() if isinstance(output, ModelOutput) else output
-        for cache in (value for value in values if isinstance(value, Cache) and read_state(value) is not ride.state):
-            write_state(cache, ride.state)
+        skips = module.training and skips_layers(module)
+        check_receipt(ride, module, self.plan.anatomy.root, self.places, skips=skips)
+        for cache in caches_in(output):
+            if read_state(cache) is not ride.state:
+                write_state(cache, ride.state)
+
+    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Root and base model: the decoder must have got what was begun here."""
+        ride = kwargs.get(STEERING)
+        if isinstance(ride, Ride) and not ride.arrived:
+            raise PatchError(
+                "what steers this pass did not reach the decoder: something between the model and its decoder (a hook, a wrapper, "
+                "a replaced decoder or forward) does not hand the keyword 'hf_steer' on. Let it pass **kwargs through, patch the "
+                "model after such changes, or run inside disable_steering(model)."
+            )
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Root: its logits are known; the gates of the next step come from them."""
         ride = kwargs.get(STEERING)
+        if not isinstance(ride, Ride):
+            return
         trace, attention = trace_of(self.steering), self.plan.config.attention
         remembers = self.plan.patterns is not None or (attention is not None and attention.gate is not None)
-        if ride is None or ride.state is None or not (remembers or trace is not None):
+        if ride.state is None or not (remembers or trace is not None):
             return
         if ride.pace is None or ride.pace.before is None:
             return
@@ -180,70 +228,19 @@ class Gaze(nn.Module):
                 "think tags, gates and traces follow what a model says, and this one has no language-modelling head. Patch the "
                 "model with its head (AutoModelForCausalLM, AutoModelForImageTextToText), or use queries='all' or 'generated'."
             )
-        logits = output["logits"] if isinstance(output, ModelOutput) else next(value for value in output if value.ndim == 3)
+        logits = logits_in(output)
         state = dataclasses.replace(ride.state, gates=gates_after(ride.pace, attention, logits))  # type: ignore[arg-type]
-        values = output.values() if isinstance(output, ModelOutput) else output
-        for cache in (value for value in values if isinstance(value, Cache)):
+        for cache in caches_in(output):
             write_state(cache, state)
         if trace is not None:
             trace.add(ride.pace, mean_strength(strengths_for(self.steering, logits.device)), logits)
 
-    def _begin(self, named: dict[str, Any]) -> Ride | None:
-        """Start a ride for one forward pass, or none where nothing is to be steered."""
-        self._refuse_changed_implementation()
-        enabled, statement = statement_for(self.steering)
-        if not enabled:
-            return None
-        cache, scope = named.get("past_key_values"), scope_for(self.steering)
-        state = read_state(cache)
-        ids = named.get("input_ids")
-        ride = Ride(backend=self.plan.config.attention.backend, state=state, statement=statement, tokens=ids)  # type: ignore[union-attr]
-        if scope is not None:
-            return self._begin_in_generate(ride, scope, named)
-        past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, Tensor) and count_tokens(named) > 1 and not torch.compiler.is_compiling():
-            past = int(past)
-        if self._continues(ride, named, past):
-            return ride
-        ride.prompt = read_prompt(named, self.plan, statement, past=int(past), whole=False)
-        return None if ride.prompt is None else ride
+    def _begin(self, given: Given, said: Saliency | None, *, last: bool = False) -> Ride | None:
+        """Start a ride for one forward pass, or none where nothing is to be steered; `last`: no other hook will ask."""
+        refuse_other_implementation(self.plan, self.implementations)
+        return begin_pass(self.steering, given, said, last=last)
 
-    def _begin_in_generate(self, ride: Ride, scope: GenerateScope, named: dict[str, Any]) -> Ride | None:
-        """The first pass of a `generate` gets its prompt, later ones go on; others, such as guidance's, are not steered."""
-        prompt, cache = scope.prompt, named.get("past_key_values")
-        if prompt is None:
-            return None
-        ride.prompt_end = prompt.first_position + prompt.shape[1]
-        if not scope.started:
-            scope.started = True
-            ride.prompt, ride.records = prompt, scope.records
-            return ride
-        if cache is None:
-            ride.state = scope.state if repeats_prompt(named, prompt) else None
-        return None if ride.state is None else ride
-
-    def _continues(self, ride: Ride, named: dict[str, Any], past: int | Tensor) -> bool:
-        """More text on a cache that has its state, and nothing new to see or said: no look at the tokens is needed."""
-        state, count = ride.state, count_tokens(named)
-        if state is None or any(named.get(name) is not None for name in NEW_PICTURES):
-            return False
-        if isinstance(past, int):
-            if past == 0:
-                return False
-            state = ride.state = state.until(past)
-        if ride.statement is not None:
-            # token scores speak of the prompt that they were first used with
-            given = ride.statement.tokens
-            return ride.statement is state.statement and (count == 1 or (given is not None and given.shape[1] != past + count))
-        return count == 1
-
-    def _refuse_changed_implementation(self) -> None:
-        anatomy = self.plan.anatomy
-        now = implementation_of(anatomy.decoder.config)
-        eyes_now = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
-        if (now, eyes_now) != (self.implementation, self.eyes_implementation):
-            raise PatchError(
-                f"the attention implementation was {self.implementation!r} when this model was patched and is {now!r} now "
-                f"(vision tower: {self.eyes_implementation!r}, now {eyes_now!r}). Set it before patching: "
-                "unpatch_model(model); model.set_attn_implementation(...); patch_model(model, config)."
-            )
+    def refuse_changes(self) -> None:
+        """PatchError where steered modules, or their configs, are others than at patching."""
+        if not torch.compiler.is_compiling():
+            refuse_replaced(self.places)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_steer.config import TRAINABLE
-from hf_steer.patching.context import (
-    STEERING,
-    generate_scope,
-    scope_for,
-    statement_for,
-)
+from hf_steer.errors import PatchError
+from hf_steer.ground.arguments import Given, inferred_mask, read_generate
+from hf_steer.ground.caches import past_of
+from hf_steer.ground.implementations import CONTINUOUS_BATCHING
+from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, scope_for, statement_for, take_statement
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.gaze import Gaze
 from hf_steer.patching.insertion import Aligners
 from hf_steer.patching.learned import LearnedStrengths
+from hf_steer.patching.ledger import close_ledger, refuse_unseen, warn_of_others
 from hf_steer.patching.passes import whole_prompt
-from hf_steer.patching.runtime import (
-    read_prompt,
-)
+from hf_steer.patching.runtime import read_prompt
+from hf_steer.patching.state import read_state
 from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
+from hf_steer.saliency import Saliency
 from hf_steer.values import Plan
 
+_LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
+"""The steerings of this process that are in force."""
 Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook | AddLoadHook
 
 
@@ -38,18 +42,27 @@ class Steering(nn.Module):
         self.plan = plan
         self.undo = ExitStack()
         self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
+        self.warned = False
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
         learns = plan.config.attention is not None and plan.config.attention.strength == TRAINABLE
         self.learned = LearnedStrengths(plan) if learns else None
+
+    def release(self) -> None:
+        """After unpatching: nothing here points back, so that model and steering are freed as soon as nobody holds them."""
+        _LIVE.discard(self)
+        self.gaze.owner, self.aligners.owner = (), ()
 
     def edits(self) -> Iterator[Edit]:
         """All that patching changes, in the order of change."""
         anatomy = self.plan.anatomy
         yield AddSubmodule(anatomy.root, STEERING, self)
         yield SetAttribute(anatomy.root, "save_pretrained", self.save_pretrained)
-        if self.plan.strengths or self.aligners.reads_text:
-            yield SetAttribute(anatomy.root, "generate", self.generate)
+        yield SetAttribute(anatomy.root, "generate", self.generate)
+        if self.plan.strengths:
+            for name in CONTINUOUS_BATCHING:
+                if hasattr(anatomy.root, name):
+                    yield SetAttribute(anatomy.root, name, self.refuse_continuous_batching)
         if self.plan.trains:
             yield AddLoadHook(anatomy.root, self.after_load)
         if self.plan.aligners:
@@ -58,44 +71,59 @@ class Steering(nn.Module):
             yield from self.gaze.edits()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into."""
-        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        if named.get("inputs") is not None:
-            named["input_ids"] = named["inputs"]
-        if named.get("attention_mask") is None:
-            named["attention_mask"] = self._inferred_mask(named)
-        if self.aligners.reads_text and named.get("input_ids") is not None:
-            with whole_prompt(self.aligners, named["input_ids"], named["attention_mask"]):
-                return self._generate(named, args, kwargs)
-        return self._generate(named, args, kwargs)
+        """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into.
 
-    def _generate(self, named: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        original = self._original("generate")
-        if not self.plan.strengths:
-            return original(*args, **kwargs)
-        enabled, statement = statement_for(self)
-        if not enabled:
-            return original(*args, **kwargs)
-        if scope_for(self) is not None:  # a draft by the same model: checked by the steered passes, not steered itself
-            with generate_scope(self, None):
-                return original(*args, **kwargs)
-        cache = named.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        prompt = read_prompt(named, self.plan, statement, past=past, whole=True)
-        if prompt is None:
-            return original(*args, **kwargs)
-        with generate_scope(self, prompt):
-            return original(*args, **kwargs)
+        `saliency=` says where to look in this call, whatever thread or pool it runs in.
+        """
+        said, kwargs = take_statement(self, kwargs)
+        given = read_generate(args, kwargs)
+        mask = given.mask if given.mask is not None else inferred_mask(given, self.plan.anatomy.root)
+        with whole_prompt(self.aligners, given.ids, mask) if self.aligners.reads_text and given.ids is not None else nullcontext():
+            scope = self._scope(given.with_mask(mask), said)
+            if scope is None:
+                return self._original("generate")(*args, **kwargs)
+            with generate_scope(self, scope):
+                result = self._original("generate")(*args, **kwargs)
+            if inspect.isgenerator(result):
+                raise PatchError(
+                    "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
+                    "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
+                )
+            close_ledger(scope)
+            return result
 
-    def _inferred_mask(self, named: dict[str, Any]) -> Tensor | None:
-        """The mask that `generate` makes when none is given: from the padding token, unless that also ends sequences."""
-        settings = named.get("generation_config") or self.plan.anatomy.root.generation_config
-        ids = named.get("input_ids")
-        pad, end = (named.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
-        if ids is None or pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle, or a copy."""
+        super().__setstate__(state)
+        _LIVE.add(self)
+
+    def refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Its passes run in a thread of their own, on paged caches, where nothing that steers them would arrive."""
+        raise PatchError(
+            "this model steers attention, and continuous batching cannot carry that yet: its passes run in a thread of their own, "
+            "where they would silently be unsteered. Use model.generate on a padded batch, each row with its own saliency, or "
+            "hf_steer.unpatch_model(model) first."
+        )
+
+    def _scope(self, given: Given, said: Saliency | None) -> GenerateScope | None:
+        """What the passes of a `generate` are to know; None where nothing is steered in them."""
+        enabled, block = statement_for(self)
+        if not self.plan.strengths or not enabled:
             return None
-        mask: Tensor = ids != pad
-        return mask
+        outer = scope_for(self)
+        if outer is not None and outer.drafts:
+            return GenerateScope(None)
+        statement = block if said is None else said
+        if statement is None:
+            warn_of_others(self)
+        past = int(past_of(given.cache))
+        prompt = read_prompt(given, self.plan, statement, past=past, whole=True)
+        if prompt is None:
+            return None
+        if past and read_state(given.cache) is None:
+            refuse_unseen(self.plan, statement, past, None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past])
+        root = self.plan.anatomy.root
+        return GenerateScope(prompt, statement, block, past, given.guides(root), given.drafts_for(root))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -139,3 +167,15 @@ class Steering(nn.Module):
         root = self.plan.anatomy.root
         return self.overridden[name] or getattr(type(root), name).__get__(root)
 
+
+
+def note_in_force(steering: Steering) -> None:
+    """Patching is done."""
+    _LIVE.add(steering)
+
+
+def owner_of(module: nn.Module) -> str | None:
+    """Class of the patched model that a module is a part of; None where it is none."""
+    roots = (steering.plan.anatomy.root for steering in tuple(_LIVE))
+    holding = (root for root in roots if root is not module and any(own is module for own in root.modules()))
+    return next((type(root).__name__ for root in holding), None)

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from hf_steer.aligners import Routing, build_aligner
 from hf_steer.config.aligner import CROSS_MODAL
 from hf_steer.errors import AlignerError, PatchError
 from hf_steer.families import family_of
-from hf_steer.patching.context import named_arguments, statement_for
+from hf_steer.ground.arguments import IGNORED_LABEL, Given, read_call, with_changes
+from hf_steer.ground.outputs import features_in, with_added_loss, with_features
+from hf_steer.patching.context import statement_for
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.passes import (
     Pass,
+    balances_of,
     begin_pass,
     current_pass,
     end_pass,
@@ -26,10 +28,8 @@ from hf_steer.patching.passes import (
     listener_of,
     prompt_of,
 )
-from hf_steer.patching.runtime import IGNORED_LABEL, real_tokens
+from hf_steer.patching.runtime import real_tokens
 from hf_steer.values import Plan, PlannedAligner
-
-PERCEIVED = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "mm_encoder_outputs")
 
 
 class Aligners(nn.ModuleList):
@@ -68,51 +68,84 @@ class Aligners(nn.ModuleList):
                 yield AddHook(encoder.outlet, "after", partial(self.after_outlet, index))
         for tower in towers.values():
             yield AddHook(tower, "before", self.before_tower)
-        yield AddHook(self.plan.anatomy.root, "before", self.before_model)
-        yield AddHook(self.plan.anatomy.root, "finally", self.after_model)
+        root, base = self.plan.anatomy.root, self.plan.anatomy.base
+        for module in (root,) if base is root else (base, root):
+            yield AddHook(module, "before", self.before_model)
+            yield AddHook(module, "finally", self.after_model)
 
     @property
     def enabled(self) -> bool:
         """Whether steering is on for this thread."""
         return statement_for(self.owner[0])[0]
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Root: note what the hooks further in cannot see."""
-        forget_pass(self)
-        if not self.enabled:
-            return
-        named = named_arguments(module, args, kwargs)
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Root, or the base model called by itself: note what the hooks further in cannot see."""
+        root = module is self.plan.anatomy.root
+        if root:
+            forget_pass(self)
+        if (not root and current_pass(self) is not None) or not self.enabled:
+            return None
+        given = read_call(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
-        labels, ids, mask = named.get("labels"), named.get("input_ids"), named.get("attention_mask")
-        perceives = any(named.get(name) is not None for name in PERCEIVED)
+        labels, ids, mask = given.labels, given.ids, given.mask
+        # features that the caller put among the embeddings are where the placeholders are
+        perceives = given.perceives or (ids is not None and given.embeds is not None and self._holds_place(ids))
         trains = learns and labels is not None
-        if learns and not trains and perceives and self.reads_text:
-            raise AlignerError(
-                "an aligner that reads the prompt's text needs labels in training: without them it would read the answer, too. "
-                "Give labels to the model (label smoothing and compute_loss_func take them away), or call model.eval()."
-            )
+        if learns and not trains and perceives:
+            self._refuse_unlabelled()
         if trains and not torch.compiler.is_compiling():
             self._check_trainable(module)
-        if not (trains or self.meets_text or listener_of(self) is not None):
-            return
-        frames = next((named.get(p.encoder.mask) for p in self.plan.aligners if p.encoder.mask is not None), None)
+        balances = [] if trains else balances_of(self)
+        if not (trains or self.meets_text or balances is not None or listener_of(self) is not None):
+            return None
+        frames = given.mel_mask if given.mel_mask is not None else self._own_mask(given)
         real = real_tokens(mask, ids.shape[1]) if isinstance(mask, Tensor) and ids is not None else None
         begin_pass(
             self,
             Pass(
-                input_ids=ids,
+                ids=ids,
                 real=real,
                 labels=labels,
                 perceives=perceives,
                 frames=frames if isinstance(frames, Tensor) and frames.ndim == 2 else None,
-                balances=[] if trains else None,
+                balances=balances,
                 trains=trains,
+                by=module,
             ),
         )
+        return None
+
+    def _own_mask(self, given: Given) -> Any:
+        """The argument that says which frames are real, where this model has no other use for it."""
+        names = [planned.encoder.mask for planned in self.plan.aligners if planned.encoder.mask is not None]
+        return next((given.named.get(name) for name in names), None)
+
+    def _holds_place(self, ids: Tensor) -> bool:
+        """Whether features of any of the encoders stand among these tokens."""
+        if torch.compiler.is_compiling():
+            return self.meets_text
+        return self.meets_text and any(bool(_placeholders(ids, planned).any()) for planned in self.plan.aligners)
+
+    def _refuse_unlabelled(self) -> None:
+        """AlignerError for a training step whose labels, and with them what belongs to the loss, went another way."""
+        if self.reads_text:
+            raise AlignerError(
+                "an aligner that reads the prompt's text needs labels in training: without them it would read the answer, too. "
+                "Give labels to the model (label smoothing and compute_loss_func take them away), or call model.eval()."
+            )
+        weighs = any(planned.config.load_balancing_weight for planned in self.plan.aligners)
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        if weighs and learns and balances_of(self) is None and not torch.compiler.is_compiling():
+            raise AlignerError(
+                "the routers' load-balancing loss joins the model's loss, and no labels came to this training step, so there is "
+                "none (Trainer's label_smoothing_factor and compute_loss_func take the labels away). Give labels to the model; or "
+                "set load_balancing_weight=0 in every AlignerConfig; or add it to your own loss: with "
+                "hf_steer.training.collect_balance(model) as balance: ...; loss = loss + balance.loss()."
+            )
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Encoder: some are told which of their frames are real; nothing is more exact."""
-        current, mask = current_pass(self), named_arguments(module, args, kwargs).get("attention_mask")
+        current, mask = current_pass(self), read_call(module, args, kwargs).mask
         if current is not None and isinstance(mask, Tensor) and mask.ndim == 2:
             current.frames = mask
 
@@ -144,24 +177,21 @@ class Aligners(nn.ModuleList):
         """Encoder: steer the features that it hands on."""
         if not self.enabled:
             return None
-        if not isinstance(output, ModelOutput):
-            return (self._steer(index, output[0]), *output[1:])
-        features = output["last_hidden_state"]
-        changed: dict[str, Any] = {"last_hidden_state": self._steer(index, features)}
-        states = output.get("hidden_states")
-        if states and states[-1] is features:
-            changed["hidden_states"] = (*states[:-1], changed["last_hidden_state"])
-        return type(output)(**{**output, **changed})
+        return with_features(output, self._steer(index, features_in(output)))
 
     def before_decoder(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: what stands for pictures and sounds lies among the text here, row by row."""
         current = current_pass(self)
-        if not self.enabled or current is None or not current.perceives:
+        if not self.enabled or (current is not None and not current.perceives and current.ids is not None):
             return None
-        named = named_arguments(module, args, kwargs)
-        embeds, ids = named.get("inputs_embeds"), current.input_ids
+        given = read_call(module, args, kwargs)
+        embeds = given.embeds
         if embeds is None:
             return None
+        if current is None or not current.perceives:
+            self._refuse_unplaced(index)
+            return None
+        ids = current.ids
         if ids is None or ids.shape != embeds.shape[:2]:
             raise AlignerError(
                 "an aligner behind the projector needs input_ids with one placeholder token per feature, as processors make "
@@ -174,23 +204,39 @@ class Aligners(nn.ModuleList):
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
             steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
-        return args, {**kwargs, "inputs_embeds": steered}
+        return (), with_changes(module, given, embeds=steered)
+
+    def _refuse_unplaced(self, index: int) -> None:
+        """AlignerError for embeddings of which nothing says where features stand, once the aligner would change any."""
+        if torch.compiler.is_compiling() or self._is_identity(index):
+            return
+        raise AlignerError(
+            "an aligner behind the projector steers the features that stand for pictures and sounds among the text, and these "
+            "embeddings came without input_ids, so where they stand is unknown. Call the model itself, with pixels or sounds, or "
+            "with input_ids beside inputs_embeds; or run inside disable_steering(model)."
+        )
+
+    @torch.no_grad()
+    def _is_identity(self, index: int) -> bool:
+        """Whether an aligner behind the projector still changes nothing, as a fresh one does."""
+        planned, module = self.plan.aligners[index], self[index]
+        like = next(module.parameters())
+        features = torch.linspace(-1, 1, 2 * planned.size, dtype=like.dtype, device=like.device).view(1, 2, planned.size)
+        more = (features,) if planned.config.kind in CROSS_MODAL else ()
+        return torch.equal(module(features, *more), features)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Root: the load-balancing losses join the loss."""
         current = current_pass(self)
-        if current is None:
+        if current is None or current.by is not module:
             return None
         end_pass(self, current)
         if not current.trains or output is None:
             return None
-        extra = self._balance(current, kwargs.get("num_items_in_batch"))
+        extra = self._balance(current, Given(kwargs).loss_items)
         if not current.perceives:  # a batch of text alone: its loss must reach the parameters all the same, with zeros
             extra = extra + 0.0 * sum(parameter.sum().to(extra.device) for parameter in self._trained())
-        if isinstance(output, ModelOutput):
-            loss = output["loss"]
-            return type(output)(**{**output, "loss": loss + extra.to(loss)})
-        return (output[0] + extra.to(output[0]), *output[1:])
+        return with_added_loss(output, extra)
 
     def _trained(self) -> Iterator[nn.Parameter]:
         """Parameters of the aligners and of a trained projector."""

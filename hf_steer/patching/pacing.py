@@ -187,7 +187,7 @@ def _before(attention: AttentionConfig, patterns: Patterns | None, facts: PassFa
     kept = None if facts.gates is None or not facts.cached else facts.gates.after(facts.past)
     if facts.prompt is None:
         return state if kept is None else kept
-    ids, earlier = facts.prompt.input_ids, int(facts.past) - facts.prompt.first_position
+    ids, earlier = facts.prompt.ids, int(facts.past) - facts.prompt.first_position
     if ids is not None and earlier > 0:  # the conversation so far came along
         reading = read_tokens(state, _without_padding(ids[:, :earlier], facts, facts.prompt.first_position), patterns)
         return state_after(state, reading, torch.full((facts.rows,), earlier - 1, device=facts.device))

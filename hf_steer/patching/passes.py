@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.aligners import Routing
+from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.context import steering_of
 
 
@@ -47,23 +48,25 @@ class Pass:
     """One forward pass of a model with aligners.
 
     Attributes:
-        input_ids: `(batch, tokens)`; None without text.
+        ids: `(batch, tokens)`; None without text.
         real: `(batch, tokens)`, 0 for padding; None when all are real.
         labels: `(batch, tokens)`; the text from the first label on is the answer and not the prompt.
         perceives: whether pictures or sounds come with this pass.
         frames: which inputs or frames of the encoder are real, `(rows, inputs or frames)`.
         balances: weighted load-balancing losses so far; None when no loss is wanted.
         trains: whether this is a training step with labels.
+        by: the model whose call it is.
         token: to take this pass back.
     """
 
-    input_ids: Tensor | None
+    ids: Tensor | None
     real: Tensor | None
     labels: Tensor | None
     perceives: bool
     frames: Tensor | None
     balances: list[Tensor] | None
     trains: bool
+    by: Any
     token: Token[Mapping[int, Pass]] | None = None
 
     def mask_for(self, features: Tensor) -> Tensor | None:
@@ -81,8 +84,8 @@ class Pass:
 
 
 _PASSES: ContextVar[Mapping[int, Pass]] = ContextVar("hf_steer_passes", default={})  # noqa: B039 - never mutated
-_LISTENERS: ContextVar[Mapping[int, Listener]] = ContextVar("hf_steer_listeners", default={})  # noqa: B039 - never mutated
-_PROMPTS: ContextVar[Mapping[int, tuple[Tensor, Tensor | None]]] = ContextVar("hf_steer_prompts", default={})  # noqa: B039
+ROUTING, PROMPT, BALANCE = "routing", "prompt", "balance"
+"""Kinds of blocks: who listens to the routing, the whole prompt of a `generate`, who collects the load-balancing losses."""
 
 
 def begin_pass(aligners: Any, current: Pass) -> None:
@@ -118,40 +121,34 @@ def end_pass(aligners: Any, current: Pass) -> None:
 
 def listener_of(aligners: Any) -> Listener | None:
     """Who listens in this thread; nobody while compiling."""
-    return None if torch.compiler.is_compiling() else _LISTENERS.get().get(id(aligners))
+    return None if torch.compiler.is_compiling() else held(aligners, ROUTING)
+
+
+def balances_of(aligners: Any) -> list[Tensor] | None:
+    """Where this thread collects the load-balancing losses itself; None where they join the model's loss."""
+    return None if torch.compiler.is_compiling() else held(aligners, BALANCE)
 
 
 def prompt_of(aligners: Any) -> tuple[Tensor, Tensor | None] | None:
     """The whole prompt of the `generate` that this thread is in, and its mask."""
-    return None if torch.compiler.is_compiling() else _PROMPTS.get().get(id(aligners))
+    return None if torch.compiler.is_compiling() else held(aligners, PROMPT)
 
 
-@contextmanager
-def whole_prompt(aligners: Any, input_ids: Tensor, mask: Tensor | None) -> Iterator[None]:
+def whole_prompt(aligners: Any, ids: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
     """Hold the prompt of one `generate`, whose first passes may see pieces of it."""
-    token = _PROMPTS.set({**_PROMPTS.get(), id(aligners): (input_ids, mask)})
-    try:
-        yield
-    finally:
-        _PROMPTS.reset(token)
+    return Block(aligners, PROMPT, (ids, mask))
 
 
-@contextmanager
-def record_routing(model: Any) -> Iterator[Listener]:
+def record_routing(model: Any) -> AbstractContextManager[Listener]:
     """Listen to the routing of this model's aligners inside the block, in this thread.
 
     Args:
         model: a patched model, wrapped or not.
 
-    Yields:
-        A `Listener`; its `read()` gives the means since the last reading.
+    Returns:
+        A block that gives a `Listener`; its `read()` gives the means since the last reading.
 
     Raises:
         PatchError: the model is not patched.
     """
-    listener = Listener()
-    token = _LISTENERS.set({**_LISTENERS.get(), id(steering_of(model).aligners): listener})
-    try:
-        yield listener
-    finally:
-        _LISTENERS.reset(token)
+    return Block(steering_of(model).aligners, ROUTING, Listener())

@@ -1,51 +1,26 @@
-"""patch_model, unpatch_model, and what a patched model tells about itself."""
+"""patch_model and unpatch_model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_steer.attention import recording_attention, registered_name, steered_attention
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, PatchError
-from hf_steer.patching.context import STEERING, find_steering, statement_for, steering_of
+from hf_steer.ground.implementations import implementation_of, is_ours
+from hf_steer.patching.context import STEERING, find_steering, steering_of
 from hf_steer.patching.edits import SetTrainable
-from hf_steer.patching.flash import flash_by_name
-from hf_steer.patching.handle import Steering
-from hf_steer.patching.plan import implementation_of, make_plan
-from hf_steer.values import Plan, Site
+from hf_steer.patching.handle import Steering, note_in_force, owner_of
+from hf_steer.patching.plan import make_plan
+from hf_steer.patching.proof import prove_steering
+from hf_steer.patching.unchanged import refuse_running
+from hf_steer.values import Plan
 
 Model = TypeVar("Model")
-
-
-@dataclass(frozen=True)
-class SteerStatus:
-    """What steers a model.
-
-    Attributes:
-        patched: whether `patch_model` has been applied.
-        enabled: whether it is on for this thread (see `disable_steering`).
-        family: the model's row in the families table; None when not patched.
-        heads: layer -> query heads with a strength that is not 0.
-        aligners: what is inserted where, such as `"progressive at image output"`.
-        saliency: `"user"` inside `use_saliency`, else the configured source; None when nothing supplies any.
-        config: the configuration in force.
-    """
-
-    patched: bool
-    enabled: bool = False
-    family: str | None = None
-    heads: dict[int, tuple[int, ...]] | None = None
-    aligners: tuple[str, ...] = ()
-    saliency: str | None = None
-    config: SteerConfig | None = None
 
 
 def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None = None, tokenizer: Any = None) -> Model:
@@ -83,14 +58,18 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
             "or hf_steer.get_steer_status(model) to see it."
         )
-    _register_functions(plan)
+    _refuse_nested(plan)
+    refuse_running(plan.anatomy.root, "patch")
+    prove_steering(plan)
     steering = Steering(plan)
+    steering.gaze.register_functions()
     with ExitStack() as edits:
         if trains:
             edits.enter_context(SetTrainable(_trainable(plan, freeze=freeze_base is not False)))
         for edit in steering.edits():
             edits.enter_context(edit)
         steering.undo = edits.pop_all()
+    note_in_force(steering)
     return model
 
 
@@ -103,29 +82,35 @@ def unpatch_model(model: Model) -> Model:
     Raises:
         PatchError: the model is not patched.
     """
-    steering_of(model).undo.close()
+    steering = steering_of(model)
+    refuse_running(steering.plan.anatomy.root, "unpatch")
+    steering.undo.close()
+    steering.release()
     return model
 
 
-def get_steer_status(model: Any) -> SteerStatus:
-    """What steers this model now, in this thread; also for a model that is not patched."""
-    steering = find_steering(model)
-    if steering is None:
-        return SteerStatus(patched=False)
-    plan: Plan = steering.plan
-    enabled, statement = statement_for(steering)
-    attention = plan.config.attention
-    return SteerStatus(
-        patched=True,
-        enabled=enabled,
-        family=plan.anatomy.family,
-        heads={
-            layer: tuple(head for head, value in enumerate(values) if value) for layer, values in plan.strengths.items()
-        },
-        aligners=tuple(f"{a.kind} at {a.modality} {a.placement}" for a in plan.config.aligners),
-        saliency="user" if statement is not None else attention.saliency.source if attention is not None else None,
-        config=plan.config,
-    )
+def _refuse_nested(plan: Plan) -> None:
+    """PatchError for a model inside a patched one, or around one: both would steer the same layers."""
+    root = plan.anatomy.root
+    inner = find_steering(root)
+    if inner is not None:
+        name = type(inner.plan.anatomy.root).__name__
+        raise PatchError(
+            f"this {type(root).__name__} holds a {name} that is patched already. Unpatch that first, or patch only one of the two: "
+            "hf_steer.unpatch_model(inner)."
+        )
+    shared = [site.name for site in plan.anatomy.layers if is_ours(implementation_of(site.module.config))]  # type: ignore[arg-type]
+    if shared:
+        raise PatchError(
+            f"{shared[0]} is steered already, by another patched model that shares it. Unpatch that one first: its layers can "
+            "follow one configuration only."
+        )
+    outer = owner_of(root)
+    if outer is not None:
+        raise PatchError(
+            f"this {type(root).__name__} is a part of a {outer} that is patched already; its layers are steered from there. Patch "
+            "and unpatch the whole model."
+        )
 
 
 def print_trainable_parameters(model: Any) -> None:
@@ -158,27 +143,3 @@ def _adapters(root: nn.Module) -> set[int]:
     layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
     children = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return {id(parameter) for child in children if isinstance(child, nn.Module) for parameter in child.parameters()}
-
-
-def _register_functions(plan: Plan) -> None:
-    """Make our attention functions known under names of their own; a registry entry changes no model."""
-    anatomy = plan.anatomy
-    gaze = [site for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers]
-    if gaze:
-        implementation = implementation_of(anatomy.decoder.config)
-        function = partial(steered_attention, inner=_inner(gaze[0], implementation), implementation=implementation)
-        ALL_ATTENTION_FUNCTIONS.register(registered_name(implementation, "gaze", anatomy.family), function)
-    if plan.eyes:
-        implementation = implementation_of(anatomy.tower.config)
-        function = partial(recording_attention, inner=_inner(plan.eyes[0], implementation))
-        ALL_ATTENTION_FUNCTIONS.register(registered_name(implementation, "eyes", anatomy.tower.config.model_type), function)
-
-
-def _inner(site: Site, implementation: str) -> Any:
-    """The function that an attention module calls now; eager's lies in the model's own file."""
-    if implementation == "eager":
-        return sys.modules[type(site.module).__module__].eager_attention_forward
-    function = ALL_ATTENTION_FUNCTIONS[implementation]
-    if "flash" in implementation:
-        return partial(flash_by_name, flash=function)
-    return function

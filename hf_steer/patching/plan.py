@@ -10,6 +10,7 @@ from hf_steer.attention import READABLE, STEERABLE
 from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
+from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.patching.patterns import read_patterns
 from hf_steer.patching.plan_aligners import plan_aligners, plan_projectors
 from hf_steer.values import Anatomy, Plan, Site
@@ -52,18 +53,13 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
     return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns, readers)
 
 
-def implementation_of(config: Any) -> str:
-    """The attention implementation that a (sub-)model runs."""
-    return config._attn_implementation or "eager"
-
-
 def refuse_implementation(config: Any, part: str) -> None:
     """PatchError for an attention implementation that cannot be wrapped."""
     implementation = implementation_of(config)
     if implementation not in STEERABLE:
         raise PatchError(
             f"the {part} runs attention implementation {implementation!r}; hf_steer can steer {', '.join(STEERABLE)}. "
-            "Load the model with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa') first."
+            f"Load the model with attn_implementation='sdpa', or call {SWITCH}('sdpa') first."
         )
 
 
@@ -141,7 +137,7 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     if outside or not depth:
         raise ConfigError(
             f"vision blocks {outside or wanted} are not there; the tower has {depth} whose output the model reads"
-            f"{f', 0 to {depth - 1}' if depth else ', since vision_feature_layer is its input'}."
+            f"{f', 0 to {depth - 1}' if depth else ', since the configuration makes its input the feature layer'}."
         )
     return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in chosen}))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -10,14 +9,15 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_steer.attention import Reader, SteeredCall, call_of
+from hf_steer.attention import AttentionCall, Reader, SteeredCall
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
+from hf_steer.ground.attention_call import layer_of
+from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.patching.context import STEERING, find_steering
 from hf_steer.patching.edits import SetAttentionFunction
-from hf_steer.patching.plan import implementation_of, refuse_implementation
+from hf_steer.patching.plan import refuse_implementation
 from hf_steer.values import Anatomy
 
 _READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
@@ -66,15 +66,11 @@ def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = 
 
 def _register(module: Any, decoder: Any) -> str:
     """Wrap the function that a module calls now, under a name of its own."""
-    current = implementation_of(module.config)
-    if current == "eager":
-        inner: Any = sys.modules[type(module).__module__].eager_attention_forward
-        current = f"{type(module).__module__.rpartition('.')[2]}_eager"
-    else:
-        inner = ALL_ATTENTION_FUNCTIONS[current]
-    name = f"hf_steer_probe_{id(decoder)}_{current}"
+    current, file = implementation_of(module.config), type(module).__module__
+    inner = function_of(current, file)
+    name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{file.rpartition('.')[2]}" if current == "eager" else "")
     how = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(probing_attention, **how))
+    register_function(name, partial(probing_attention, **how))
     return name
 
 
@@ -83,17 +79,18 @@ def probing_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Any,
     *,
     inner: Callable[..., Any],
     decoder: int,
     implementation: str,
-    **kwargs: Any,
+    **options: Any,
 ) -> Any:
     """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
     read = _READERS.get().get(decoder)
     if read is not None:
-        ride: SteeredCall | None = kwargs.get(STEERING)
-        bias = None if ride is None else ride.biases.get(module.layer_idx)
-        read(call_of(module, query, key, value, attention_mask, bias, implementation=implementation, kwargs=kwargs))
-    return inner(module, query, key, value, attention_mask, **kwargs)
+        ride: SteeredCall | None = options.get(STEERING)
+        bias = None if ride is None else ride.biases.get(layer_of(module))
+        own = {name: value for name, value in options.items() if name != STEERING}
+        read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
+    return inner(module, query, key, value, mask, **options)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.context import Enough
 from hf_steer.patching.runtime import Ride
 from hf_steer.saliency import Saliency, map_of
 from hf_steer.values import Span, TokenScores
 
-_READINGS: ContextVar[Mapping[int, list[SaliencyReading]]] = ContextVar("hf_steer_readings", default={})  # noqa: B039 - never mutated
+READING = "reading"
+"""A kind of block."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,14 @@ class SaliencyReading:
         }
 
 
-@contextmanager
-def reading(steering: Any) -> Iterator[list[SaliencyReading]]:
+def reading(steering: Any) -> AbstractContextManager[list[SaliencyReading]]:
     """What the steering finds in the calls inside the block, which end there."""
-    found: list[SaliencyReading] = []
-    token = _READINGS.set({**_READINGS.get(), id(steering): found})
-    try:
-        yield found
-    finally:
-        _READINGS.reset(token)
+    return Block(steering, READING, [])
 
 
 def tell_reader(steering: object, ride: Ride) -> None:
     """If somebody only wants to know the saliency, hand it over and end the pass."""
-    found = _READINGS.get().get(id(steering))
+    found: list[SaliencyReading] | None = held(steering, READING)
     if found is not None and ride.state is not None and ride.raw is not None:
         found.append(SaliencyReading(ride.raw, ride.state.scores, ride.state.spans))
         raise Enough

@@ -12,6 +12,9 @@ from torch import Tensor
 from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import IGNORED_LABEL, Given
+from hf_steer.ground.caches import keys_seen
+from hf_steer.ground.outputs import record_in
 from hf_steer.patching.arrange import read_arrangements
 from hf_steer.patching.context import Prompt
 from hf_steer.patching.pacing import Pace
@@ -30,7 +33,6 @@ from hf_steer.saliency import (
 from hf_steer.values import MODALITIES, HeadBias, Plan, Span, TokenScores
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-IGNORED_LABEL = -100
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Ride(SteeredCall):
         statement: what the user says.
         prompt_end: key position after the prompt, inside `generate`.
         tokens: of this pass; None when only embeddings came.
+        arrived: whether the decoder has got it.
         watched: whether the root model's own call surrounds this pass.
         pace: when it is steered.
         raw: scores of a new prompt before they are normalised.
@@ -55,72 +58,61 @@ class Ride(SteeredCall):
     statement: Saliency | None = None
     prompt_end: int | None = None
     tokens: Tensor | None = None
+    arrived: bool = False
     watched: bool = False
     pace: Pace | None = None
     raw: TokenScores | None = None
 
 
-def read_prompt(
-    named: Mapping[str, Any], plan: Plan, statement: Saliency | None, *, past: int, whole: bool
-) -> Prompt | None:
+def read_prompt(given: Given, plan: Plan, statement: Saliency | None, *, past: int, whole: bool) -> Prompt | None:
     """The prompt in the arguments of a forward pass or of `generate`; None when they hold no tokens.
 
     Args:
-        named: arguments by name.
+        given: the arguments.
         plan: where the placeholders are, and whether they matter.
         statement: what the user says.
         past: tokens in the cache.
-        whole: `generate`'s convention: `input_ids` repeat what the cache holds unless the mask is longer than they are.
+        whole: `generate`'s convention: token numbers repeat what the cache holds unless the mask is longer than they are.
 
     Raises:
         SaliencyError: placeholder tokens and pictures do not match, or nothing says where to look.
     """
-    source = _tokens(named)
+    source = given.tokens()
     if source is None or not source.shape[1]:
         return None
-    ids, mask, labels = (source if source.ndim == 2 else None), named.get("attention_mask"), named.get("labels")
+    ids, mask, labels = (source if source.ndim == 2 else None), given.mask, given.labels
     batch, tokens = source.shape[:2]
     longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens
     first = 0 if whole and not longer else past
-    outputs = named.get("mm_encoder_outputs") or {}
-    encoded = {modality: output.hf_steer for modality, output in outputs.items() if hasattr(output, "hf_steer")}
-    _refuse_hidden_tokens(ids, statement)
+    outputs = given.encoded or {}
+    records = {modality: record_in(output) for modality, output in outputs.items()}
+    encoded = {modality: record for modality, record in records.items() if record is not None}
+    _refuse_hidden_tokens(ids, plan, statement)
     watched = bool(plan.eyes) and statement is None
-    arrangements = read_arrangements(named, plan.anatomy, PIXELS, whole=whole) if watched else {}
+    arrangements = read_arrangements(given.named, plan.anatomy, PIXELS, whole=whole) if watched else {}
     return Prompt(
-        input_ids=ids,
+        ids=ids,
         shape=(batch, tokens),
         first_position=first,
         real=real_tokens(mask, first + tokens).expand(batch, -1) if isinstance(mask, Tensor) else None,
         encoded=encoded,
-        raw=tuple(modality for modality in MODALITIES if named.get(PIXELS[modality]) is not None),
+        raw=tuple(modality for modality in MODALITIES if given.pixels(modality) is not None),
         arrangements=arrangements,
-        spans=_new_spans(ids, named, encoded, plan, statement, first=first, past=past, whole=whole),
+        spans=_new_spans(ids, given, encoded, plan, statement, first=first, past=past, whole=whole),
         labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
 
 
-def count_tokens(named: Mapping[str, Any]) -> int:
-    """Tokens per row in the arguments of a forward pass."""
-    source = _tokens(named)
-    return 0 if source is None else source.shape[1]
-
-
-def repeats_prompt(named: Mapping[str, Any], prompt: Prompt) -> bool:
-    """Whether a pass without a cache begins with the prompt, its rows repeated or not."""
-    tokens, (batch, length) = _tokens(named), prompt.shape
-    if tokens is None or tokens.shape[1] < length or tokens.shape[0] % batch:
+def begins_prompt(given: Given, prompt: Prompt) -> bool:
+    """Whether a pass begins with the prompt or a first piece of it, its rows repeated or not."""
+    tokens, (batch, length) = given.tokens(), prompt.shape
+    if tokens is None or tokens.shape[0] % batch:
         return False
-    begun = tokens[:: tokens.shape[0] // batch, :length]
-    return prompt.input_ids is None or torch.equal(begun, prompt.input_ids.to(begun.device))
-
-
-def _tokens(named: Mapping[str, Any]) -> Tensor | None:
-    """`input_ids`, or `inputs_embeds` when they come alone or as the longer ones."""
-    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-    if ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2]):
-        return embeds
-    return ids  # type: ignore[no-any-return]
+    if prompt.ids is None or tokens.ndim != 2:
+        return prompt.ids is None and tokens.shape[1] >= length
+    piece = min(tokens.shape[1], length)
+    begun = tokens[:: tokens.shape[0] // batch, :piece]
+    return torch.equal(begun, prompt.ids[:, :piece].to(begun.device))
 
 
 def real_tokens(mask: Tensor, length: int) -> Tensor:
@@ -203,7 +195,7 @@ def make_biases(
     biases: dict[tuple[tuple[int, int], tuple[float, ...] | int], HeadBias] = {}
     by_layer = {}
     for layer, values in strengths.items():
-        length, offset = (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
+        length, offset = keys_seen(cache, queries, layer)
         place = (offset, length)
         if place not in windows:
             windows[place] = state.window(offset, length), {}
@@ -222,9 +214,9 @@ def _attention(plan: Plan) -> AttentionConfig:
     return plan.config.attention
 
 
-def _refuse_hidden_tokens(ids: Tensor | None, statement: Saliency | None) -> None:
-    """Without `input_ids` nothing says where the pictures are."""
-    if ids is None and (statement is None or statement.tokens is None):
+def _refuse_hidden_tokens(ids: Tensor | None, plan: Plan, statement: Saliency | None) -> None:
+    """Without token numbers nothing says where the pictures are; that matters where something is to be seen in them."""
+    if ids is None and (statement.tokens is None if statement is not None else plan.sees):
         pictures = "; boxes, masks, maps and points need input_ids, too" if statement is not None else ""
         raise SaliencyError(
             f"inputs_embeds came without input_ids, so where to look is unknown{pictures}. Give one score per token with "
@@ -234,7 +226,7 @@ def _refuse_hidden_tokens(ids: Tensor | None, statement: Saliency | None) -> Non
 
 def _new_spans(
     ids: Tensor | None,
-    named: Mapping[str, Any],
+    given: Given,
     encoded: Mapping[str, EyeRecord],
     plan: Plan,
     statement: Saliency | None,
@@ -253,7 +245,7 @@ def _new_spans(
         return ()
     try:
         # a forward pass of LLaVA-OneVision drops this argument; only generate hands it on
-        heeded = named if whole else {name: value for name, value in named.items() if name != "vision_aspect_ratio"}
+        heeded = given.named if whole else {name: value for name, value in given.named.items() if name != "vision_aspect_ratio"}
         layouts = read_layouts(heeded, encoded, plan.anatomy)
     except SaliencyError:
         if needed:

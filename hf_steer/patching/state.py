@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
+from hf_steer.ground.caches import ROW_MOVES, watch_rows
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
@@ -56,6 +56,7 @@ class CacheState:
         speaks: whether any key has a score; known at prefill, so that a decode step need not ask the device.
         tensors: strengths that were used with these scores, and their mass shifts, so that a decode step makes none.
         gates: what the gates remember of these rows; None where nobody asked.
+        lost: a method of the cache that may have moved its rows in a way that is not known.
     """
 
     scores: TokenScores
@@ -64,6 +65,7 @@ class CacheState:
     speaks: bool
     tensors: dict[tuple[tuple[float, ...], bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     gates: Gates | None = None
+    lost: str | None = None
 
     @property
     def rows(self) -> int:
@@ -135,48 +137,46 @@ class CacheState:
 
 
 def read_state(cache: Any) -> CacheState | None:
-    """The state that rides on a cache, if one does."""
-    return getattr(cache, _ATTRIBUTE, None)
+    """The state that rides on a cache, if one does.
+
+    Raises:
+        SaliencyError: a method of which hf_steer does not know what it does to rows was called since.
+    """
+    state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        return None
+    if state.lost is not None:
+        raise SaliencyError(
+            f"{type(cache).__name__}.{state.lost}() was called on a cache that carries saliency, and whether it moved rows is not "
+            "known to hf_steer, so whose saliency is whose isn't either. Start from a fresh cache, use reorder_cache, "
+            "batch_select_indices or batch_repeat_interleave, or run inside disable_steering(model)."
+        )
+    watch_rows(cache, follow_rows)
+    return state
 
 
 def write_state(cache: Any, state: CacheState) -> None:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move."""
     setattr(cache, _ATTRIBUTE, state)
-    for follow in (reorder_cache, batch_select_indices, batch_repeat_interleave, reset):
-        if follow.__name__ not in vars(cache):
-            setattr(cache, follow.__name__, partial(follow, cache))
+    watch_rows(cache, follow_rows)
 
 
-def reorder_cache(cache: Any, beam_idx: Tensor) -> None:
-    """transformers' `Cache.reorder_cache`, the saliency included."""
-    type(cache).reorder_cache(cache, beam_idx)
-    _follow(cache, beam_idx)
-
-
-def batch_select_indices(cache: Any, indices: Tensor) -> None:
-    """transformers' `Cache.batch_select_indices`, the saliency included."""
-    type(cache).batch_select_indices(cache, indices)
-    _follow(cache, indices)
-
-
-def batch_repeat_interleave(cache: Any, repeats: int) -> None:
-    """transformers' `Cache.batch_repeat_interleave`, the saliency included."""
-    type(cache).batch_repeat_interleave(cache, repeats)
-    state = read_state(cache)
-    if state is not None:
-        setattr(cache, _ATTRIBUTE, state.for_rows(state.rows * repeats))
-
-
-def reset(cache: Any) -> None:
-    """transformers' `Cache.reset`: the keys are gone, and their saliency with them."""
-    type(cache).reset(cache)
-    setattr(cache, _ATTRIBUTE, None)
-
-
-def _follow(cache: Any, rows: Tensor) -> None:
-    state = read_state(cache)
-    if state is not None:
-        setattr(cache, _ATTRIBUTE, state.select(rows))
+def follow_rows(cache: Any, method: str, argument: Any) -> None:
+    """What rides on a cache goes where its rows went."""
+    state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        return
+    move = ROW_MOVES.get(method)
+    moved: CacheState | None
+    if move == "select":
+        moved = state.select(argument)
+    elif move == "repeat":
+        moved = state.for_rows(state.rows * argument)
+    elif move == "drop":  # the keys are gone, and their saliency with them
+        moved = None
+    else:
+        moved = dataclasses.replace(state, lost=method) if state.speaks else state
+    setattr(cache, _ATTRIBUTE, moved)
 
 
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:

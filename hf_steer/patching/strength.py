@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hf_steer.checks import Heads, Strength, check_strength
 from hf_steer.errors import ConfigError, PatchError
+from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.context import steering_of
 from hf_steer.patching.plan import resolve_strengths
 from hf_steer.values import Plan
@@ -20,11 +20,11 @@ from hf_steer.values import Plan
 Strengths = Mapping[int, tuple[float, ...] | Tensor]
 """Layer -> λ per query head: numbers, or a tensor where they are learned."""
 
-_OVERRIDES: ContextVar[Mapping[int, Strengths]] = ContextVar("hf_steer_strengths", default={})  # noqa: B039 - never mutated
+STRENGTH = "strength"
+"""A kind of block."""
 
 
-@contextmanager
-def use_strength(model: Any, strength: Strength) -> Iterator[None]:
+def use_strength(model: Any, strength: Strength) -> AbstractContextManager[Any]:
     """Steer this model's calls inside the block, in this thread, with other strengths than configured.
 
     To compare many heads and strengths, patch once with `heads="all"` and name them here: nothing is patched again.
@@ -40,17 +40,12 @@ def use_strength(model: Any, strength: Strength) -> Iterator[None]:
         ConfigError: not a number, or a layer or head that is not steered.
     """
     steering = steering_of(model)
-    strengths = _resolve(steering.plan, check_strength(strength))
-    token = _OVERRIDES.set({**_OVERRIDES.get(), id(steering): strengths})
-    try:
-        yield
-    finally:
-        _OVERRIDES.reset(token)
+    return Block(steering, STRENGTH, _resolve(steering.plan, check_strength(strength)))
 
 
 def strengths_for(steering: Any, device: torch.device) -> Strengths:
     """Layer -> λ per query head, for the calls of this thread: in force, learned, or configured."""
-    own = _OVERRIDES.get().get(id(steering))
+    own: Strengths | None = held(steering, STRENGTH)
     if own is None and steering.learned is not None:
         return steering.learned.strengths(device)  # type: ignore[no-any-return]
     return steering.plan.strengths if own is None else own

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from hf_steer.config.attention import PHASES
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import normalised_entropy
+from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.context import steering_of
 from hf_steer.patching.pacing import Pace, logits_of
 
-_TRACES: ContextVar[Mapping[int, Trace]] = ContextVar("hf_steer_traces", default={})  # noqa: B039 - never mutated
+TRACE = "trace"
+"""A kind of block."""
 
 
 @dataclass(frozen=True)
@@ -93,31 +94,25 @@ class Trace:
         return steps
 
 
-@contextmanager
-def trace_steering(model: Any) -> Iterator[Trace]:
+def trace_steering(model: Any) -> AbstractContextManager[Trace]:
     """Write down gate, phase, effective λ and entropy of every token that this model generates inside the block, in this thread.
 
     Args:
         model: a patched model that steers heads.
 
-    Yields:
-        A `Trace`, filled as the model runs; `hf_steer.analysis.plots.plot_trace` draws it. One block per call of `generate`.
+    Returns:
+        A block that gives a `Trace`, filled as the model runs; `hf_steer.analysis.plots.plot_trace` draws it. One block per call
+        of `generate`.
 
     Raises:
         PatchError: the model is not patched.
     """
-    steering = steering_of(model)
-    trace = Trace()
-    token = _TRACES.set({**_TRACES.get(), id(steering): trace})
-    try:
-        yield trace
-    finally:
-        _TRACES.reset(token)
+    return Block(steering_of(model), TRACE, Trace())
 
 
 def trace_of(steering: object) -> Trace | None:
     """Who wants to know, in this thread."""
-    return _TRACES.get().get(id(steering))
+    return held(steering, TRACE)
 
 
 def mean_strength(strengths: Mapping[int, tuple[float, ...] | Tensor]) -> float | Tensor:

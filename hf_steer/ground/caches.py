@@ -1,0 +1,100 @@
+"""Key-value caches of transformers: how long they are, what each layer will see, and which of their methods move rows."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from hf_steer.errors import PatchError
+
+Follow = Callable[[Any, Any], Any]
+"""From what rides on a cache, and the argument of the method that moved its rows, to what rides on it now."""
+
+ROW_MOVES: Mapping[str, str] = MappingProxyType(
+    {"reorder_cache": "select", "batch_select_indices": "select", "batch_repeat_interleave": "repeat", "reset": "drop"}
+)
+"""Method of a cache -> what it does to rows."""
+ROWS_STAY = frozenset(
+    {
+        "activate_past_recording", "batch_size", "check_dynamic_cache", "crop", "early_initialization", "get_conv_state",
+        "get_mask_sizes", "get_max_cache_shape", "get_max_length", "get_query_offset", "get_recurrent_state", "get_seq_length",
+        "has_previous_state", "is_compileable", "is_croppable", "is_dummy", "is_initialized", "is_linear", "is_recording_past",
+        "is_sliding", "lazy_initialization", "max_batch_size", "max_cache_len", "offload", "prefetch", "update",
+        "update_conv_state", "update_indexer", "update_recurrent_state",
+    }
+)  # fmt: skip
+"""Methods and properties of caches after which every row still holds its own keys; after any other they may not."""
+
+
+def past_of(cache: Any) -> int | Tensor:
+    """Keys in a cache: a number, or a tensor for a static cache; 0 without one."""
+    return 0 if cache is None else cache.get_seq_length()  # type: ignore[no-any-return]
+
+
+def keys_seen(cache: Any, queries: int, layer: int) -> tuple[int, int]:
+    """How many keys a layer will attend to in a pass of so many queries, and the position of the first."""
+    return (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)  # type: ignore[no-any-return]
+
+
+def batch_of(cache: Any) -> int | None:
+    """Rows of a cache; None where it does not tell, or holds nothing yet."""
+    rows = getattr(cache, "batch_size", None)
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def copy_of(cache: Any) -> Any:
+    """An independent cache with the same keys."""
+    return copy.deepcopy(cache)
+
+
+@functools.cache
+def unknown_moves(kind: type) -> tuple[str, ...]:
+    """Public methods of a cache class of which it is not known what they do to rows."""
+    public = (name for name in dir(kind) if not name.startswith("_"))
+    known = ROW_MOVES.keys() | ROWS_STAY
+    return tuple(name for name in public if name not in known and inspect.isfunction(inspect.getattr_static(kind, name)))
+
+
+class Watched:
+    """A method of one cache that tells the rider about it. It holds the cache weakly, so that both die when they did before.
+
+    Args:
+        cache: whose method it is.
+        name: of the method.
+        told: is called with the cache, the name and the method's argument once it has run.
+    """
+
+    def __init__(self, cache: Any, name: str, told: Callable[[Any, str, Any], None]) -> None:
+        self.cache: Callable[[], Any] = weakref.ref(cache)
+        self.name, self.told = name, told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache()
+        if cache is None:
+            raise PatchError(f"{self.name} was called on a shallow copy of a cache that is gone; copy caches with copy.deepcopy.")
+        result = getattr(type(cache), self.name)(cache, *args, **kwargs)
+        self.told(cache, self.name, args[0] if args else next(iter(kwargs.values()), None))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        """Of the copied cache, which is in the memo by the time its attributes are copied."""
+        return Watched(memo.get(id(self.cache()), self.cache()), self.name, self.told)
+
+    def __reduce__(self) -> Any:
+        return Watched, (self.cache(), self.name, self.told)
+
+
+def watch_rows(cache: Any, told: Callable[[Any, str, Any], None]) -> None:
+    """Let a cache tell whenever its rows move, or may have."""
+    own = vars(cache)
+    for name in (*ROW_MOVES, *unknown_moves(type(cache))):
+        there = own.get(name)
+        if not isinstance(there, Watched) or there.cache() is not cache:
+            setattr(cache, name, Watched(cache, name, told))

@@ -1,0 +1,96 @@
+"""Attention implementations by name: which one a model runs, the function behind it, and one module's own copy of its config."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+FLASH = ("flash_attention_2", "flash_attention_3")
+_NAME = "_attn_implementation_internal"
+ORIGINAL = "hf_steer_original"
+"""Where a steered module's config keeps the one that it is a copy of."""
+_SEES = "hf_steer_sees"
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of a model that run its passes in a thread of their own, on paged caches."""
+SWITCH = "model.set_attn_implementation"
+"""What users call to change the implementation."""
+
+
+def implementation_of(config: Any) -> str:
+    """The attention implementation that a (sub-)model, or one steered module, runs."""
+    return config._attn_implementation or "eager"  # type: ignore[no-any-return]
+
+
+def with_implementation(config: Any, name: str, *, sees: bool = False) -> Any:
+    """A shallow copy of a config that names another attention function. Masks are built from the model's own, which stays.
+
+    Args:
+        config: of one module.
+        name: of the function.
+        sees: whether the layer is steered by what the model itself sees, even when nobody says anything.
+    """
+    changed = copy.copy(config)
+    setattr(changed, ORIGINAL, original_config(config))
+    setattr(changed, _SEES, sees)
+    setattr(changed, _NAME, name)  # the property's setter would reach into shared sub-configs
+    return changed
+
+
+def original_config(config: Any) -> Any:
+    """The config that a steered module had."""
+    return vars(config).get(ORIGINAL, config)
+
+
+def sees_by_itself(config: Any) -> bool:
+    """Whether a steered module's config says that the model's own eyes steer it."""
+    return bool(vars(config).get(_SEES))
+
+
+def register_function(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known under a name of ours; a registry entry changes no model."""
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(_by_their_names, function=function))
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation's name is that of a function of hf_steer."""
+    return name.startswith("hf_steer_")
+
+
+def function_of(implementation: str, file: str) -> Callable[..., Any]:
+    """The function that attention modules of a model's file call under an implementation's name."""
+    if implementation == "eager":  # lies in the model's own file
+        return importlib.import_module(file).eager_attention_forward  # type: ignore[no-any-return]
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+    return partial(_flash_by_name, flash=function) if implementation in FLASH else function
+
+
+def is_their_own(function: Callable[..., Any]) -> bool:
+    """Whether a function is one that transformers brings, and not a wrapper that somebody put in its place."""
+    inner = function.keywords.get("flash", function) if isinstance(function, partial) else function
+    return str(getattr(inner, "__module__", "")).partition(".")[0] == "transformers"
+
+
+def _by_their_names(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *, function: Callable[..., Any], **kwargs: Any
+) -> Any:
+    """Some families name the mask when they call, so our parameter has to be called as theirs is."""
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+class _UnderOwnName:
+    """An attention module as flash's function has to see it: it looks its kernel up by the name in the module's config."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.config = module, original_config(module.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def _flash_by_name(module: Any, *args: Any, flash: Callable[..., Any], **kwargs: Any) -> Any:
+    return flash(_UnderOwnName(module), *args, **kwargs)

@@ -1,0 +1,7 @@
+"""stub"""
+
+from hf_steer.values import Plan
+
+
+def prove_steering(plan: Plan) -> None:
+    """Later."""

@@ -1,0 +1,114 @@
+"""Whether what patching put in place is still there: a module, config or hook that was replaced since would steer nothing."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_steer.errors import PatchError
+from hf_steer.ground.implementations import SWITCH, implementation_of
+from hf_steer.values import Plan, Site
+
+AGAIN = "Take the steering back first, change the model, and patch it again: hf_steer.unpatch_model(model), then patch_model."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a steered attention module hangs.
+
+    Attributes:
+        site: the module.
+        parent: what holds it.
+        child: under which name.
+        function: the attention function that its config names.
+    """
+
+    site: Site
+    parent: nn.Module
+    child: str
+    function: str
+
+
+def place_of(root: nn.Module, site: Site, function: str) -> Place:
+    """The place of a module in the model."""
+    parent, _, child = site.name.rpartition(".")
+    return Place(site, root.get_submodule(parent), child, function)
+
+
+def refuse_replaced(places: Iterable[Place]) -> None:
+    """PatchError for an attention module, or its config, that is another one than the one that was patched."""
+    for place in places:
+        now: Any = place.parent._modules.get(place.child)
+        if now is not None and now is not place.site.module:
+            kind = type(now).__name__
+            raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
+        if implementation_of(place.site.module.config) != place.function:  # type: ignore[arg-type]
+            raise PatchError(
+                f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
+                f"{implementation_of(place.site.module.config)!r} and no longer hf_steer's function. {AGAIN}"
+            )
+
+
+def refuse_other_implementation(plan: Plan, was: tuple[str | None, str | None]) -> None:
+    """PatchError where the decoder or the tower was told to run another attention implementation since."""
+    anatomy = plan.anatomy
+    eyes_now = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+    now = implementation_of(anatomy.decoder.config)
+    if (now, eyes_now) != was:
+        raise PatchError(
+            f"the attention implementation was {was[0]!r} when this model was patched and is {now!r} now "
+            f"(vision tower: {was[1]!r}, now {eyes_now!r}). Set it before patching: "
+            f"unpatch_model(model); {SWITCH}(...); patch_model(model, config)."
+        )
+
+
+def still_there(decoder: nn.Module, root: nn.Module, places: Iterable[Place]) -> tuple[Place, ...]:
+    """Those of the places that this model still runs: a pipeline stage has given layers away.
+
+    Raises:
+        PatchError: a layer was replaced by another one.
+    """
+    reachable = set(decoder.modules())
+    ours = {place.site.module for place in places}
+    kept = []
+    for place in places:
+        if place.site.module in reachable:
+            kept.append(place)
+            continue
+        try:
+            now = root.get_submodule(place.site.name)
+        except AttributeError:
+            continue
+        if now not in ours:
+            raise PatchError(f"{place.site.name} is not the module that was patched; its layer was replaced. {AGAIN}")
+    return tuple(kept)
+
+
+def refuse_running(root: nn.Module, act: str) -> None:
+    """PatchError while another thread runs the model: half of its passes would be steered.
+
+    Args:
+        root: of the model.
+        act: what is refused, such as `"patch"`.
+    """
+    own, parts = threading.get_ident(), set(root.modules())
+    for thread, top in sys._current_frames().items():
+        frame = None if thread == own else top
+        while frame is not None:
+            if frame.f_code.co_name in ("generate", "_call_impl") and _self_of(frame) in parts:
+                raise PatchError(
+                    f"cannot {act} this model while another thread runs it: some of its passes would be steered and others not. "
+                    "Wait until that call has ended."
+                )
+            frame = frame.f_back
+
+
+def _self_of(frame: Any) -> Any:
+    """The module whose method a frame runs."""
+    found = frame.f_locals.get("self")
+    return found if isinstance(found, nn.Module) else None

@@ -88,6 +88,10 @@ def of(saliency, *, row=0, index=0):
     return Saliency(terms=tuple(dataclasses.replace(term, row=row, index=index) for term in saliency.terms))
 
 
+def said_of_the_second_row(case):
+    return Saliency.from_boxes((0, 0, 4, 8), (8, 16)) if case == "pixtral" else CASES[case][0]  # its picture is upright
+
+
 def token_by_token(expected, inputs, *, row=0, index=0, placeholder=PLACEHOLDER):
     """The scores that are expected of one picture or sound, by hand: its tokens follow one another, with text before and after."""
     ids = inputs["input_ids"]
@@ -131,7 +135,7 @@ def test_what_is_said_holds_in_generate(case, implementation):
     torch.testing.assert_close(steps, generate(model, inputs, token_by_token(expected, inputs))[1])
     torch.testing.assert_close(steps[:, 0], logits(model, inputs, said)[:, -1], **TOLERANCE)
     if case not in PICTURES or not repeats_pictures(case):  # several sounds of a row go to the wrong copies even in 5.24
-        inputs, said = row_of(inputs, 1), of(said)
+        inputs, said = row_of(inputs, 1), said_of_the_second_row(case)
         steps = generate(model, inputs, said)[1]
     with looking(model, said):
         several = model.generate(
@@ -151,7 +155,7 @@ def row_of(inputs, row, owners=(0, 0, 1)):
 def test_beams_and_padded_rows_equal_the_row_alone(case, implementation):
     model, inputs = patch_model(make(case, implementation), told(normalize="zscore")), inputs_for(case)
     first = CASES[case][0]
-    second = Saliency.from_boxes((0, 0, 4, 8), (8, 16)) if case == "pixtral" else first
+    second = said_of_the_second_row(case)
     said = of(first, index=1) + of(second, row=1)
     batched = logits(model, inputs, said)
     with looking(model, said):

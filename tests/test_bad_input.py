@@ -8,6 +8,7 @@ from test_contract import generate, logits, prompt_for, steer
 from tiny import make_model, make_prompt
 from torch import nn
 from transformers import BertConfig, BertModel, DynamicCache
+from versions import cached
 
 import hf_steer
 from hf_steer import (
@@ -173,6 +174,6 @@ def test_changing_the_implementation_after_patching_is_caught(family):
 def test_a_cache_for_other_rows_is_refused():
     model = patch_model(make_model("llama"), steer("llama"))
     cache = DynamicCache(config=model.config)
-    logits(model, prompt_for("llama", rows=[[7], [7], [7]]), Saliency.from_tokens(torch.randn(3, 7)), past_key_values=cache)
+    logits(model, prompt_for("llama", rows=[[7], [7], [7]]), Saliency.from_tokens(torch.randn(3, 7)), **cached(cache))
     with pytest.raises(SaliencyError, match="saliency has 3 rows, this call has 2. Start from a fresh cache"), torch.no_grad():
-        model(torch.tensor([[5], [6]]), past_key_values=cache)
+        model(torch.tensor([[5], [6]]), **cached(cache))

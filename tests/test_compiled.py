@@ -11,6 +11,7 @@ from tiny import make_model
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
+from versions import cached
 
 from hf_steer import GateConfig, Saliency, disable_steering, patch_model, use_saliency, use_strength
 from hf_steer.patching.learned import LearnedStrengths
@@ -136,10 +137,10 @@ def test_a_loop_of_ones_own_compiles_its_steps():
         cache = StaticCache(config=model.config, max_cache_len=16)
         logits, graphs = [], []
         with use_saliency(model, gaze("qwen2", inputs)):
-            out = model(input_ids=inputs["input_ids"], past_key_values=cache)
+            out = model(input_ids=inputs["input_ids"], **cached(cache))
             for _ in range(5):
                 logits.append(out.logits[:, -1])
-                out = run(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache)
+                out = run(input_ids=out.logits[:, -1:].argmax(-1), **cached(cache))
                 graphs.append(counters["stats"]["unique_graphs"])
         found.append(torch.stack(logits))
     torch.testing.assert_close(found[1], found[0], **TOLERANCE)
@@ -217,7 +218,7 @@ def test_no_step_waits_for_the_device(family, cache, attention):
         kept = StaticCache(config=model.config, max_cache_len=24) if cache == "static" else DynamicCache(config=model.config)
         said = Saliency.from_tokens(torch.randn(inputs["input_ids"].shape))
         with use_saliency(model, said) if steered else disable_steering(model):
-            out = model(**inputs, past_key_values=kept)
+            out = model(**inputs, **cached(kept))
             mask = inputs["attention_mask"]
             for _ in range(3):
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -225,7 +226,7 @@ def test_no_step_waits_for_the_device(family, cache, attention):
                 if family in SEEING:
                     more["position_ids"] = more["position_ids"].expand(3, -1, -1)
                 with Waits() as counted:
-                    out = model(input_ids=out.logits[:, -1:].argmax(-1), attention_mask=mask, past_key_values=kept, **more)
+                    out = model(input_ids=out.logits[:, -1:].argmax(-1), attention_mask=mask, **cached(kept), **more)
         waits[steered] = counted.count
     assert waits[True] == waits[False]
 
@@ -236,13 +237,13 @@ def test_a_static_cache_that_was_reset_forgets_its_saliency():
     inputs = prompt_for("qwen2", rows=[[5]])
     cache = StaticCache(config=model.config, max_cache_len=12)
     with use_saliency(model, gaze("qwen2", inputs)):
-        model(input_ids=inputs["input_ids"], past_key_values=cache)
+        model(input_ids=inputs["input_ids"], **cached(cache))
     cache.reset()
     first, second = inputs["input_ids"][:, :1], inputs["input_ids"][:, 1:2]
     with disable_steering(model):
         expected = model(input_ids=inputs["input_ids"][:, :2]).logits[:, 1:]
-    model(input_ids=first, past_key_values=cache)  # one token at a time: nothing here looks at how full the cache is
-    torch.testing.assert_close(model(input_ids=second, past_key_values=cache).logits, expected, **TOLERANCE)
+    model(input_ids=first, **cached(cache))  # one token at a time: nothing here looks at how full the cache is
+    torch.testing.assert_close(model(input_ids=second, **cached(cache)).logits, expected, **TOLERANCE)
 
 
 @torch.no_grad()

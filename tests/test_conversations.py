@@ -9,6 +9,7 @@ import torch
 from test_contract import TOLERANCE, gaze, generate, logits, looking, prompt_for, steer
 from tiny import SEEING, make_model, make_prompt
 from transformers import DynamicCache, StaticCache
+from versions import cache_of, cached
 
 from hf_steer import Saliency, SaliencyError, disable_steering, patch_model, unpatch_model, use_saliency
 
@@ -21,7 +22,7 @@ def cache_for(model, static=False):
 @torch.no_grad()
 def step(model, ids, cache, statement=None, **kwargs):
     with looking(model, statement):
-        return model(input_ids=torch.tensor(ids), past_key_values=cache, **kwargs).logits
+        return model(input_ids=torch.tensor(ids), **cached(cache), **kwargs).logits
 
 
 @pytest.mark.parametrize("family", SEEING)
@@ -34,9 +35,9 @@ def test_pictures_count_over_the_whole_conversation(family):
     outputs, states = {}, {}
     for index in (0, 1):
         cache = cache_for(model)
-        logits(model, first, past_key_values=cache)
+        logits(model, first, **cached(cache))
         look = Saliency.from_boxes((0, 0, 10, 10), (30, 30), image=index)
-        outputs[index] = logits(model, later, look, past_key_values=cache, position_ids=positions)
+        outputs[index] = logits(model, later, look, **cached(cache), position_ids=positions)
         states[index] = cache.hf_steer_state
     start = first["input_ids"].shape[1]
     for index, state in states.items():
@@ -46,9 +47,9 @@ def test_pictures_count_over_the_whole_conversation(family):
     assert not torch.equal(outputs[0], outputs[1])
     with pytest.raises(SaliencyError, match="no image 2 in row 0: .* holds 2 of them"):
         cache = cache_for(model)
-        logits(model, first, past_key_values=cache)
+        logits(model, first, **cached(cache))
         look = Saliency.from_boxes((0, 0, 10, 10), (30, 30), image=2)
-        logits(model, later, look, past_key_values=cache, position_ids=positions)
+        logits(model, later, look, **cached(cache), position_ids=positions)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
@@ -59,14 +60,14 @@ def test_a_mask_as_long_as_a_static_cache_does_not_hide_the_saliency(family):
     expected = logits(model, inputs, statement)
     longer = dict(inputs, attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, 31)))
     cache = cache_for(model, static=True)
-    torch.testing.assert_close(logits(model, longer, statement, past_key_values=cache), expected, **TOLERANCE)
+    torch.testing.assert_close(logits(model, longer, statement, **cached(cache)), expected, **TOLERANCE)
 
 
 def test_the_strength_of_the_present_patch_is_used_on_an_older_cache():
     model = patch_model(make_model("qwen2"), steer("qwen2", strength=3.0))
     inputs = prompt_for("qwen2", rows=[[9]])
     cache = cache_for(model)
-    logits(model, inputs, Saliency.from_tokens(torch.randn(1, 9)), past_key_values=cache)
+    logits(model, inputs, Saliency.from_tokens(torch.randn(1, 9)), **cached(cache))
     found = {}
     for strength in (3.0, 0.25, -3.0):
         patch_model(unpatch_model(model), steer("qwen2", strength=strength))
@@ -97,7 +98,7 @@ dynamic_reset = pytest.mark.skipif(not dynamic_caches_reset(), reason="this tran
 def test_a_cache_that_was_reset_forgets_its_saliency(static, rows):
     model = patch_model(make_model("qwen2"), steer("qwen2"))
     cache = cache_for(model, static)
-    logits(model, prompt_for("qwen2", rows=[[9]] * rows), Saliency.from_tokens(torch.randn(rows, 9)), past_key_values=cache)
+    logits(model, prompt_for("qwen2", rows=[[9]] * rows), Saliency.from_tokens(torch.randn(rows, 9)), **cached(cache))
     cache.reset()
     ids = [7, 8, 9, 10]
     fed = torch.cat([step(model, [[token]], cache) for token in ids], 1)
@@ -137,7 +138,7 @@ def test_rows_that_move_take_their_saliency_along():
     inputs = prompt_for("qwen2", rows=[[9], [9]])
     statement = Saliency.from_tokens(torch.randn(2, 9))
     cache = cache_for(model)
-    logits(model, inputs, statement, past_key_values=cache)
+    logits(model, inputs, statement, **cached(cache))
     straight = step(model, [[5], [5]], copy.deepcopy(cache))
     assert not torch.allclose(straight[0], straight[1], atol=1e-2)
     swapped, selected, repeated = (copy.deepcopy(cache) for _ in range(3))
@@ -155,7 +156,7 @@ def test_one_statement_speaks_of_one_prompt_however_often_the_model_is_called():
     statement = Saliency.from_tokens(torch.randn(1, 6))
     cache = cache_for(model)
     with use_saliency(model, statement):
-        logits(model, inputs, past_key_values=cache)
+        logits(model, inputs, **cached(cache))
         for ids in ([[5, 6]], [[7]], [[5, 6, 7, 8, 9, 10]]):  # the last has as many tokens as there are scores
             step(model, ids, cache)
         assert cache.hf_steer_state.length == 6
@@ -168,12 +169,12 @@ def test_a_cropped_cache_loses_the_saliency_of_what_was_cut():
     inputs = prompt_for("qwen2", rows=[[9]])
     scores = torch.randn(1, 9)
     cache = cache_for(model)
-    logits(model, inputs, Saliency.from_tokens(scores), past_key_values=cache)
+    logits(model, inputs, Saliency.from_tokens(scores), **cached(cache))
     cache.crop(-3)
     again = step(model, [[5]], cache)
     short = dict(inputs, input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6])
     fresh = cache_for(model)
-    logits(model, short, Saliency.from_tokens(scores[:, :6]), past_key_values=fresh)
+    logits(model, short, Saliency.from_tokens(scores[:, :6]), **cached(fresh))
     torch.testing.assert_close(again, step(model, [[5]], fresh), **TOLERANCE)
 
 
@@ -247,11 +248,11 @@ def test_a_cache_that_the_model_made_carries_the_saliency_on(family):
     inputs = prompt_for(family, rows=[[4, ("image", 2, 3), 5]])
     statement = gaze(family, inputs)
     given = cache_for(model)
-    logits(model, inputs, statement, past_key_values=given)
+    logits(model, inputs, statement, **cached(given))
     for as_tuple in (False, True):
         with torch.no_grad(), looking(model, statement):
             output = model(**inputs, use_cache=True, return_dict=not as_tuple)
-        made = output[1] if as_tuple else output.past_key_values
+        made = output[1] if as_tuple else cache_of(output)
         torch.testing.assert_close(step(model, [[5]], made), step(model, [[5]], copy.deepcopy(given)), rtol=0, atol=0)
     unsteered = copy.deepcopy(given)
     del unsteered.hf_steer_state

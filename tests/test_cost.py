@@ -12,6 +12,7 @@ from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from versions import cached
 
 from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, patch_model, use_saliency
 from hf_steer.attention import cpu_flash, folded, masked, steered
@@ -96,10 +97,10 @@ def test_the_bias_is_set_up_once_for_all_layers_that_share_it(strength, monkeypa
     inputs, cache = prompt_for("qwen2", rows=[[9], [6]]), DynamicCache(config=model.config)
     each = 1 if strength == 2.0 else LAYERS
     with use_saliency(model, gaze("qwen2", inputs)):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cached(cache))
         assert (len(dense), len(query), len(key)) == (0, each, 1)  # the keys' part is the same for every strength
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, **cached(cache))
     assert (len(dense), len(query), len(key)) == (each, each, 1)
 
 

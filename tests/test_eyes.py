@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_contract import logits, steer
 from tiny import IMPLEMENTATIONS, SEEING, make_model, make_prompt
+from versions import cache_of
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import normalize
@@ -159,7 +160,7 @@ def test_regions_that_a_user_draws_keep_their_peaks():
     inputs = make_prompt("qwen2_vl", [[3, ("image", 5, 2), 2]])
     said = Saliency.from_points((139, 248), (200, 500))
     with torch.no_grad(), use_saliency(model, said):
-        state = model(**inputs, use_cache=True).past_key_values.hf_steer_state
+        state = cache_of(model(**inputs, use_cache=True)).hf_steer_state
     spot = said.regions[0].paint.on_grid(5, 2).flatten()
     plain = ((spot - spot.mean()) / spot.std(unbiased=False)).clamp(-3, 3)
     winsorized = normalize(TokenScores(spot[None], torch.zeros(1, 10).long()), "zscore", 3.0).values[0]

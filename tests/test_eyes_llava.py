@@ -15,6 +15,7 @@ from test_contract import TOLERANCE, generate, logits, real_logits
 from tiny_encoders import PLACEHOLDER, VIDEO, make_encoder_config
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from versions import cache_of, cached
 
 import hf_steer
 from hf_steer import (
@@ -126,7 +127,7 @@ ROWS = [[3, (12, 24), 4, (24, 12), 5], [6], [2, (20, 24), 3]]
 
 def record_state(model, inputs):
     with torch.no_grad():
-        return model(**inputs, use_cache=True).past_key_values.hf_steer_state
+        return cache_of(model(**inputs, use_cache=True)).hf_steer_state
 
 
 def tower_weights(model, inputs):
@@ -270,8 +271,8 @@ def test_anyres_pictures_land_where_their_crops_lie(rows, several, most, how):
         state = record_state(model, inputs)
         if how == "generate":
             out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-            assert torch.equal(out.past_key_values.hf_steer_state.scores.values, state.scores.values)
-            state = out.past_key_values.hf_steer_state
+            assert torch.equal(cache_of(out).hf_steer_state.scores.values, state.scores.values)
+            state = cache_of(out).hf_steer_state
         (weights,) = tower_weights(model, inputs)
     expected = expected_tokens("onevision", rows, tower_scores(weights, "vision_attention", (0,)), several=several, most=most)
     check_state(state, inputs, expected)
@@ -297,7 +298,7 @@ def test_videos_are_pooled_and_normalised_frame_by_frame(implementation, how, so
         state = record_state(model, inputs)
     else:
         out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-        state = out.past_key_values.hf_steer_state
+        state = cache_of(out).hf_steer_state
     images, videos = tower_weights(model, inputs)
     crops = tower_scores(images, source, (0, 1))
     frames = tower_scores(videos, source, (0, 1))
@@ -476,13 +477,13 @@ def test_a_second_turn_brings_its_own_picture(variant):
         {"input_ids": whole["input_ids"][:, part], **{name: whole[name][index : index + 1] for name in names}}
         for index, part in enumerate((slice(cut), slice(cut, None)))
     ]
-    logits(model, turns[0], past_key_values=cache)
-    second = logits(model, turns[1], past_key_values=cache)
+    logits(model, turns[0], **cached(cache))
+    second = logits(model, turns[1], **cached(cache))
     torch.testing.assert_close(second, logits(model, whole)[:, cut:], **TOLERANCE)
     repeated = {**whole, **{name: whole[name][1:] for name in names}}  # generate's convention: all ids, new pictures alone
     cache = DynamicCache(config=model.config.get_text_config())
-    logits(model, turns[0], past_key_values=cache)
-    out = generate(model, {**repeated, "past_key_values": cache}, max_new_tokens=2)[1]
+    logits(model, turns[0], **cached(cache))
+    out = generate(model, {**repeated, **cached(cache)}, max_new_tokens=2)[1]
     torch.testing.assert_close(out[:, 0], second[:, -1], **TOLERANCE)
 
 

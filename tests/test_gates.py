@@ -13,6 +13,7 @@ import torch
 from test_contract import every, gaze, logits, looking, prompt_for, steer
 from tiny import SEEING, make_model, make_prompt
 from transformers import LogitsProcessor
+from versions import cache_of, cached
 
 import hf_steer
 from hf_steer import ConfigError, GateConfig, PatchError, SaliencyError, patch_model, trace_steering, unpatch_model
@@ -323,10 +324,10 @@ def test_a_second_turn_on_the_same_cache_reads_the_tags_of_the_whole_conversatio
     ids = torch.cat([said.sequences, torch.tensor([[6, 7]])], 1)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = []
-    for cache in (said.past_key_values, None):
+    for cache in (cache_of(said), None):
         with looking(model, hf_steer.Saliency.from_tokens(scores[:, : ids.shape[1]])), trace_steering(model) as trace:
             out = model.generate(
-                **whole, past_key_values=cache, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+                **whole, **cached(cache), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
         assert [step.phase for step in trace.steps()] == ["thinking"] * 3
         found.append(torch.stack(out.logits, 1))

@@ -12,6 +12,7 @@ from tiny import make_model
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from versions import cached
 
 from hf_steer import disable_steering, patch_model, use_saliency
 from hf_steer.attention import head_bias
@@ -90,11 +91,11 @@ def test_a_step_is_captured_in_a_cuda_graph_and_equals_the_uncaptured_one(attent
     for run in (model, torch.compile(model, mode="reduce-overhead", fullgraph=True)):
         cache, logits = StaticCache(config=model.config, max_cache_len=32), []
         with use_saliency(model, gaze("qwen2", inputs)):
-            out = model(input_ids=inputs["input_ids"], past_key_values=cache)
+            out = model(input_ids=inputs["input_ids"], **cached(cache))
             for _ in range(12):
                 logits.append(out.logits[:, -1].clone())
                 torch.compiler.cudagraph_mark_step_begin()
-                out = run(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache)
+                out = run(input_ids=out.logits[:, -1:].argmax(-1), **cached(cache))
         found.append(torch.stack(logits))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)  # other kernels, tf32 off
     assert not counters["inductor"]["cudagraph_skips"]  # which inductor says nowhere else
@@ -109,11 +110,11 @@ def test_no_step_waits_for_the_gpu():
     inputs = {name: own.cuda() for name, own in prompt_for("qwen2", rows=[[9], [9]]).items()}
     cache = StaticCache(config=model.config, max_cache_len=32)
     with use_saliency(model, gaze("qwen2", inputs)):
-        out = model(input_ids=inputs["input_ids"], past_key_values=cache)
+        out = model(input_ids=inputs["input_ids"], **cached(cache))
         token = out.logits[:, -1:].argmax(-1)
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **cached(cache))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, **cached(cache))
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_contract import ENCODES_FIRST
 from tiny import SEEING, make_model, make_prompt
 from tiny_encoders import (
     ENCODING,
@@ -23,6 +22,7 @@ from tiny_encoders import (
     modality_of,
 )
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from versions import CHUNKS_PICTURES, repeats_pictures
 
 import hf_steer
 from hf_steer import (
@@ -282,8 +282,8 @@ def row_of(inputs, row, family):
 def test_beams_and_returned_sequences_equal_a_repeated_batch(family, placement, kind):
     model = aligned(family, placement, kind)
     inputs = make_encoder_inputs(family)
-    one_by_one = family in LISTENING or (family.startswith("llava") and not ENCODES_FIRST)
-    if one_by_one:  # how transformers repeats sounds, and before 5.18 LLaVA's pictures: each row may have just one
+    one_by_one = family in LISTENING or (family.startswith("llava") and not repeats_pictures(family))
+    if one_by_one:  # how transformers repeats sounds, and before 5.19 LLaVA's pictures: each row may have just one
         inputs = {name: value[1:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
         inputs |= {name: value[2:] for name, value in make_encoder_inputs(family).items() if name not in inputs}
     _, steps = generate(model, inputs)
@@ -315,7 +315,7 @@ def test_whisper_generates_with_beams_from_steered_states(kind):
     assert torch.equal(step, greedy[:, -1])
 
 
-@pytest.mark.skipif(not ENCODES_FIRST, reason="before transformers 5.18 prompts with pictures could not be cut into chunks")
+@pytest.mark.skipif(not CHUNKS_PICTURES, reason="before transformers 5.23 prompts with pictures could not be cut into chunks")
 @pytest.mark.parametrize("kind", ["cross_modal_adapter", "modality_specific"])
 def test_chunked_prefill_reads_the_whole_prompt(kind):
     model = aligned("qwen2_vl", "projector", kind)

@@ -12,6 +12,7 @@ import torch
 from test_contract import every, gaze, logits, looking, prompt_for, steer
 from tiny import HEADS, IMAGE, LAYERS, SEEING, VIDEO, make_model, make_prompt
 from tiny_encoders import make_encoder_inputs, make_encoder_model
+from versions import cache_of
 
 from hf_steer import PatchError, SaliencyError, disable_steering, patch_model, unpatch_model, use_saliency, use_strength
 from hf_steer.analysis import attention_metrics, metrics
@@ -140,7 +141,7 @@ def test_with_the_same_logits_the_divergence_is_that_of_the_bias_alone(family, i
         found = attention_metrics(model, inputs, span=span, same_logits=True)
     steered = weights_of(reference, inputs, statement)
     with torch.no_grad(), looking(reference, statement):
-        scores = reference(**inputs, use_cache=True).past_key_values.hf_steer_state.scores.values.double()
+        scores = cache_of(reference(**inputs, use_cache=True)).hf_steer_state.scores.values.double()
     strengths = {1: (2.0, 0.0, 0.0, 2.0), 2: (2.0,) * HEADS}
     real = inputs["attention_mask"].bool()
     for layer in range(LAYERS):

@@ -11,6 +11,7 @@ from PIL import Image
 from test_contract import generate, logits
 from tiny import make_model
 from tiny_encoders import PLACEHOLDER, PROJECTING, VIDEO, make_encoder_inputs, make_encoder_model
+from versions import cached
 
 import hf_steer
 from hf_steer import (
@@ -193,12 +194,12 @@ def test_a_second_turn_with_a_new_picture_sees_it_and_leaves_the_cache_alone(sou
     cache = DynamicCache(config=model.config)
     length = first["input_ids"].shape[1]
     with torch.no_grad():
-        model(**first, past_key_values=cache, use_cache=True)
+        model(**first, **cached(cache), use_cache=True)
         before = cache.layers[0].keys.clone()
         added = second["input_ids"].shape[1]
         positions = 30 + torch.arange(added).view(1, 1, -1).expand(3, 1, -1)
         later = {name: value for name, value in second.items() if name != "attention_mask"}
-        model(**later, past_key_values=cache, use_cache=True, position_ids=positions)
+        model(**later, **cached(cache), use_cache=True, position_ids=positions)
     assert torch.equal(cache.layers[0].keys[:, :, :length], before)
     assert cache.get_seq_length() == length + added
     scores = cache.hf_steer_state.scores

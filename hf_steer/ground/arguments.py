@@ -137,7 +137,8 @@ def with_changes(module: nn.Module, given: Given, **changes: Any) -> dict[str, A
     """All arguments by transformers' names, some of them replaced: under the name that came, or the one that the module takes."""
     named = dict(given.named)
     for word, value in changes.items():
-        came = next((name for name in (*ARGUMENTS[word], *given.own.values()) if name in named), None)
+        own = [given.own[word]] if word in given.own else []
+        came = next((name for name in (*ARGUMENTS[word], *own) if name in named), None)
         name = came or spelling_in(module, word) or ARGUMENTS[word][0]
         named[name] = value
     return named

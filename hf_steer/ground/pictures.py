@@ -190,6 +190,11 @@ def pool_frames(anatomy: Anatomy, features: Tensor) -> Tensor:
     return model.apply_pooling(features)  # type: ignore[no-any-return]
 
 
+def window_of(tower: Any) -> tuple[int, int]:
+    """Side of a window, and of a patch, in pixels, of a tower that permutes windows."""
+    return tower.window_size, tower.patch_size
+
+
 def window_order(grids: Tensor, merge_size: int, window_px: int, patch_px: int) -> Tensor:
     """In which order a tower that permutes windows sees its merge blocks; `grids` are `(pictures, 3)` in patches."""
     order, _ = get_vision_window_index(grids.cpu(), merge_size, window_px, patch_px)

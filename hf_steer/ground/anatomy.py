@@ -82,17 +82,17 @@ def _readable_tower(model: Any, family: Family) -> Any | None:
 def _blocks(names: Names, model: Any, tower: Any, family: Family) -> tuple[Site, ...]:
     """Attention modules of the tower's blocks whose output is read."""
     blocks = list(_ending(tower, str(family.blocks)).children())[: _layers_read(model)]
-    modules = [block.get_submodule(family.block_attention) for block in blocks]
+    modules = [_inside(block, family.block_attention) for block in blocks]
     return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
 
 
 def _attention_sites(names: Names, owner: Any, layers: str, attention: str) -> tuple[Site, ...]:
-    modules = [layer.get_submodule(attention) for layer in owner.get_submodule(layers).children()]
+    modules = [_inside(layer, attention) for layer in _inside(owner, layers).children()]
     return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
 
 
 def _encoder(names: Names, model: Any, family: Family, modality: str, row: EncoderRow) -> Encoder:
-    tower = model.get_encoder(modality) if row.tower is None else model.base_model.get_submodule(row.tower)
+    tower = model.get_encoder(modality) if row.tower is None else _inside(model.base_model, row.tower)
     if modality == "audio" and tower is model:  # one that listens only: Whisper
         tower = model.get_encoder()
     layers = list(_ending(tower, row.layers).children())[: _layers_read(model)]
@@ -141,9 +141,21 @@ def _layers_read(model: Any) -> int | None:
     return max(state if state >= 0 else depth + 1 + state for state in states)
 
 
-def _ending(owner: nn.Module, path: str) -> nn.Module:
+def _inside(owner: Any, path: str) -> Any:
+    """The submodule at a path."""
+    try:
+        return owner.get_submodule(path)
+    except AttributeError as error:
+        raise _missing(owner, path) from error
+
+
+def _ending(owner: Any, path: str) -> Any:
     """The submodule whose name ends in a path; the outermost where there are several."""
     found = [(name.count("."), name) for name, _ in owner.named_modules() if f".{name}".endswith(f".{path}")]
     if not found:
-        raise PatchError(f"this {type(owner).__name__} has no {path}, where its family has one; please report the model.")
+        raise _missing(owner, path)
     return owner.get_submodule(min(found)[1])
+
+
+def _missing(owner: Any, path: str) -> PatchError:
+    return PatchError(f"this {type(owner).__name__} has no {path}, where its family has one; please report the model.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tiny_encoders import PLACEHOLDER, VIDEO, make_encoder_config, make_encoder_
 from hf_steer import PatchError, SaliencyError
 from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground import pictures
+from hf_steer.ground.anatomy import resolve_row
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.settings import PLACEHOLDERS, SETTINGS, end_tokens, setting
 
@@ -55,6 +57,15 @@ def test_placeholders_are_found_under_the_spelling_of_each_family(family):
 def test_every_modality_of_the_table_has_a_word_for_its_placeholder():
     assert {modality for row in FAMILIES.values() for modality in row.placeholders} == set(PLACEHOLDERS)
     assert set(PLACEHOLDERS.values()) <= set(SETTINGS)
+
+
+MISPLACED = [({"layers": "blocks"}, "Qwen2Model has no blocks"), ({"attention": "attn"}, "Qwen2DecoderLayer has no attn")]
+
+
+@pytest.mark.parametrize(("change", "missing"), MISPLACED)
+def test_a_module_that_is_not_where_the_row_says_is_an_error(change, missing):
+    with pytest.raises(PatchError, match=f"{missing}, where its family has one"):
+        resolve_row(tiny.make_model("qwen2"), dataclasses.replace(FAMILIES["qwen2"], **change))
 
 
 def test_a_placeholder_that_the_configuration_lacks_is_an_error_and_no_guess():

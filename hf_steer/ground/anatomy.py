@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import ARGUMENTS, spelling_in
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
-from hf_steer.ground.settings import PLACEHOLDERS, has_setting, setting, text_settings
+from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
 from hf_steer.values import Anatomy, Encoder, Site
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         head_dim=int(setting(text, "head_size") if has_setting(text, "head_size") else setting(text, "features") // heads),
         tower=tower,
         blocks=() if tower is None else _blocks(names, model, tower, family),
-        placeholder_ids={modality: setting(model.config, PLACEHOLDERS[modality]) for modality in family.placeholders},
+        placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=1 if vision is None else setting(vision, "merge"),
         temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
@@ -108,7 +108,7 @@ def _encoder(names: Names, model: Any, family: Family, modality: str, row: Encod
         size=width * max(1, len(_states_read(model))),
         layer_size=width,
         projector=projector,
-        placeholder_ids=tuple(setting(model.config, PLACEHOLDERS[name]) for name in placeholders),
+        placeholder_ids=tuple(placeholder_of(model.config, name) for name in placeholders),
         mask=None if row.mask is None else _mask_argument(model, family, row.mask),
     )
 

@@ -27,8 +27,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "encoder_features": ("embed_dim", "hidden_size"),  # the hidden_size of Qwen2-VL's eye is the language model's
         "inner_features": ("intermediate_size",),
         "states_read": ("vision_feature_layer",),
-        "image": ("image_token_id", "image_token_index"),
-        "video": ("video_token_id", "video_token_index"),
+        "image_token": ("image_token_id", "image_token_index"),
+        "video_token": ("video_token_id", "video_token_index"),
         "audio_token": ("audio_token_id", "audio_token_index"),
         # of pictures
         "side_px": ("image_size",),
@@ -45,8 +45,6 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Our word -> their spellings; the first that is there counts."""
-PLACEHOLDERS = MappingProxyType({"image": "image", "video": "video", "audio": "audio_token"})
-"""Modality -> word for the token that stands for it in a prompt."""
 
 
 def has_setting(config: Any, word: str) -> bool:
@@ -72,6 +70,11 @@ def setting(config: Any, word: str) -> Any:
         f"without which nothing can be placed. transformers {__version__} may call it otherwise, or the configuration lacks it; "
         "set it there, or report the model."
     )
+
+
+def placeholder_of(config: Any, modality: str) -> int:
+    """The token that stands for a picture, video or sound in a prompt."""
+    return setting(config, f"{modality}_token")  # type: ignore[no-any-return]
 
 
 def text_settings(model: Any) -> Any:

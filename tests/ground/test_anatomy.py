@@ -17,9 +17,10 @@ from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground import pictures
 from hf_steer.ground.anatomy import resolve_row
 from hf_steer.ground.arguments import Given
-from hf_steer.ground.settings import PLACEHOLDERS, SETTINGS, end_tokens, setting
+from hf_steer.ground.settings import SETTINGS, end_tokens, setting
 
 MASKED = [name for name, row in FAMILIES.items() if any(encoder.mask for encoder in row.encoders.values())]
+MISPLACED = [({"layers": "blocks"}, "Qwen2Model has no blocks"), ({"attention": "attn"}, "Qwen2DecoderLayer has no attn")]
 
 
 @pytest.mark.parametrize("family", MASKED)
@@ -55,11 +56,7 @@ def test_placeholders_are_found_under_the_spelling_of_each_family(family):
 
 
 def test_every_modality_of_the_table_has_a_word_for_its_placeholder():
-    assert {modality for row in FAMILIES.values() for modality in row.placeholders} == set(PLACEHOLDERS)
-    assert set(PLACEHOLDERS.values()) <= set(SETTINGS)
-
-
-MISPLACED = [({"layers": "blocks"}, "Qwen2Model has no blocks"), ({"attention": "attn"}, "Qwen2DecoderLayer has no attn")]
+    assert {f"{modality}_token" for row in FAMILIES.values() for modality in row.placeholders} <= set(SETTINGS)
 
 
 @pytest.mark.parametrize(("change", "missing"), MISPLACED)
@@ -84,6 +81,10 @@ def test_a_value_that_is_not_there_is_named_in_all_its_spellings():
 def test_the_size_of_an_encoders_feature_is_not_that_of_the_language_model(family):
     (encoder,) = resolve(make_encoder_model(family)).encoders.values()
     assert encoder.layer_size == 16
+
+
+def test_the_windows_of_a_tower_are_known():
+    assert pictures.window_of(resolve(tiny.make_model("qwen2_5_vl")).tower) == (16, tiny.PATCH)
 
 
 def test_the_end_is_what_generate_is_told_before_what_the_model_is_used_to():

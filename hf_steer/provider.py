@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_steer.config import SaliencyConfig
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.families import family_of
-from hf_steer.patching import read_saliency
+from hf_steer.patching import anatomy_of, read_saliency
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SaliencyProvider:
         inputs = self.processor(text=texts, images=images, videos=videos, return_tensors="pt", padding=True)
         reading = read_saliency(self.model, inputs.to(self.model.device), saliency=self.saliency)
         sizes = {"image": [image.size for image in images or ()], "video": [_video_size(video) for video in videos or ()]}
-        temporal = int(self.model.config.vision_config.temporal_patch_size)
+        temporal = anatomy_of(self.model).temporal_patch_size
         found = {}
         for place, seen in reading.maps().items():
             size = sizes[place[0]].pop(0)  # both go through the rows in their order

@@ -28,7 +28,7 @@ from hf_steer import (
     patch_model,
     unpatch_model,
 )
-from hf_steer.patching import runtime
+from hf_steer.ground.arguments import Given
 from hf_steer.patching.arrange import read_arrangements
 from hf_steer.saliency import EyeRecord
 
@@ -404,7 +404,7 @@ def test_encoder_outputs_that_the_caller_computed_keep_their_saliency(variant):
         logits(model, without, mm_encoder_outputs=foreign)
     if sizes:
         bare = {name: value for name, value in without.items() if name != "image_sizes"}
-        with torch.no_grad(), pytest.raises(SaliencyError, match=r"image_sizes is missing.*beside mm_encoder_outputs"):
+        with torch.no_grad(), pytest.raises(SaliencyError, match=r"image_sizes did not come with mm_encoder_outputs"):
             model(**bare, mm_encoder_outputs=encode())
 
 
@@ -558,7 +558,7 @@ def test_pictures_that_were_encoded_once_per_beam_are_arranged_as_often(variant,
     model = patch_model(make_model(variant), steer())
     inputs = make_prompt(variant, rows)
     modality = "image" if rows is ROWS else "video"
-    arrangement = read_arrangements(inputs, model.hf_steer.plan.anatomy, runtime.PIXELS, whole=True)[modality]
+    arrangement = read_arrangements(Given(inputs), model.hf_steer.plan.anatomy, whole=True)[modality]
     positions = SIDE**2 + (variant == "clip-full")
     crops = torch.rand(sum(arrangement.takes), positions)
 

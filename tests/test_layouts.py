@@ -29,6 +29,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from hf_steer import Saliency, SaliencyError
 from hf_steer.families import FAMILIES, resolve
+from hf_steer.ground.arguments import Given
+from hf_steer.ground.pictures import Square
 from hf_steer.saliency import find_spans, read_layouts
 from hf_steer.saliency.anyres import anyres_layout
 from hf_steer.saliency.layouts import LAYOUTS
@@ -79,6 +81,16 @@ def assert_centres(cells, said, size, processed):
     assert error.max() < 0.02
 
 
+def layouts_of(named, anatomy, *, whole=True):
+    return read_layouts(Given(named), {}, anatomy, whole=whole)
+
+
+def parts_of(height, width, config):
+    square = Square(config.vision_config.image_size, config.vision_config.patch_size)
+    pinpoints, ratio = config.image_grid_pinpoints, config.vision_aspect_ratio
+    return anyres_layout(height, width, square, resolutions_px=pinpoints, aspect_ratio=ratio)
+
+
 def test_every_family_that_is_shown_or_told_something_has_a_layout():
     for name, family in FAMILIES.items():
         assert (family.layout is not None) == bool(family.placeholders), name
@@ -102,7 +114,7 @@ def test_clip_shows_the_centre_square_and_siglip_the_whole(tower, size, side, pa
     layouts = {}
     for strategy in ("full", "default"):
         config.vision_feature_select_strategy = strategy
-        (layouts[strategy],) = read_layouts({"pixel_values": pixels}, {}, anatomy_of(config, "llava"))["image"]
+        (layouts[strategy],) = layouts_of({"pixel_values": pixels}, anatomy_of(config, "llava"))["image"]
     layout = layouts["full"]
     cells = cells_of_original(layout, (width, height))
     assert torch.isnan(cells[:classes]).all()
@@ -120,8 +132,8 @@ def test_a_tower_that_is_not_known_is_refused_only_when_something_is_said_of_pic
     config = make_encoder_config("llava")
     config.vision_config = Dinov2Config(image_size=12, patch_size=4)
     with pytest.raises(SaliencyError, match=r"towers pixtral, clip_vision_model.*'dinov2'.*from_tokens"):
-        read_layouts({"pixel_values": torch.zeros(1, 3, 12, 12)}, {}, anatomy_of(config, "llava"))
-    assert read_layouts({}, {}, anatomy_of(config, "llava")) == {}
+        layouts_of({"pixel_values": torch.zeros(1, 3, 12, 12)}, anatomy_of(config, "llava"))
+    assert layouts_of({}, anatomy_of(config, "llava")) == {}
 
 
 def onevision(side, patch, most=9):
@@ -158,7 +170,7 @@ def test_onevision_tokens_lie_where_their_pixels_say(size, patch):
     config, processor = onevision(24, patch)
     inputs = processor([ramp(*size)], **AS_IT_IS)
     (said,) = packed(config, [read_off(inputs["pixel_values"][0], patch)], inputs["image_sizes"])
-    (layout,) = read_layouts(inputs, {}, anatomy_of(config, "llava_onevision"))["image"]
+    (layout,) = layouts_of(inputs, anatomy_of(config, "llava_onevision"))["image"]
     assert (layout.tokens, layout.size, layout.grid) == (len(said), size[::-1], None)
     base = (24 // patch) ** 2
     if min(size) > 24:
@@ -182,7 +194,7 @@ def test_onevision_cells_equal_the_models_own_packing_for_hundreds_of_sizes():
             for left in range(0, best[1], side):
                 features.append([[left + (c + 0.5) * patch, top + (r + 0.5) * patch] for r in range(count) for c in range(count)])
         (said,) = packed(config, [torch.tensor(features, dtype=torch.float64)], torch.tensor([size]))
-        layout = anyres_layout(*size, config, config.vision_aspect_ratio)
+        layout = parts_of(*size, config)
         assert layout.tokens == len(said)
         base = count**2
         newline = torch.isnan(said).any(1)
@@ -203,13 +215,15 @@ def test_onevision_cells_equal_the_models_own_packing_for_hundreds_of_sizes():
 
 
 def test_the_ratio_that_generate_is_called_with_goes_before_the_configurations():
-    """Up to 5.23 `generate` hands it to the encoder, and `forward` does not."""
+    """`generate` hands it to the encoder, and `forward` does not."""
     config, processor = onevision(24, 4, most=2)
     inputs = processor([ramp(100, 130)], **AS_IT_IS)
     parts = [torch.ones(len(inputs["pixel_values"][0]), 36, 2)]
     for ratio in (None, "anyres_max_1"):
         named = dict(inputs) if ratio is None else {**inputs, "vision_aspect_ratio": ratio}
-        (layout,) = read_layouts(named, {}, anatomy_of(config, "llava_onevision"))["image"]
+        (layout,) = layouts_of(named, anatomy_of(config, "llava_onevision"))["image"]
+        (unheeded,) = layouts_of(named, anatomy_of(config, "llava_onevision"), whole=False)["image"]
+        assert unheeded.tokens == len(packed(config, parts, inputs["image_sizes"])[0])
         config.vision_aspect_ratio = ratio or config.vision_aspect_ratio
         assert layout.tokens == len(packed(config, parts, inputs["image_sizes"])[0])
 
@@ -222,7 +236,7 @@ def test_a_picture_like_a_thread_keeps_its_first_square_alone():
     config, processor = onevision(24, 4)
     inputs = processor([ramp(3, 255)], **AS_IT_IS)
     (said,) = packed(config, [torch.ones(len(inputs["pixel_values"][0]), 36, 2)], inputs["image_sizes"])
-    layout = anyres_layout(3, 255, config, "anyres_max_9")
+    layout = parts_of(3, 255, config)
     assert len(said) == layout.tokens == 36
     assert torch.isfinite(layout.cells).all()
 
@@ -234,7 +248,7 @@ def test_several_pictures_of_a_prompt_are_padded_to_squares(patch):
     sizes = [(71, 96), (90, 61), (50, 60)]  # an odd pixel of padding goes to the right or below
     inputs = processor([[ramp(*sizes[0]), ramp(*sizes[1])], [ramp(*sizes[2])]], **AS_IT_IS)
     assert inputs["batch_num_images"].tolist() == [2, 1]
-    layouts = read_layouts(inputs, {}, anatomy_of(config, "llava_onevision"))["image"]
+    layouts = layouts_of(inputs, anatomy_of(config, "llava_onevision"))["image"]
     patches = (24 // patch) ** 2
     for size, layout, pixels in zip(sizes[:2], layouts, inputs["pixel_values"], strict=False):
         (said,) = packed(config, [read_off(pixels[:1], patch)], torch.tensor([size]))
@@ -256,7 +270,7 @@ def test_several_pictures_of_a_prompt_are_padded_to_squares(patch):
                 torch.testing.assert_close(layout.cells[number], expected)
         assert_centres(layout.cells[:-1], said[:-1], size, (24 * height / longest, 24 * width / longest))
     torch.testing.assert_close(
-        layouts[2].cells, anyres_layout(50, 60, config, "anyres_max_9").cells, rtol=0, atol=0, equal_nan=True
+        layouts[2].cells, parts_of(50, 60, config).cells, rtol=0, atol=0, equal_nan=True
     )
 
 
@@ -269,23 +283,23 @@ def test_a_videos_tokens_lie_where_its_pooled_patches_do(side, patch):
     pooled = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=config), frames)
     videos = {"pixel_values_videos": torch.zeros(2, 3, 3, side, side)}
     anatomy = anatomy_of(config, "llava_onevision")
-    first, second = read_layouts(videos, {}, anatomy)["video"]
+    first, second = layouts_of(videos, anatomy)["video"]
     assert first.grid == second.grid == (3, math.ceil(count / 2), math.ceil(count / 2))
     assert torch.isnan(first.cells[-1]).all()
     torch.testing.assert_close((first.cells[:-1, :2] + first.cells[:-1, 2:]) / 2, pooled.flatten(0, 1))
     sizes = (first.cells[:-1, 2:] - first.cells[:-1, :2]).prod(1).sum()
     assert sizes.item() == pytest.approx(3 * (count * patch / side) ** 2)
     encoded = {"video": SimpleNamespace(pooler_output=torch.zeros(2, first.tokens, 8))}
-    assert [layout.grid for layout in read_layouts({"mm_encoder_outputs": encoded}, {}, anatomy)["video"]] == [first.grid] * 2
+    assert [layout.grid for layout in layouts_of({"mm_encoder_outputs": encoded}, anatomy)["video"]] == [first.grid] * 2
 
 
 def test_outputs_that_came_without_their_sizes_are_refused():
     outputs = {"image": SimpleNamespace(pooler_output=[torch.zeros(30, 8)])}
     anatomy = anatomy_of(onevision(24, 4)[0], "llava_onevision")
     with pytest.raises(SaliencyError, match="image_sizes did not come with mm_encoder_outputs.*Pass image_sizes"):
-        read_layouts({"mm_encoder_outputs": outputs}, {}, anatomy)
+        layouts_of({"mm_encoder_outputs": outputs}, anatomy)
     sizes = {"mm_encoder_outputs": outputs, "image_sizes": torch.tensor([[24, 24]])}
-    assert [layout.size for layout in read_layouts(sizes, {}, anatomy)["image"]] == [(24, 24)]
+    assert [layout.size for layout in layouts_of(sizes, anatomy)["image"]] == [(24, 24)]
 
 
 def shape_is_refused(layout, width, height):
@@ -309,7 +323,7 @@ def test_no_rounding_of_qwens_processor_is_mistaken_for_another_shape(least, mos
         rows, columns = (side // 28 for side in smart_resize(*before, 28, least * 784, most * 784))
         config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
         named = {"image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]])}
-        (layout,) = read_layouts(named, {}, anatomy_of(config, "qwen"))["image"]
+        (layout,) = layouts_of(named, anatomy_of(config, "qwen"))["image"]
         assert layout.grid == (1, rows, columns)
         assert not shape_is_refused(layout, width, height), (width, height, before, rows, columns)
         if min(rows, columns) >= 12 and max(width, height) > 2 * min(width, height) > 400:
@@ -327,17 +341,17 @@ def test_pixtrals_grid_and_its_rounding_are_known():
         width, height = sizes.randint(16, 3000), sizes.randint(16, 3000)
         resized = get_resize_output_image_size(torch.empty(3, height, width, device="meta"), 1024, 16)
         named = {"pixel_values": torch.zeros(1, 3, 1, 1), "image_sizes": torch.tensor([resized])}
-        (layout,) = read_layouts(named, {}, anatomy_of(config, "llava"))["image"]
+        (layout,) = layouts_of(named, anatomy_of(config, "llava"))["image"]
         assert layout.grid == (1, resized[0] // 16, resized[1] // 16)
         assert not shape_is_refused(layout, width, height)
         if min(resized) > 300 and max(width, height) > 1.5 * min(width, height):
             assert shape_is_refused(layout, height, width)
-    alone = read_layouts({"pixel_values": torch.zeros(2, 3, 32, 48)}, {}, anatomy_of(config, "llava"))["image"]
+    alone = layouts_of({"pixel_values": torch.zeros(2, 3, 32, 48)}, anatomy_of(config, "llava"))["image"]
     assert [layout.grid for layout in alone] == [(1, 2, 3)] * 2
 
 
 def test_onevision_knows_the_size_itself():
-    layout = anyres_layout(480, 640, onevision(24, 4)[0], "anyres_max_9")
+    layout = parts_of(480, 640, onevision(24, 4)[0])
     for width, height in ((640, 480), (320, 240), (321, 240), (1, 1)):  # whole pixels of a smaller copy may be one off
         assert not shape_is_refused(layout, width, height)
     for width, height in ((480, 640), (640, 500), (1000, 1000)):
@@ -354,7 +368,7 @@ def test_a_sound_has_the_seconds_and_tokens_that_its_mask_gives(family):
         [np.ones(count, dtype=np.float32) for count in samples], sampling_rate=16000, return_attention_mask=True,
         return_tensors="pt",
     )
-    layouts = read_layouts({anatomy.encoders["audio"].mask: made["attention_mask"]}, {}, anatomy)["audio"]
+    layouts = layouts_of({anatomy.encoders["audio"].mask: made["attention_mask"]}, anatomy)["audio"]
     for count, layout in zip(samples, layouts, strict=True):
         frames = min(math.ceil(count / 160), 100)
         assert layout.size[0] == pytest.approx(frames / 100)
@@ -375,7 +389,7 @@ def test_the_tokens_of_a_sound_are_as_many_as_the_model_makes(family):
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
     named = {"input_features": features, **({} if family == "voxtral" else {anatomy.encoders["audio"].mask: mask})}
-    counts = [layout.tokens for layout in read_layouts(named, {}, anatomy)["audio"]]
+    counts = [layout.tokens for layout in layouts_of(named, anatomy)["audio"]]
     assert counts == ([5, 5, 5] if family == "voxtral" else [(length + 1) // 4 for length in lengths])
     ids = torch.tensor([[1, *[PLACEHOLDER] * counts[0], 2, *[PLACEHOLDER] * counts[1], 3, *[PLACEHOLDER] * counts[2]]])
     with torch.no_grad():

@@ -367,6 +367,6 @@ def test_queries_that_come_before_the_span_are_refused():
     before = [site.module.config for site in anatomy_of(model).layers]
     with pytest.raises(PatchError, match=r"layers \(0, 3\) asked for; this model has 3, 0 to 2"):
         attention_metrics(model, inputs, layers=[0, 3])
-    with pytest.raises(SaliencyError, match="no past_key_values.*the whole conversation"):
+    with pytest.raises(SaliencyError, match=r"no cache \(past_key_values\).*the whole conversation"):
         attention_metrics(model, {**inputs, "past_key_values": object()})
     assert all(old is site.module.config for old, site in zip(before, anatomy_of(model).layers, strict=True))

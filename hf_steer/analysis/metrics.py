@@ -7,7 +7,6 @@ never exist at once.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from hf_steer.analysis.metrics_table import OVER_SPAN, AttentionMetrics, entropy
 from hf_steer.analysis.prompts import Inputs, Span, queries_of, span_of
 from hf_steer.attention import AttentionCall, logits_in_chunks
 from hf_steer.errors import PatchError, SaliencyError
+from hf_steer.ground.arguments import Given, spelling_in, with_changes
 from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, probe_attention
 
 _MASKED = torch.finfo(torch.float32).min / 2
@@ -89,11 +89,12 @@ def attention_metrics(
 @torch.no_grad()
 def run_with(model: Any, inputs: Inputs, read: Callable[[AttentionCall], None], layers: Iterable[int]) -> None:
     """One forward pass without a cache, and without the logits that nobody reads, under a probe."""
-    lean: dict[str, Any] = {"use_cache": False}
-    if inputs.get("labels") is None and "logits_to_keep" in inspect.signature(anatomy_of(model).root.forward).parameters:
-        lean["logits_to_keep"] = 1
+    given, root = Given(inputs), anatomy_of(model).root
+    lean: dict[str, Any] = {"keeps_cache": False}
+    if given.labels is None and spelling_in(root, "logits_kept") is not None:
+        lean["logits_kept"] = 1
     with probe_attention(model, read, layers=layers):
-        model(**{**inputs, **lean})
+        model(**with_changes(root, given, **lean))
 
 
 def _layers(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:

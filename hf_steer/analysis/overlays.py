@@ -17,6 +17,7 @@ from hf_steer.analysis.pointing import embedded_model_dir
 from hf_steer.config import PROMPT_SOURCES, SaliencyConfig
 from hf_steer.errors import ConfigError, FileError
 from hf_steer.files import write_whole
+from hf_steer.ground.arguments import Given
 from hf_steer.io import model_class_of, read_base_config, read_base_model
 from hf_steer.patching import read_saliency
 from hf_steer.provider import SaliencyProvider
@@ -106,7 +107,7 @@ def draw_sources(
     )
     answer_token = None
     if answer is not None:
-        ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = Given(processor.tokenizer(answer, add_special_tokens=False)).ids
         if not ids:
             raise ConfigError(f"--answer {answer!r} has no tokens in this model's vocabulary.")
         answer_token = int(ids[0])

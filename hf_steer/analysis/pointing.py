@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 from hf_steer.analysis.digits import OPEN_QUESTIONS, Scene, load_digits, messages_for, sample_scenes
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import FileError
+from hf_steer.ground.arguments import Given, named
+from hf_steer.ground.outputs import logits_in
 from hf_steer.io import from_pretrained
 from hf_steer.patching import disable_steering, patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
@@ -183,7 +185,7 @@ class Pointing:
             inputs = self.inputs(batch)
             with self.steered(kind, strength, batch):
                 tokens = self.model.generate(**inputs, max_new_tokens=40, do_sample=False)
-            said += self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said += self.processor.batch_decode(tokens[:, Given(inputs).ids.shape[1] :], skip_special_tokens=True)
         return said
 
     @torch.no_grad()
@@ -192,17 +194,18 @@ class Pointing:
         found = []
         for batch in self.batches(f"KL, λ = {strength:g}"):
             inputs = self.inputs(batch)
-            ends = self.processor.tokenizer(
+            given, ends = Given(inputs), Given(self.processor.tokenizer(
                 [thoughts[number] for number in batch], return_tensors="pt", padding=True, padding_side="right",
                 add_special_tokens=False,
+            ))  # fmt: skip
+            inputs |= named(
+                ids=torch.cat([given.ids, ends.ids], 1),
+                mask=torch.cat([given.mask, ends.mask], 1),
+                token_kinds=torch.cat([given.token_kinds, given.token_kinds.new_zeros(ends.ids.shape)], 1),
             )
-            for name in ("input_ids", "attention_mask"):
-                inputs[name] = torch.cat([inputs[name], ends[name]], 1)
-            types = inputs["mm_token_type_ids"]
-            inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(ends["input_ids"].shape)], 1)
             with self.steered(kind, strength, batch):
-                logits = self.model(**inputs).logits
-            last = inputs["attention_mask"].shape[1] - ends["attention_mask"].shape[1] + ends["attention_mask"].sum(1) - 1
+                logits = logits_in(self.model(**inputs))
+            last = logits.shape[1] - ends.mask.shape[1] + ends.mask.sum(1) - 1
             found.append(torch.log_softmax(logits[torch.arange(len(batch)), last].float(), -1))
         return torch.cat(found)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import ConfigError, SaliencyError
+from hf_steer.ground.arguments import Given, name_of
 from hf_steer.patching import get_steer_status, use_saliency, use_strength
 from hf_steer.patching.runtime import real_tokens
 from hf_steer.saliency import Saliency
@@ -81,21 +82,22 @@ def shape_of(inputs: Inputs) -> tuple[int, int]:
     """Rows and tokens of a prompt.
 
     Raises:
-        SaliencyError: neither `input_ids` nor `inputs_embeds`, or a cache that two passes would both fill.
+        SaliencyError: neither tokens nor embeddings, or a cache that two passes would both fill.
     """
-    found = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
-    if not found or inputs.get("past_key_values") is not None:
+    given = Given(inputs)
+    found = given.embeds if given.ids is None else given.ids
+    if found is None or given.cache is not None:
         raise SaliencyError(
-            f"a prompt to measure on needs input_ids or inputs_embeds and no past_key_values; got {', '.join(sorted(inputs))}. "
-            "Give the whole conversation as one prompt."
+            f"a prompt to measure on needs {name_of('ids')} or {name_of('embeds')} and no {name_of('cache')}; got "
+            f"{', '.join(sorted(inputs))}. Give the whole conversation as one prompt."
         )
-    rows, tokens = found[0].shape[:2]
+    rows, tokens = found.shape[:2]
     return int(rows), int(tokens)
 
 
 def real_of(inputs: Inputs) -> Tensor:
     """`(batch, tokens)` bool on the CPU, False for padding."""
-    shape, mask = shape_of(inputs), inputs.get("attention_mask")
+    shape, mask = shape_of(inputs), Given(inputs).mask
     return torch.ones(shape, dtype=torch.bool) if mask is None else real_tokens(mask, shape[1]).cpu()
 
 
@@ -141,9 +143,9 @@ def span_of(anatomy: Anatomy, inputs: Inputs, span: Span) -> Tensor | None:
                 f"span={span!r}: prompts of {anatomy.family!r} have no such tokens; they have {', '.join(known) or 'only text'}. "
                 "Mark the tokens yourself with a bool tensor (batch, tokens), or leave the span out with span=None."
             )
-        ids = inputs.get("input_ids")
+        ids, name = Given(inputs).ids, name_of("ids")
         if ids is None:
-            raise SaliencyError(f"span={span!r} is found in input_ids, which are not there; mark the tokens with a bool tensor.")
+            raise SaliencyError(f"span={span!r} is found in {name}, which are not there; mark the tokens with a bool tensor.")
         marked, what = real & (ids.cpu() == known[span]), f"{span} tokens (id {known[span]})"
     if not marked.any():
         raise SaliencyError(
@@ -156,5 +158,5 @@ def span_of(anatomy: Anatomy, inputs: Inputs, span: Span) -> Tensor | None:
 def _marked(name: str, values: Tensor, real: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.dtype != torch.bool or values.shape != real.shape:
         got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise SaliencyError(f"{name} must be a bool tensor {tuple(real.shape)}, the shape of input_ids; got {got}.")
+        raise SaliencyError(f"{name} must be a bool tensor {tuple(real.shape)}, the shape of {name_of('ids')}; got {got}.")
     return values.cpu()

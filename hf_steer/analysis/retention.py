@@ -20,6 +20,8 @@ from hf_steer.analysis.distributions import kl_nats
 from hf_steer.analysis.prompts import Batch, Inputs, as_batches
 from hf_steer.checks import check_count
 from hf_steer.errors import ConfigError
+from hf_steer.ground.arguments import Given
+from hf_steer.ground.settings import end_tokens
 from hf_steer.patching import anatomy_of, disable_steering
 from hf_steer.patching.context import steering_of
 from hf_steer.saliency import Saliency
@@ -110,9 +112,7 @@ def continue_greedily(
     with batch.looking(model):
         out = _generate(model, batch, new_tokens, given)
     tokens = out.sequences[:, -len(out.logits) :].cpu()
-    settings = (given.get("generation_config"), anatomy_of(model).root.generation_config)
-    named = (given.get("eos_token_id"), *(getattr(each, "eos_token_id", None) for each in settings))
-    ends = next((each for each in named if each is not None), None)
+    ends = end_tokens(anatomy_of(model).root, Given(given))
     ended = torch.zeros_like(tokens) if ends is None else torch.isin(tokens, torch.as_tensor(ends).cpu()).long()
     return Continuation(tokens, ended.cumsum(1) - ended == 0, tuple(step.cpu() for step in out.logits) if logits else ())
 
@@ -160,8 +160,8 @@ class _Say(LogitsProcessor):
         self._tokens = tokens
         self._start: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if self._start is None:
-            self._start = input_ids.shape[1]
-        wanted = self._tokens[:, input_ids.shape[1] - self._start, None].to(scores.device)
+            self._start = ids.shape[1]
+        wanted = self._tokens[:, ids.shape[1] - self._start, None].to(scores.device)
         return torch.full_like(scores, -math.inf).scatter(1, wanted, 0.0)

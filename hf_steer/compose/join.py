@@ -21,6 +21,7 @@ from hf_steer.compose.processor import StackingProcessor
 from hf_steer.config import AlignerConfig, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES
+from hf_steer.ground.settings import generate_like
 from hf_steer.patching import patch_model
 from hf_steer.patching.context import find_steering
 
@@ -153,9 +154,7 @@ def _joined(bridge: Bridge, tower: Any, decoder: Any, projector: str, token_id: 
     model.set_submodule(places["lm_head"], head if tied or not decoder.config.tie_word_embeddings else copy.deepcopy(head))
     if vocabulary > decoder.get_input_embeddings().num_embeddings:
         _make_room(model, vocabulary)
-    model.generation_config = copy.deepcopy(decoder.generation_config)
-    suppressed = model.generation_config.suppress_tokens or []
-    model.generation_config.suppress_tokens = [*suppressed, token_id]  # it stands for what is heard or seen, and is not said
+    generate_like(model, decoder, never=token_id)  # it stands for what is heard or seen, and is not said
     model.requires_grad_(False)
     fresh.requires_grad_(True)
     return model.train(decoder.training)

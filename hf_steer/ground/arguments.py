@@ -20,6 +20,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         # what holds the keys; renamed in 5.24, and the old name still comes in from users' loops
         "cache": ("cache", "past_key_values"),
         "keeps_cache": ("use_cache",),
+        "logits_kept": ("logits_to_keep",),
         # of pictures, videos and sounds
         "encoded": ("mm_encoder_outputs",),
         "image_pixels": ("pixel_values",),
@@ -32,6 +33,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "grids": ("grid_thw",),
         "image_sizes": ("image_sizes",),
         "images_per_row": ("batch_num_images",),
+        "token_kinds": ("mm_token_type_ids",),
         "aspect_ratio": ("vision_aspect_ratio",),
         "feature_strategy": ("vision_feature_select_strategy",),
         # of generate
@@ -151,11 +153,23 @@ def spelling_in(module: nn.Module, word: str) -> str | None:
     return found or own_spellings(type(module)).get(word)
 
 
+def name_of(word: str) -> str:
+    """How users know an argument, for messages: the newest spelling, older ones behind it in brackets."""
+    newest, *older = ARGUMENTS[word]
+    return f"{newest} ({', '.join(older)})" if older else newest
+
+
+def named(**values: Any) -> dict[str, Any]:
+    """Arguments by transformers' names, out of ours. One that modules spell differently goes through `with_changes`."""
+    return {ARGUMENTS[word][0]: value for word, value in values.items()}
+
+
 def with_changes(module: nn.Module, given: Given, **changes: Any) -> dict[str, Any]:
     """All arguments by transformers' names, some of them replaced: under the name that came, or the one that the module takes."""
     named = dict(given.named)
     for word, value in changes.items():
-        came = next((name for name in (*ARGUMENTS[word], *given.own.values()) if name in named), None)
+        own = [given.own[word]] if word in given.own else []
+        came = next((name for name in (*ARGUMENTS[word], *own) if name in named), None)
         name = came or spelling_in(module, word) or ARGUMENTS[word][0]
         named[name] = value
     return named

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_steer.errors import SaliencyError
+from hf_steer.ground import pictures
+from hf_steer.ground.arguments import Given
 from hf_steer.saliency import EyeRecord
 from hf_steer.values import Anatomy
 
@@ -33,14 +34,13 @@ class Arrangement:
     anatomy: Anatomy
     modality: str
     takes: tuple[int, ...]
-    sizes: tuple[Any, ...]
+    sizes: tuple[tuple[int, int], ...]
     first: int
     aspect_ratio: str | None
 
     def counts(self) -> list[int]:
         """Prompt tokens of each picture or video."""
-        vision = self.anatomy.root.config.vision_config
-        seen = self.anatomy.class_tokens + (vision.image_size // vision.patch_size) ** 2
+        seen = self.anatomy.class_tokens + pictures.square_of(self.anatomy).patches ** 2
         return [len(tokens) for tokens in self._lay(torch.zeros(sum(self.takes), seen, 1))]
 
     def arrange(self, record: EyeRecord) -> EyeRecord:
@@ -74,7 +74,8 @@ class Arrangement:
 
     def _repeated(self, copies: int) -> Arrangement:
         """Each picture several times in a row."""
-        takes, sizes = (tuple(item for item in items for _ in range(copies)) for items in (self.takes, self.sizes))
+        takes = tuple(taken for taken in self.takes for _ in range(copies))
+        sizes = tuple(size for size in self.sizes for _ in range(copies))
         return dataclasses.replace(self, takes=takes, sizes=sizes)
 
     def _lay(self, features: Tensor) -> list[Tensor]:
@@ -88,19 +89,12 @@ def _whole(arrangement: Arrangement, features: Tensor) -> list[Tensor]:
 
 
 def _anyres(arrangement: Arrangement, features: Tensor) -> list[Tensor]:
-    model: Any = arrangement.anatomy.base
-    packed, _ = model.pack_image_features(
-        features.split(arrangement.takes),
-        arrangement.sizes,
-        image_newline=features.new_zeros(features.shape[-1]),
-        vision_aspect_ratio=arrangement.aspect_ratio,
-    )
-    return list(packed)
+    own = arrangement
+    return pictures.pack_pictures(own.anatomy, features, own.takes, own.sizes, own.aspect_ratio)
 
 
 def _pooled(arrangement: Arrangement, features: Tensor) -> list[Tensor]:
-    model: Any = arrangement.anatomy.base
-    videos = model.apply_pooling(features).split(arrangement.takes)
+    videos = pictures.pool_frames(arrangement.anatomy, features).split(arrangement.takes)
     return [F.pad(video.flatten(0, 1), (0, 0, 0, 1)) for video in videos]  # a newline ends each video
 
 
@@ -109,73 +103,37 @@ LAYOUTS: Mapping[tuple[str, str], Callable[[Arrangement, Tensor], list[Tensor]]]
 )
 
 
-def read_arrangements(
-    named: Mapping[str, Any], anatomy: Anatomy, pixels: Mapping[str, str], *, whole: bool
-) -> dict[str, Arrangement]:
+def read_arrangements(given: Given, anatomy: Anatomy, *, whole: bool) -> dict[str, Arrangement]:
     """Modality -> how the pictures in the arguments of a forward pass or of `generate` are laid out.
 
     Args:
-        named: arguments by name.
+        given: the arguments.
         anatomy: of the model; nothing is found where its tower's tokens are the prompt's.
-        pixels: modality -> name of the argument that holds its pixels.
-        whole: the arguments are those of `generate`, which alone heeds `vision_aspect_ratio`.
+        whole: the arguments are those of `generate`, which alone heeds another aspect ratio than the model's own.
 
     Raises:
-        SaliencyError: an anyres model's pictures came without `image_sizes`, or with another number of them.
+        SaliencyError: an anyres model's pictures came without their sizes, or with another number of them.
     """
     if anatomy.arrangement is None:
         return {}
-    config, outputs = anatomy.root.config, named.get("mm_encoder_outputs") or {}
-    strategy = named.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     arrangements = {}
     for modality in anatomy.placeholder_ids:
-        given: Tensor | None = named.get(pixels[modality])
-        output: Any = outputs.get(modality)
-        if given is None and output is None:
+        count = pictures.count_pictures(given, modality)
+        if not count:
             continue
-        sizes: tuple[Any, ...] = ()
+        sizes: tuple[tuple[int, int], ...] = ()
         ratio = None
         if modality == "video":
-            takes = _frames(config, given, output)
+            takes = pictures.frames_in(given, anatomy)
         elif anatomy.arrangement == "whole":
-            takes = (1,) * len(output.pooler_output if given is None else given)
+            takes = (1,) * count
         else:
-            sizes = _sizes(named)
-            takes = _crops(config, sizes, named.get("batch_num_images"))
-            ratio = (named.get("vision_aspect_ratio") if whole else None) or config.vision_aspect_ratio
-        arrangements[modality] = Arrangement(anatomy, modality, takes, sizes, int(strategy == "default"), ratio)
+            sizes = tuple(pictures.sizes_in(given))
+            alone = pictures.alone_in_prompt(given, len(sizes))
+            takes = tuple(
+                pictures.count_crops(size, anatomy) if single else 1 for size, single in zip(sizes, alone, strict=True)
+            )
+            ratio = pictures.aspect_ratio(given, anatomy, whole=whole)
+        first = pictures.first_token(given, anatomy)
+        arrangements[modality] = Arrangement(anatomy, modality, takes, sizes, first, ratio)
     return arrangements
-
-
-def _frames(config: Any, pixels: Tensor | None, output: Any) -> tuple[int, ...]:
-    """Frames of each video, from its pixels `(videos, frames, ...)`, or its features `(videos, tokens, features)`."""
-    if pixels is not None:
-        return (pixels.shape[1],) * pixels.shape[0]
-    side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
-    return tuple((len(video) - 1) // side**2 for video in output.pooler_output)
-
-
-def _sizes(named: Mapping[str, Any]) -> tuple[Any, ...]:
-    sizes = named.get("image_sizes")
-    if sizes is None:
-        raise SaliencyError(
-            "image_sizes is missing, without which the place of an anyres model's image tokens is unknown. Pass it on as the "
-            "processor gives it, also beside mm_encoder_outputs."
-        )
-    return tuple(sizes.tolist() if isinstance(sizes, Tensor) else sizes)
-
-
-def _crops(config: Any, sizes: tuple[Any, ...], per_row: Any) -> tuple[int, ...]:
-    """Base and crops of each picture; the base alone where a row has several pictures."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-
-    numbers = [1] * len(sizes) if per_row is None else [int(number) for number in per_row]
-    alone = [number == 1 for number in numbers for _ in range(number)]
-    if len(alone) != len(sizes):
-        raise SaliencyError(
-            f"batch_num_images counts {len(alone)} pictures, image_sizes has {len(sizes)}. Pass both as the processor gives them."
-        )
-    return tuple(
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if one else 1
-        for size, one in zip(sizes, alone, strict=True)
-    )

@@ -18,7 +18,8 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers.vision_utils import get_vision_window_index
+
+from hf_steer.ground.pictures import window_order
 
 _SCORES_PER_CHUNK = 1 << 22
 """Attention weights held at once: 16 MB in float32."""
@@ -121,21 +122,21 @@ class EyeRecorder:
         counts = torch.tensor([query.shape[1] for query, _, _ in segments], device=scores.device)
         return EyeRecord(scores, torch.arange(len(counts), device=scores.device).repeat_interleave(counts))
 
-    def tokens(self, grid_thw: Tensor, *, merge_size: int, window: tuple[int, int] | None) -> EyeRecord:
+    def tokens(self, grids: Tensor, *, merge_size: int, window: tuple[int, int] | None) -> EyeRecord:
         """The record of a tower that reads grids: merge blocks pooled into tokens, the window order undone.
 
         Args:
-            grid_thw: `(pictures, 3)` in patches.
+            grids: frames, height and width of each picture in patches, `(pictures, 3)`.
             merge_size: patches per token and side.
             window: window and patch size in pixels, for a tower that permutes windows (Qwen2.5-VL).
         """
         tokens = self.scores().view(-1, merge_size**2).mean(1)
         if window is not None:
-            order, _ = get_vision_window_index(grid_thw.cpu(), merge_size, *window)
+            order = window_order(grids, merge_size, *window)
             tokens = tokens[torch.argsort(order.to(tokens.device))]
-        grids = tuple((t, h // merge_size, w // merge_size) for t, h, w in grid_thw.tolist())
-        frames = torch.tensor([h * w for t, h, w in grids for _ in range(t)], device=tokens.device)
-        return EyeRecord(tokens, torch.arange(len(frames), device=tokens.device).repeat_interleave(frames), grids)
+        merged = tuple((t, h // merge_size, w // merge_size) for t, h, w in grids.tolist())
+        frames = torch.tensor([h * w for t, h, w in merged for _ in range(t)], device=tokens.device)
+        return EyeRecord(tokens, torch.arange(len(frames), device=tokens.device).repeat_interleave(frames), merged)
 
 
 _RECORDER: ContextVar[EyeRecorder | None] = ContextVar("hf_steer_recorder", default=None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_steer.ground import sounds
+from hf_steer.ground.arguments import Given
 from hf_steer.values import Anatomy, Layout
 
 FRAME_SECONDS = 0.01
@@ -16,20 +16,19 @@ FRAMES_PER_TOKEN = 4
 """Of Qwen2-Audio and Audio Flamingo 3: a convolution of stride 2, then the mean of two."""
 
 
-def masked_sounds(named: Mapping[str, Any], anatomy: Anatomy, *, long: bool) -> dict[str, list[Layout]]:
-    """One layout per row of `input_features`, as long as its mask says.
+def masked_sounds(given: Given, anatomy: Anatomy, *, long: bool) -> dict[str, list[Layout]]:
+    """One layout per row of mel frames, as long as its mask says.
 
     Args:
-        named: arguments of the call by name.
+        given: arguments of the call.
         anatomy: of the model.
         long: whether a full window goes on in the next (Audio Flamingo 3) or the processor cuts the sound there (Qwen2-Audio).
     """
-    encoder = anatomy.encoders["audio"]
-    mask = None if encoder.mask is None else named.get(encoder.mask)
+    mask = given.mel_mask
     if mask is None:
         return {}
     lengths = mask.sum(-1)
-    counts = encoder.tower._get_feat_extract_output_lengths(lengths)[1].tolist()
+    counts = sounds.count_tokens(anatomy, lengths)
     layouts = []
     for frames, tokens in zip(lengths.tolist(), counts, strict=True):
         full = frames == mask.shape[-1]
@@ -39,17 +38,14 @@ def masked_sounds(named: Mapping[str, Any], anatomy: Anatomy, *, long: bool) -> 
     return {"audio": layouts}
 
 
-def padded_sounds(named: Mapping[str, Any], anatomy: Anatomy) -> dict[str, list[Layout]]:
-    """One layout per row of `input_features`, all full windows: Voxtral pads a sound with silence, and does not say where."""
-    features = named.get("input_features")
-    if features is None:
+def padded_sounds(given: Given, anatomy: Anatomy) -> dict[str, list[Layout]]:
+    """One layout per row of mel frames, all full windows: Voxtral pads a sound with silence, and does not say where."""
+    if given.mels is None:
         return {}
-    config = anatomy.root.config.audio_config
-    tokens = config.max_source_positions * config.hidden_size // config.intermediate_size  # frames side by side in a token
-    frames = 2 * config.max_source_positions
+    frames, tokens = sounds.window_of(anatomy)
     seconds = frames * FRAME_SECONDS
     layout = Layout(cells=_intervals(tokens, frames / tokens), size=(seconds,), slack=seconds, continues=True)
-    return {"audio": [layout] * len(features)}
+    return {"audio": [layout] * len(given.mels)}
 
 
 def join_windows(first: Layout, second: Layout) -> Layout:

@@ -14,7 +14,7 @@ from hf_steer.values import Layout, Span
 
 
 def find_spans(
-    input_ids: Tensor,
+    ids: Tensor,
     placeholder_ids: Mapping[str, int],
     layouts: Mapping[str, Sequence[Layout]],
     *,
@@ -23,11 +23,11 @@ def find_spans(
     """Deal out each row's placeholder tokens to the pictures, videos and sounds, in their order.
 
     Args:
-        input_ids: `(batch, tokens)`.
+        ids: token numbers, `(batch, tokens)`.
         placeholder_ids: modality -> id of its placeholder token.
         layouts: modality -> those of all pictures of the batch, row by row, as processors list them. Windows of one long sound
             become one span where no token lies between them.
-        first_position: key position of `input_ids[:, 0]`.
+        first_position: key position of `ids[:, 0]`.
 
     Returns:
         Spans, row by row; within a row image spans come before video spans.
@@ -37,7 +37,7 @@ def find_spans(
     """
     remaining = {modality: list(layouts.get(modality, ())) for modality in placeholder_ids}
     spans: list[Span] = []
-    rows = input_ids.detach().cpu()
+    rows = ids.detach().cpu()
     for row in range(rows.shape[0]):
         for modality, token in placeholder_ids.items():
             positions = (rows[row] == token).nonzero().flatten() + first_position
@@ -46,7 +46,7 @@ def find_spans(
                 layout = remaining[modality].pop(0)
                 if not 0 < layout.tokens <= len(positions):
                     _refuse(modality, rows, token, layouts)
-                span = Span(modality, row, index, positions[: layout.tokens].to(input_ids.device), layout)
+                span = Span(modality, row, index, positions[: layout.tokens].to(ids.device), layout)
                 positions = positions[layout.tokens :]
                 if index and _continues(spans[-1], span):
                     spans[-1] = _joined(spans[-1], span)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import name_of
 
 
 def char_scores(
@@ -39,23 +40,23 @@ def char_scores(
     return scores
 
 
-def text_scores(substrings: str | Sequence[str | Sequence[str]], tokenizer: Any, input_ids: Any, occurrence: int | None) -> Tensor:
+def text_scores(substrings: str | Sequence[str | Sequence[str]], tokenizer: Any, ids: Any, occurrence: int | None) -> Tensor:
     """`(batch, tokens)` scores: 1 for the tokens that the substrings touch; see `Saliency.from_text`."""
-    rows = torch.atleast_2d(torch.as_tensor(input_ids if isinstance(input_ids, Tensor) else np.asarray(input_ids))).cpu()
+    rows = torch.atleast_2d(torch.as_tensor(ids if isinstance(ids, Tensor) else np.asarray(ids))).cpu()
     per_row = [substrings] * len(rows) if isinstance(substrings, str) else substrings
     wanted = [[own] if isinstance(own, str) else list(own) for own in per_row]
     if rows.ndim != 2 or len(wanted) != len(rows):
         raise SaliencyError(
-            f"{len(wanted)} entries of substrings came for input_ids of shape {tuple(rows.shape)}; give one entry per row, each a "
-            "string or a list of strings, or one string for all rows."
+            f"{len(wanted)} entries of substrings came for {name_of('ids')} of shape {tuple(rows.shape)}; give one entry per row, "
+            "each a string or a list of strings, or one string for all rows."
         )
     scores = torch.zeros(rows.shape)
-    for row, (ids, own) in enumerate(zip(rows.tolist(), wanted, strict=True)):
-        text = _decode(tokenizer, ids)
+    for row, (tokens, own) in enumerate(zip(rows.tolist(), wanted, strict=True)):
+        text = _decode(tokenizer, tokens)
         for substring in own:
             start = _find(substring, text, occurrence, row)
-            first, last = _tokens_of(tokenizer, ids, start, start + len(substring))
-            if substring.strip() not in _decode(tokenizer, ids[first:last]):
+            first, last = _tokens_of(tokenizer, tokens, start, start + len(substring))
+            if substring.strip() not in _decode(tokenizer, tokens[first:last]):
                 raise SaliencyError(
                     f"row {row}: this tokenizer does not decode token by token, so the tokens of {substring!r} cannot be told. Use "
                     "Saliency.from_char_spans with the offsets that it returns."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import name_of
 from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.regions import Region, paint_region, total
@@ -36,7 +37,7 @@ def scores_from_eyes(
         if modality not in records:
             raise SaliencyError(
                 f"the prompt holds {modality} tokens, but the vision tower of the patched model did not compute them "
-                f"(mm_encoder_outputs from elsewhere?). Take them from model.get_{modality}_features of the patched model, "
+                f"({name_of('encoded')} from elsewhere?). Take them from model.get_{modality}_features of the patched model, "
                 "or give the saliency with use_saliency."
             )
         record = records[modality]
@@ -144,7 +145,8 @@ def _token_scores(tokens: Tensor, blank: TokenScores, real: Tensor, first_positi
     if rows != batch or given not in (length, newest):
         allowed = f"({batch}, {length})" + (f" or, for the new tokens alone, ({batch}, {newest})" if first_position else "")
         raise SaliencyError(
-            f"token saliency has shape ({rows}, {given}); the prompt needs {allowed}, padding included: the shape of input_ids."
+            f"token saliency has shape ({rows}, {given}); the prompt needs {allowed}, padding included: the shape of "
+            f"{name_of('ids')}."
         )
     said = slice(length - given, length)
     blank.values[:, said] = tokens.to(real.device) * real[:, said]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_steer.analysis.heads.examples import Row
+from hf_steer.ground.arguments import Given, spelling_in, with_changes
+from hf_steer.ground.outputs import logits_in
 from hf_steer.saliency import Saliency
 from hf_steer.saliency.regions import moved
 
@@ -49,10 +50,10 @@ def logits_after_query(model: Any, batch: Batch) -> Tensor:
     """`(rows, vocabulary)` float64 on the CPU; those of other tokens are not computed where the model can leave them out."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
     query = torch.tensor([batch.rows[0].query], device=model.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: Tensor = model(**inputs, logits_to_keep=query).logits
+    if spelling_in(model, "logits_kept") is not None:
+        logits = logits_in(model(**with_changes(model, Given(inputs), logits_kept=query)))
     else:
-        logits = model(**inputs).logits[:, query]
+        logits = logits_in(model(**inputs))[:, query]
     return logits[:, 0].cpu().double()
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_steer.errors import ConfigError, SaliencyError
+from hf_steer.ground.arguments import Given, name_of
+from hf_steer.ground.settings import setting, text_settings
 from hf_steer.patching.runtime import real_tokens
 from hf_steer.saliency import Saliency, find_spans, read_layouts, scores_from_user
 from hf_steer.values import MODALITIES, Anatomy, Layout, Span
@@ -83,14 +85,15 @@ def _resolve(example: HeadExample, anatomy: Anatomy) -> Row:
     if not isinstance(example, HeadExample):
         raise ConfigError(f"examples are HeadExample objects; got {type(example).__name__}.")
     inputs = _inputs(example.inputs)
-    length = inputs["input_ids"].shape[1]
+    given = Given(inputs)
+    mask, length = given.mask, given.ids.shape[1]
     if not anatomy.placeholder_ids:
         raise SaliencyError(f"{anatomy.family!r} has no vision or audio tokens; grounding heads look at pictures or sounds.")
     pictures = _pictures(inputs, anatomy)
     media = torch.cat([span.positions for span in pictures]) if pictures else torch.zeros(0, dtype=torch.long)
     if not len(media):
         raise SaliencyError(f"its prompt has no {' or '.join(anatomy.placeholder_ids)} token; build it with the model's processor.")
-    real = real_tokens(inputs["attention_mask"], length) if "attention_mask" in inputs else torch.ones(1, length, dtype=torch.bool)
+    real = torch.ones(1, length, dtype=torch.bool) if mask is None else real_tokens(mask, length)
     statement, marked = _span(example.span, pictures, real, anatomy)
     outside = marked.clone()
     outside[media] = False
@@ -106,18 +109,19 @@ def _resolve(example: HeadExample, anatomy: Anatomy) -> Row:
 def _inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
     inputs = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
-    ids = inputs.get("input_ids")
+    ids, name = Given(inputs).ids, name_of("ids")
     if wrong or ids is None or ids.ndim != 2 or ids.shape[0] != 1:
-        got = f"{wrong} are not tensors" if wrong else "no input_ids" if ids is None else f"input_ids of shape {tuple(ids.shape)}"
-        raise ConfigError(f"inputs are tensors of one row, with input_ids of shape (1, tokens); got {got}.")
+        got = f"{wrong} are not tensors" if wrong else f"no {name}" if ids is None else f"{name} of shape {tuple(ids.shape)}"
+        raise ConfigError(f"inputs are tensors of one row, with {name} of shape (1, tokens); got {got}.")
     return inputs
 
 
 def _pictures(inputs: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Span, ...]:
     """Where each picture or sound lies; one per run of placeholder tokens where the inputs do not tell more."""
-    ids = inputs["input_ids"].cpu()
+    given = Given(inputs)
+    ids = given.ids.cpu()
     try:
-        layouts = read_layouts(inputs, {}, anatomy)
+        layouts = read_layouts(given, {}, anatomy, whole=False)
     except SaliencyError:  # a tower whose geometry is not known
         layouts = {}
     return find_spans(ids, anatomy.placeholder_ids, layouts) if layouts else tuple(_runs(ids[0], anatomy.placeholder_ids))
@@ -197,7 +201,7 @@ def _query(query: int, real: Tensor, last_media: int) -> int:
 
 
 def _answer(answer: int | None, anatomy: Anatomy) -> int | None:
-    size = anatomy.root.config.get_text_config(decoder=True).vocab_size
+    size = setting(text_settings(anatomy.root), "words")
     if answer is not None and not 0 <= answer < size:
         raise ConfigError(f"answer={answer} is not a token id; the vocabulary has {size}, 0 to {size - 1}.")
     return answer

@@ -10,6 +10,7 @@ from typing import Any
 from hf_steer.analysis.digits import messages_for
 from hf_steer.analysis.heads.examples import HeadExample
 from hf_steer.errors import FileError, SaliencyError
+from hf_steer.ground.arguments import Given
 from hf_steer.saliency import Saliency
 
 REQUIRED = ("image", "question", "box")
@@ -71,8 +72,8 @@ def _example(values: dict[str, Any], folder: Path, processor: Any) -> HeadExampl
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
     answer = None
     if "answer" in values:
-        before = inputs["input_ids"][0].tolist()
-        whole = processor(text=[text + values["answer"]], images=[image], return_tensors="pt")["input_ids"][0].tolist()
+        before = Given(inputs).ids[0].tolist()
+        whole = Given(processor(text=[text + values["answer"]], images=[image], return_tensors="pt")).ids[0].tolist()
         if whole[: len(before)] != before or len(whole) == len(before):
             raise FileError(
                 f"the tokens of answer {values['answer']!r} merge with those of the prompt before it; begin it or end the thought "

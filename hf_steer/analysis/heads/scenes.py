@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_steer.analysis.digits import PLACE_QUESTIONS, PLACES, load_digits, sample_scenes
 from hf_steer.analysis.heads.examples import HeadExample
 from hf_steer.analysis.pointing import Pointing
+from hf_steer.ground.arguments import Given, named
 from hf_steer.saliency import Saliency
 
 
@@ -37,24 +38,24 @@ def digit_examples(
     said = pointing.answers("nothing", 0.0)
     examples = []
     for batch in pointing.batches("examples"):
-        inputs = pointing.inputs(batch)
-        pixels = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist())
+        given = Given(pointing.inputs(batch))
+        pixels = given.image_pixels.split(given.image_grids.prod(1).tolist())
         for row, number in enumerate(batch):
-            real = inputs["attention_mask"][row].bool()
+            real = given.mask[row].bool()
             before = _before_digit(pointing, said[number]) if asked else _thought(pointing, said[number])
-            ids = torch.cat([inputs["input_ids"][row : row + 1, real], before], 1)
-            types = torch.cat([inputs["mm_token_type_ids"][row : row + 1, real], torch.zeros_like(before)], 1)
+            ids = torch.cat([given.ids[row : row + 1, real], before], 1)
+            kinds = torch.cat([given.token_kinds[row : row + 1, real], torch.zeros_like(before)], 1)
             scene, cell = pointing.scenes[number], pointing.cells[number]
             place = pointing.shuffled_cells[number] if shuffled else cell
             examples.append(
                 HeadExample(
-                    {
-                        "input_ids": ids,
-                        "attention_mask": torch.ones_like(ids),
-                        "mm_token_type_ids": types,
-                        "pixel_values": pixels[row],
-                        "image_grid_thw": inputs["image_grid_thw"][row : row + 1],
-                    },
+                    named(
+                        ids=ids,
+                        mask=torch.ones_like(ids),
+                        token_kinds=kinds,
+                        image_pixels=pixels[row],
+                        image_grids=given.image_grids[row : row + 1],
+                    ),
                     Saliency.from_boxes(scene.boxes[place], scene.image),
                     answer=None if asked else pointing.digit_ids[scene.labels[cell]],
                 )
@@ -75,5 +76,5 @@ def _before_digit(pointing: Pointing, said: str) -> Tensor:
 
 
 def _tokens(pointing: Pointing, text: str) -> Tensor:
-    tokens: Tensor = pointing.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return tokens
+    written = Given(pointing.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+    return written.ids  # type: ignore[no-any-return]

@@ -1,0 +1,161 @@
+"""Where things are in one live model: a row of the families table, resolved to modules, sizes and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_steer.errors import PatchError
+from hf_steer.ground.arguments import ARGUMENTS, spelling_in
+from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
+from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
+from hf_steer.values import Anatomy, Encoder, Site
+
+if TYPE_CHECKING:
+    from hf_steer.families import EncoderRow, Family
+
+Names = Mapping[nn.Module, str]
+
+
+def model_type_of(model: Any) -> str:
+    """The architecture of a live model.
+
+    Raises:
+        PatchError: not a transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        inner = " Patch the model inside: peft_model.get_base_model()." if hasattr(model, "get_base_model") else ""
+        raise PatchError(f"patch_model takes a transformers PreTrainedModel; got {type(model).__name__}.{inner}")
+    return kind_of(model.config)
+
+
+def resolve_row(model: Any, family: Family) -> Anatomy:
+    """Find the decoder, its attention modules, the vision tower and the placeholder tokens of a live model.
+
+    Args:
+        model: a transformers model, on any device (meta included); nothing is changed or run.
+        family: its row.
+
+    Raises:
+        PatchError: a module, or a value of the configuration, is not where transformers is known to have it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    decoder = model.get_decoder() if family.layers is not None else None
+    text = text_settings(model)
+    heads = setting(text, "heads")
+    tower = _readable_tower(model, family)
+    vision = None if tower is None or family.arrangement is not None else setting(model.config, "vision")
+    return Anatomy(
+        family=kind_of(model.config),
+        root=model,
+        base=model.base_model,
+        decoder=decoder,
+        layers=() if family.layers is None else _attention_sites(names, decoder, family.layers, family.attention),
+        num_heads=heads,
+        num_key_value_heads=setting(text, "key_value_heads") if has_setting(text, "key_value_heads") else heads,
+        head_dim=int(setting(text, "head_size") if has_setting(text, "head_size") else setting(text, "features") // heads),
+        tower=tower,
+        blocks=() if tower is None else _blocks(names, model, tower, family),
+        placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
+        layout=family.layout,
+        merge_size=1 if vision is None else setting(vision, "merge"),
+        temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
+        windowed=family.windowed,
+        arrangement=family.arrangement,
+        class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
+        hidden_size=setting(text, "features"),
+        encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+    )
+
+
+def _readable_tower(model: Any, family: Family) -> Any | None:
+    """The vision tower whose attention can be read, if this family, or this LLaVA, has one."""
+    if family.blocks is None:
+        return None
+    tower = model.get_encoder(modality="image")
+    return tower if family.arrangement is None or kind_of(tower.config) in CLASS_TOKENS else None
+
+
+def _blocks(names: Names, model: Any, tower: Any, family: Family) -> tuple[Site, ...]:
+    """Attention modules of the tower's blocks whose output is read."""
+    blocks = list(_ending(tower, str(family.blocks)).children())[: _layers_read(model)]
+    modules = [_inside(block, family.block_attention) for block in blocks]
+    return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
+
+
+def _attention_sites(names: Names, owner: Any, layers: str, attention: str) -> tuple[Site, ...]:
+    modules = [_inside(layer, attention) for layer in _inside(owner, layers).children()]
+    return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
+
+
+def _encoder(names: Names, model: Any, family: Family, modality: str, row: EncoderRow) -> Encoder:
+    tower = model.get_encoder(modality) if row.tower is None else _inside(model.base_model, row.tower)
+    if modality == "audio" and tower is model:  # one that listens only: Whisper
+        tower = model.get_encoder()
+    layers = list(_ending(tower, row.layers).children())[: _layers_read(model)]
+    projector = None if row.projector is None else _ending(model, row.projector)
+    width = setting(tower.config, "encoder_features")
+    reads = row.outlet == "projector"
+    placeholders = [name for name in family.placeholders if (name == "audio") == (modality == "audio")]
+    return Encoder(
+        tower=tower,
+        layers=tuple(Site(names[layer], layer, index) for index, layer in enumerate(layers)),
+        outlet=projector if reads and projector is not None else tower,
+        reads=reads,
+        size=width * max(1, len(_states_read(model))),
+        layer_size=width,
+        projector=projector,
+        placeholder_ids=tuple(placeholder_of(model.config, name) for name in placeholders),
+        mask=None if row.mask is None else _mask_argument(model, family, row.mask),
+    )
+
+
+def _mask_argument(model: Any, family: Family, word: str) -> str | None:
+    """Under which name a model is told which frames are real; some heads of models that only listen are not."""
+    name = spelling_in(model, word)
+    if name is None and family.layers is not None:
+        raise PatchError(
+            f"{type(model).__name__}.forward takes no {' and no '.join(ARGUMENTS[word])}, without which padding would be taken for "
+            "sound. This version of transformers may call it otherwise; please report the model."
+        )
+    return name
+
+
+def _states_read(model: Any) -> list[int]:
+    """Hidden states of the encoder that the projector reads, which LLaVA chooses and can join; empty for the last."""
+    if not has_setting(model.config, "states_read"):
+        return []
+    chosen = setting(model.config, "states_read")
+    return [int(state) for state in chosen] if isinstance(chosen, (list, tuple)) else [int(chosen)]
+
+
+def _layers_read(model: Any) -> int | None:
+    """How many layers of the encoder matter; LLaVA reads an inner hidden state, and what comes after it does nothing."""
+    states = _states_read(model)
+    if not states:
+        return None
+    depth = int(setting(setting(model.config, "vision"), "depth"))
+    return max(state if state >= 0 else depth + 1 + state for state in states)
+
+
+def _inside(owner: Any, path: str) -> Any:
+    """The submodule at a path."""
+    try:
+        return owner.get_submodule(path)
+    except AttributeError as error:
+        raise _missing(owner, path) from error
+
+
+def _ending(owner: Any, path: str) -> Any:
+    """The submodule whose name ends in a path; the outermost where there are several."""
+    found = [(name.count("."), name) for name, _ in owner.named_modules() if f".{name}".endswith(f".{path}")]
+    if not found:
+        raise _missing(owner, path)
+    return owner.get_submodule(min(found)[1])
+
+
+def _missing(owner: Any, path: str) -> PatchError:
+    return PatchError(f"this {type(owner).__name__} has no {path}, where its family has one; please report the model.")

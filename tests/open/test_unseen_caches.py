@@ -11,13 +11,12 @@ from kit.asking import (
     plain_logits,
     prompt,
     right_or_refused,
-    steer,
     steered,
     with_cache,
 )
 from tiny import make_model, make_prompt
 
-from hf_steer import Saliency, SteerError, disable_steering, patch_model, unpatch_model, use_saliency
+from hf_steer import Saliency, SteerError, disable_steering, get_steer_status, patch_model, unpatch_model, use_saliency
 
 FIRST = 9
 
@@ -26,7 +25,7 @@ def filled(model, inputs, when):
     """The model, and a cache of the prompt that was filled while nothing was steered."""
     cache = cache_for(model)
     if when == "before patching":
-        config = steer(model.config.model_type)
+        config = get_steer_status(model).config
         unpatch_model(model)
         logits(model, inputs, **with_cache(model, cache))
         patch_model(model, config)

@@ -229,7 +229,6 @@ def test_guidance_keeps_working(asked, use_cache):
 def right_twice(model, inputs, said, expected, telling="disable_steering|custom_generate"):
     def twice(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         """The prompt read twice, each time into a fresh cache; the second answer counts."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache", "synced_gpus", "streamer")}
         outcomes = []
         for _ in range(2):
             cache, ids = cache_for(model), input_ids

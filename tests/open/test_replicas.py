@@ -17,12 +17,15 @@ def replica_of(model):
     copies = {id(module): module._replicate_for_data_parallel() for module in modules}
     for module in modules:
         copy = copies[id(module)]
+        copy._former_parameters = {}
         for name, child in module._modules.items():
             if child is not None:
                 copy._modules[name] = copies[id(child)]
                 setattr(copy, name, copies[id(child)])
         for name, parameter in module._parameters.items():
-            if parameter is not None:  # a replica's parameters are plain tensors
+            if parameter is None:
+                copy._parameters[name] = None
+            else:  # a replica's parameters are plain tensors
                 setattr(copy, name, parameter.detach().clone())
                 copy._former_parameters[name] = getattr(copy, name)
         for name, buffer in module._buffers.items():

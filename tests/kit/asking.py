@@ -85,8 +85,8 @@ def plain_generate(model, inputs, **kwargs):
         return generate(model, inputs, **kwargs)
 
 
-def right_or_refused(call, expected, telling, *, unlike=None):
-    """What was asked is what comes, or a `SteerError` that says how to get it.
+def right_or_refused(call, expected, telling, *, unlike=None) -> bool:
+    """What was asked is what comes, or a `SteerError` that says how to get it. Whether it came.
 
     Args:
         call: makes the tensor.
@@ -100,5 +100,6 @@ def right_or_refused(call, expected, telling, *, unlike=None):
         found = call()
     except SteerError as error:
         assert re.search(telling, str(error)), f"the message does not say {telling!r}: {error}"
-        return
+        return False
     torch.testing.assert_close(found, expected, **({} if expected.dtype == torch.long else TOLERANCE))
+    return True

@@ -44,8 +44,7 @@ def test_a_replica_of_a_steered_model_is_refused(family):
     assert torch.equal(logits(model, inputs, said), expected)  # the original is untouched
 
 
-def test_a_replica_in_another_thread_of_a_block_is_refused():
-    """DataParallel runs one thread per device, and a statement stays in the thread that made it."""
+def test_a_replica_inside_a_block_is_refused():
     model, inputs = steered("qwen2"), prompt("qwen2")
     with torch.no_grad(), pytest.raises(PatchError, match="(?s)DataParallel.*torchrun"):
         with use_saliency(model, look(inputs)):

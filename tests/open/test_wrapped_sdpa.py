@@ -93,19 +93,6 @@ def test_the_wrapper_really_runs_for_prompts_and_steps(calls, backend):
     assert calls.count(1) == 2 * layers
 
 
-def test_a_wrapper_that_comes_after_patching_is_said_or_runs(monkeypatch):
-    """Patching took the function that was there."""
-    model, inputs = steered("qwen2"), prompt("qwen2")
-    expected = logits(model, inputs, look(inputs))
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def wrapper(*args, **kwargs):
-        return plain(*args, **kwargs)
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", wrapper)
-    torch.testing.assert_close(logits(model, inputs, look(inputs)), expected, **TOLERANCE)
-
-
 def test_wrapped_padding_is_still_padding(calls):
     inputs = make_prompt("qwen2", [[9], [6]])
     said = Saliency.from_tokens(torch.randn(2, 9))

@@ -85,6 +85,14 @@ def plain_generate(model, inputs, **kwargs):
         return generate(model, inputs, **kwargs)
 
 
+def answer_or_refusal(call) -> tuple[Any, str | None]:
+    """What a call gives, or the message of the `SteerError` that it raises."""
+    try:
+        return call(), None
+    except SteerError as error:
+        return None, str(error)
+
+
 def right_or_refused(call, expected, telling, *, unlike=None) -> bool:
     """What was asked is what comes, or a `SteerError` that says how to get it. Whether it came.
 
@@ -96,10 +104,9 @@ def right_or_refused(call, expected, telling, *, unlike=None) -> bool:
     """
     if unlike is not None:
         assert unlike.shape != expected.shape or not torch.allclose(unlike, expected, rtol=1e-3, atol=1e-3)
-    try:
-        found = call()
-    except SteerError as error:
-        assert re.search(telling, str(error)), f"the message does not say {telling!r}: {error}"
+    found, refusal = answer_or_refusal(call)
+    if refusal is not None:
+        assert re.search(telling, refusal), f"the message does not say {telling!r}: {refusal}"
         return False
     torch.testing.assert_close(found, expected, **({} if expected.dtype == torch.long else TOLERANCE))
     return True

@@ -1,4 +1,4 @@
-"""Continuous batching packs prompts of many requests into one row, where nothing carries a bias yet: refused in the caller's thread."""
+"""Continuous batching packs prompts of many requests into one row, where no bias is carried yet: refused in the caller's thread."""
 
 from __future__ import annotations
 

@@ -73,9 +73,8 @@ def test_a_file_is_a_patched_model_in_a_process_that_never_patched(kind, impleme
         torch.save(model, tmp_path / "model.torch")
     torch.save(call, tmp_path / "call.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    ran = subprocess.run(
-        [sys.executable, str(VISITOR), kind, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    command = [sys.executable, str(VISITOR), kind, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-1500:]
     said = torch.load(tmp_path / "said.pt", weights_only=False)
     assert all(torch.equal(said[name], value) for name, value in expected.items())

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from kit.asking import (
+    TOLERANCE,
     generate,
     logits,
     plain_generate,
@@ -126,7 +127,8 @@ def test_a_compiled_model_is_whole_and_steered(family):
         model.get_decoder().compile(fullgraph=False, backend="aot_eager")
     else:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    right_or_refused(lambda: logits(compiled, inputs, said), expected, "a compiled model is steered", unlike=plain_logits(model, inputs))
+    assert not torch.allclose(expected, plain_logits(model, inputs), atol=1e-2)
+    torch.testing.assert_close(logits(compiled, inputs, said), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -114,12 +114,17 @@ def test_a_call_that_failed_keeps_no_cache():
     assert is_freed(reference)
 
 
-def test_a_plain_model_of_transformers_is_freed():
-    """Or the next tests show nothing."""
-    model = make_model("qwen2")
-    reference = weakref.ref(model)
-    del model
-    assert is_freed(reference)
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl", "llava"])
+def test_plain_models_and_their_caches_are_freed(family):
+    """Or the other tests show nothing."""
+    model = make_encoder_model(family) if family == "llava" else make_model(family)
+    inputs = make_encoder_inputs(family) if family == "llava" else prompt(family)
+    cache = cache_for(model)
+    logits(model, inputs, **with_cache(model, cache))
+    output = generate(model, inputs, return_dict_in_generate=True, num_beams=2)
+    references = [weakref.ref(thing) for thing in (model, cache, output.past_key_values, model.get_decoder().layers[0])]
+    del model, cache, output
+    assert all(is_freed(reference) for reference in references)
 
 
 @families

@@ -46,9 +46,8 @@ def test_a_replica_of_a_steered_model_is_refused(family):
 
 def test_a_replica_inside_a_block_is_refused():
     model, inputs = steered("qwen2"), prompt("qwen2")
-    with torch.no_grad(), pytest.raises(PatchError, match="(?s)DataParallel.*torchrun"):
-        with use_saliency(model, look(inputs)):
-            replica_of(model)(**inputs)
+    with torch.no_grad(), pytest.raises(PatchError, match="(?s)DataParallel.*torchrun"), use_saliency(model, look(inputs)):
+        replica_of(model)(**inputs)
 
 
 def test_a_replica_of_an_aligned_model_is_refused():

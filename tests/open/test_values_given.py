@@ -23,6 +23,8 @@ from hf_steer import (
 )
 
 SIZE = (30, 20)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture
@@ -69,7 +71,8 @@ def test_an_inference_tensor_and_one_with_a_graph_are_copied():
 
 
 @pytest.mark.parametrize(("make", "given", "size"), [
-    (Saliency.from_boxes, [[0, 0, 10, 10], [20, 10, 30, 20]], [30, 20]), (Saliency.from_points, [[3.0, 4.0], [25.0, 15.0]], [30, 20]),
+    (Saliency.from_boxes, [[0, 0, 10, 10], [20, 10, 30, 20]], [30, 20]),
+    (Saliency.from_points, [[3.0, 4.0], [25.0, 15.0]], [30, 20]),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "numpy", "torch"])
 def test_boxes_and_points_are_copied(seeing, make, given, size, kind):
@@ -82,8 +85,8 @@ def test_boxes_and_points_are_copied(seeing, make, given, size, kind):
     assert torch.equal(logits(model, inputs, statement), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_boxes_may_be_tensors_of_any_dtype_and_device(seeing, dtype, device):
     model, inputs = seeing
     expected = logits(model, inputs, Saliency.from_boxes((0, 0, 10, 10), SIZE))
@@ -156,7 +159,9 @@ def test_every_number_of_a_configuration_may_be_a_scalar():
     assert pickle.loads(pickle.dumps(made)) == plain
 
 
-@pytest.mark.parametrize("wrong", [np.float32("nan"), torch.tensor(float("inf")), torch.tensor([1.0, 2.0]), np.bool_(True), torch.tensor(True)])
+@pytest.mark.parametrize(
+    "wrong", [np.float32("nan"), torch.tensor(float("inf")), torch.tensor([1.0, 2.0]), np.bool_(True), torch.tensor(True)]
+)
 def test_what_is_no_number_is_still_refused(wrong):
     with pytest.raises(ConfigError, match="finite number"):
         AttentionConfig(strength=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_steer.config import TRAINABLE
+from hf_steer.errors import PatchError
 from hf_steer.patching.context import (
     STEERING,
     generate_scope,
@@ -24,7 +25,18 @@ from hf_steer.patching.passes import whole_prompt
 from hf_steer.patching.runtime import (
     read_prompt,
 )
-from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
+from hf_steer.patching.saves import CHECKPOINT_WEIGHTS_NAME, as_safetensors, write_steering
+from hf_steer.patching.weights import (
+    check_loaded,
+    check_shapes,
+    gather_checkpoint,
+    gather_weights,
+    is_adapted,
+    is_checkpoint,
+    is_first,
+)
+from hf_steer.patching.with_peft import teach_peft
+from hf_steer.saving import whole_save
 from hf_steer.values import Plan
 
 Edit = AddSubmodule | SetAttribute | SetAttentionFunction | AddHook | AddLoadHook
@@ -40,8 +52,7 @@ class Steering(nn.Module):
         self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
-        learns = plan.config.attention is not None and plan.config.attention.strength == TRAINABLE
-        self.learned = LearnedStrengths(plan) if learns else None
+        self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
 
     def edits(self) -> Iterator[Edit]:
         """All that patching changes, in the order of change."""
@@ -56,6 +67,22 @@ class Steering(nn.Module):
             yield from self.aligners.edits()
         if self.plan.strengths:
             yield from self.gaze.edits()
+
+    def add_gaze(self, plan: Plan) -> None:
+        """Steer attention, too, beside aligners that stay as they are; a failure leaves it undone."""
+        before = self.plan, self.gaze, self.learned
+        self.plan, self.gaze = plan, Gaze(plan, self)
+        self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
+        try:
+            with ExitStack() as edits:
+                if plan.strengths and not self.aligners.reads_text:
+                    edits.enter_context(SetAttribute(plan.anatomy.root, "generate", self.generate))
+                for edit in self.gaze.edits() if plan.strengths else ():
+                    edits.enter_context(edit)
+                self.undo.push(edits.pop_all())
+        except BaseException:
+            self.plan, self.gaze, self.learned = before
+            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into."""
@@ -102,28 +129,58 @@ class Steering(nn.Module):
     ) -> None:
         """transformers' `save_pretrained`, with the steering beside the base model.
 
-        A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets the steering alone when all of the
-        base is frozen: the base is where it came from.
+        A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets what is trained alone when the base is
+        frozen: the base is where it came from.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
         given = args[0] if args else kwargs.pop("state_dict", None)
-        if is_checkpoint(self, save_directory):
-            write_checkpoint(self, save_directory, given)
-        else:
-            whole = self.plan.anatomy.root.state_dict() if given is None else given
-            base = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
-            self._original("save_pretrained")(save_directory, is_main_process, base, *args[1:], **kwargs)
-        if is_main_process:
-            self.save(save_directory, given)
+        whole = self.plan.anatomy.root.state_dict() if given is None else given
+        base = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
+        checkpoint = is_checkpoint(self, save_directory)
+        weights = gather_weights(self, given)
+        trained = gather_checkpoint(self, given) if checkpoint else {}
+        writes_base, original = not checkpoint or is_adapted(self), self._original("save_pretrained")
+        if not (is_main_process and is_first()) or kwargs.get("distributed_checkpoint"):  # the others gather along
+            if writes_base:
+                original(save_directory, is_main_process and is_first(), base, *args[1:], **kwargs)
+            writes_base = False
+        if is_main_process and is_first():
+            with whole_save(save_directory) as stage:
+                if writes_base:
+                    original(stage, True, base, *args[1:], **kwargs)
+                if checkpoint:
+                    (stage / CHECKPOINT_WEIGHTS_NAME).write_bytes(as_safetensors(trained))
+                write_steering(self.plan.config, stage, weights)
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("token", "private", "revision", "commit_message") if key in kwargs}
             self.plan.anatomy.root.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
 
-    def save(self, directory: str | os.PathLike[str], given: dict[str, Tensor] | None = None) -> None:
-        """Write only the steering: weights first, so that a configuration never lies there without them."""
-        write_weights(self, directory, given)
-        self.plan.config.save_pretrained(directory)
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write only the steering."""
+        weights = gather_weights(self)
+        if is_first():
+            with whole_save(directory) as stage:
+                write_steering(self.plan.config, stage, weights)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """torch's. PEFT's wrapper, which asks for all modules when it is made, learns on the way that there is more to save."""
+        teach_peft()
+        yield from super().named_modules(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steering:
+        """A copy with the model's; never without it, which would copy all of the base for a steering that steers nothing."""
+        if id(self.plan.anatomy.root) not in memo:
+            raise PatchError(
+                "a part of a patched model cannot be copied by itself, since it would take the whole model along. PEFT does that "
+                "for modules_to_save: leave 'hf_steer' (and the projector that an aligner is at) out of it. Call "
+                "hf_steer.training.train_steering(model) after get_peft_model; the aligners are then trained, and saved with the "
+                "adapter. For a projector there is SteerConfig(train_projector=True)."
+            )
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Part of `load_state_dict`: weights of another shape are refused by name, before any of the steering's is copied."""

@@ -20,6 +20,7 @@ from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.flash import flash_by_name
 from hf_steer.patching.handle import Steering
 from hf_steer.patching.plan import implementation_of, make_plan
+from hf_steer.patching.weights import adapter_parameters
 from hf_steer.values import Plan, Site
 
 Model = TypeVar("Model")
@@ -60,11 +61,12 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             there are any. None loads it from where the model came from.
 
     Returns:
-        The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
+        The same object. A model that has aligners and no gaze takes one: from a configuration with the same aligners, which keep
+        what they have learned, or with none. Its layers without steered heads run the code that they ran before, and so do all of them when
         nothing says where to look.
 
     Raises:
-        PatchError: not a model that can be patched; already patched with another configuration.
+        PatchError: not a model that can be patched; already patched with another configuration (but for a gaze that is added).
         ConfigError: the configuration does not fit this model, or freezing would leave nothing to train. In every case the
             model is as it was.
     """
@@ -78,6 +80,12 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
     present = model._modules.get(STEERING)  # type: ignore[attr-defined]
     if present is not None:
         if present.plan.config == plan.config:
+            return model
+        both = present.plan.config.with_gaze_of(plan.config)
+        if both is not None and freeze_base is None:
+            plan = make_plan(model, both, tokenizer)
+            _register_functions(plan)
+            present.add_gaze(plan)
             return model
         raise PatchError(
             "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
@@ -141,23 +149,12 @@ def print_trainable_parameters(model: Any) -> None:
 def _trainable(plan: Plan, *, freeze: bool) -> Iterator[tuple[nn.Parameter, bool]]:
     """Which of the base's parameters train: its projector when asked; the others as they do now, or not."""
     projector = {id(parameter) for module in plan.projectors for parameter in module.parameters()}
-    kept = projector | _adapters(plan.anatomy.root)
+    kept = projector | adapter_parameters(plan.anatomy.root)
     for parameter in plan.anatomy.root.parameters():
         if id(parameter) in projector and parameter.is_floating_point():
             yield parameter, True
         elif freeze and id(parameter) not in kept:
             yield parameter, False
-
-
-def _adapters(root: nn.Module) -> set[int]:
-    """Parameters that PEFT added to the base, where it has."""
-    if "peft" not in sys.modules:
-        return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
-    children = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
-    return {id(parameter) for child in children if isinstance(child, nn.Module) for parameter in child.parameters()}
 
 
 def _register_functions(plan: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Literal, TypeAlias
 
 from hf_steer.errors import ConfigError
@@ -44,14 +44,16 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int, ...]:
+    if isinstance(values, Sized) and not isinstance(values, str) and len(values) > MOST_INDICES:
+        raise ConfigError(f"{name} names {len(values):,}; a model has at most {MOST_INDICES:,}.")
     try:
         indices = tuple(plain(value) for value in values)
     except TypeError as error:
         raise ConfigError(f"{name} must be a sequence of integers; got {shown(values)}.") from error
     if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
         raise ConfigError(f"{name} must be a non-empty sequence of integers; got {shown(values)}.")
-    if len(indices) > MOST_INDICES or max(map(abs, indices)) > 2**31:
-        raise ConfigError(f"{name} may hold {MOST_INDICES} integers of 32 bits; got {len(indices)}: {shown(values)}.")
+    if max(map(abs, indices)) > 2**31:
+        raise ConfigError(f"{name} must be integers of 32 bits; got {shown(values)}.")
     if not signed and min(indices) < 0:
         raise ConfigError(f"{name} must not be negative; got {shown(values)}.")
     if len(set(indices)) != len(indices):
@@ -61,6 +63,8 @@ def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int,
 
 def plain(value: Any) -> Any:
     """A whole or real number as Python's own `int` or `float`, also out of numpy's and torch's scalars; all else as it came."""
+    if type(value) in (int, float, str, bool):
+        return value
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         try:
             value = value.item()
@@ -137,8 +141,12 @@ def check_tags(tags: Any) -> tuple[str, str]:
 
 def _by_number(name: str, values: Mapping[Any, Any], *, signed: bool = False) -> dict[int, Any]:
     """The same values under layer or head numbers; JSON has string keys only: `{"1": [0, 3]}` is `{1: [0, 3]}`."""
+    if len(values) > MOST_INDICES:
+        raise ConfigError(f"{name} names {len(values):,}; a model has at most {MOST_INDICES:,}.")
     try:
-        keys = [int(key) if isinstance(key, str) and len(key) < 20 else key for key in values]
+        keys = [int(key) if isinstance(key, str) else key for key in values if len(str(key)) < 20]
     except ValueError as error:
         raise ConfigError(f"{name}: keys must be layer or head numbers ({error}).") from error
+    if len(keys) < len(values):
+        raise ConfigError(f"{name}: keys must be layer or head numbers; got one of {max(len(str(key)) for key in values)} digits.")
     return dict(zip(check_indices(name, keys, signed=signed), values.values(), strict=True))

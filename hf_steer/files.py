@@ -60,6 +60,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         )  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON ({error}); {again}") from error
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise FileError(f"{path} holds {type(values).__name__}, not a steering configuration; save it again.")
     return values

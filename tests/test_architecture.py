@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hf_steer"
 ORDER = [
-    {"errors"}, {"values", "saving"}, {"checks", "files"}, {"config"}, {"families"}, {"saliency", "aligners", "gating"}, {"attention"},
-    {"patching"}, {"io", "provider"}, {"compose", "training"}, {"analysis"}, {"demo"}, {"cli"},
+    {"errors"}, {"values", "saving"}, {"checks", "files"}, {"config"}, {"families"}, {"saliency", "aligners", "gating"},
+    {"attention"}, {"patching"}, {"io", "provider"}, {"compose", "training"}, {"analysis"}, {"demo"}, {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

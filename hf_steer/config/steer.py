@@ -178,7 +178,13 @@ def read_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[S
         ConfigError: as `SteerConfig.from_dict`.
     """
     path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except FileError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)  # a save has moved it to its place since it was found
+        values = read_json(path)
     record = None if RECORD not in values else Record.from_json(values[RECORD], path)
     try:
         config = SteerConfig.from_dict(values)

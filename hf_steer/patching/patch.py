@@ -61,9 +61,9 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             there are any. None loads it from where the model came from.
 
     Returns:
-        The same object. A model that has aligners and no gaze takes one: from a configuration with the same aligners, which keep
-        what they have learned, or with none. Its layers without steered heads run the code that they ran before, and so do all of them when
-        nothing says where to look.
+        The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
+        nothing says where to look. A model that has aligners and no gaze takes one, from a configuration with the same aligners or
+        with none; the aligners keep what they have learned.
 
     Raises:
         PatchError: not a model that can be patched; already patched with another configuration (but for a gaze that is added).

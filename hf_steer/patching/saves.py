@@ -91,14 +91,15 @@ def read_save(id_or_dir: str | os.PathLike[str], needed: Mapping[str, Tensor] | 
         FileError: a part that is missing, cannot be read, does not fit, or is of another save.
     """
     config, record, path = read_config(id_or_dir, **hub_kwargs)
+    again = True
     while True:
         try:
             return Save(config, record, _weights_of(config, record, path, id_or_dir, needed, hub_kwargs))
         except FileError:
             config, noted, path = read_config(id_or_dir, **hub_kwargs)
-            if noted == record:
+            if noted == record and not again:
                 raise
-            record = noted  # someone has saved since the configuration was read
+            again, record = noted != record, noted  # someone may be saving: once more, and as long as it changes
 
 
 def load_save(steering: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_steer.errors import PatchError
 from hf_steer.patching.context import (
     STEERING,
     generate_scope,
@@ -167,20 +165,6 @@ class Steering(nn.Module):
         """torch's. PEFT's wrapper, which asks for all modules when it is made, learns on the way that there is more to save."""
         teach_peft()
         yield from super().named_modules(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Steering:
-        """A copy with the model's; never without it, which would copy all of the base for a steering that steers nothing."""
-        if id(self.plan.anatomy.root) not in memo:
-            raise PatchError(
-                "a part of a patched model cannot be copied by itself, since it would take the whole model along. PEFT does that "
-                "for modules_to_save: leave 'hf_steer' (and the projector that an aligner is at) out of it. Call "
-                "hf_steer.training.train_steering(model) after get_peft_model; the aligners are then trained, and saved with the "
-                "adapter. For a projector there is SteerConfig(train_projector=True)."
-            )
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Part of `load_state_dict`: weights of another shape are refused by name, before any of the steering's is copied."""

@@ -127,7 +127,7 @@ class Anatomy:
                 "a part of a patched model cannot be copied by itself, since it would take the whole model along. PEFT does that "
                 "for modules_to_save: leave 'hf_steer' (and the projector that an aligner is at) out of it. Call "
                 "hf_steer.training.train_steering(model) after get_peft_model; the aligners are then trained, and saved with the "
-                "adapter. For a projector there is SteerConfig(train_projector=True)."
+                "adapter. For a projector there is SteerConfig(train_projector=True). For a copy of a part: unpatch_model first."
             )
         memo[id(self)] = copied = object.__new__(type(self))
         for name, value in vars(self).items():

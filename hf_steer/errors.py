@@ -21,5 +21,9 @@ class PatchError(SteerError, RuntimeError):
     """The model is not in the state that the call needs: unknown, patched already, or changed since."""
 
 
+class GroundError(PatchError):
+    """What hf_steer relies on in transformers is not there in this model or this version; nothing has been touched."""
+
+
 class FileError(SteerError, OSError):
     """A file of a saved steering that is missing, truncated, foreign or from a newer version."""

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_steer.config import CONFIG_NAME, SteerConfig
-from hf_steer.errors import ConfigError, FileError, PatchError
+from hf_steer.config.record import Record
+from hf_steer.config.steer import read_config
+from hf_steer.errors import FileError, PatchError, SteerError
 from hf_steer.families import family_of
 from hf_steer.files import find_file
 from hf_steer.patching import make_plan, patch_model
 from hf_steer.patching.context import steering_of
-from hf_steer.patching.weights import WEIGHTS_NAME, load_weights, own_weights, read_weights
+from hf_steer.patching.handle import Steering
+from hf_steer.patching.saves import WEIGHTS_NAME, is_stale, load_save, read_save
+from hf_steer.patching.weights import load_weights, own_weights
+from hf_steer.saving import finish_save
+from hf_steer.values import Plan
 
 _ANYWHERE_KEYS = ("token", "cache_dir", "local_files_only")
 _HUB_KEYS = (*_ANYWHERE_KEYS, "revision", "subfolder")
+Place: TypeAlias = str | os.PathLike[str]
+_STALE = (
+    "{place!r} holds a steering that was saved together with its model, and transformers has saved a model there since that is "
+    "not patched: {name} is stale. Delete it (and the folder hf_steer), or load the model with transformers. To patch all the "
+    "same: steer_config={place!r}, or hf_steer.save_steering of the patched model into that folder."
+)
 
 
 def save_steering(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -44,22 +59,10 @@ def load_steering(model: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: A
 
     Raises:
         PatchError: the model is not patched.
-        FileError: nothing there, a file that cannot be read, or weights of another shape, family or kind.
+        FileError: nothing there, a file that cannot be read, or weights of another save, shape, family or kind.
         ConfigError: saved with another family of models.
     """
-    steering = steering_of(model)
-    saved = SteerConfig.from_pretrained(id_or_dir, **hub_kwargs)
-    family = steering.plan.anatomy.family
-    if saved.base_model_type not in (None, family):
-        raise ConfigError(f"the steering in {os.fspath(id_or_dir)!r} is for {saved.base_model_type!r}; this model is {family!r}.")
-    kinds = [[(a.modality, a.placement, a.kind) for a in config.aligners] for config in (saved, steering.plan.config)]
-    if kinds[0] != kinds[1]:
-        raise FileError(
-            f"the steering in {os.fspath(id_or_dir)!r} has aligners {kinds[0]}; this model was patched with {kinds[1]}. Patch "
-            "with SteerConfig.from_pretrained of that folder."
-        )
-    if own_weights(steering):
-        load_weights(steering, read_weights(find_file(id_or_dir, WEIGHTS_NAME, **hub_kwargs)), id_or_dir)
+    load_save(steering_of(model), id_or_dir, **hub_kwargs)
 
 
 def from_pretrained(
@@ -73,8 +76,9 @@ def from_pretrained(
 
     Args:
         id_or_dir: folder or Hub repository of the base model. Its class is the first of `architectures` in `config.json`.
-        steer_config: a SteerConfig, whose aligners start fresh, or the folder or Hub repository of a saved steering, whose
-            weights are loaded; when None, the steering beside the model.
+        steer_config: a SteerConfig: aligners that it names just as the steering beside the model does keep their trained
+            weights, others start fresh (a warning says which trained ones are left out); or the folder or Hub repository of a
+            saved steering, whose weights are loaded; when None, the steering beside the model.
         tokenizer: reads think tags and phrases, as for `patch_model`; None loads the model's own where it is needed.
         **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
 
@@ -82,38 +86,96 @@ def from_pretrained(
         The patched model.
 
     Raises:
-        FileError: no model or no steering configuration there, or one that cannot be read.
+        FileError: no model or no steering configuration there, one that cannot be read, weights of another save, or a steering
+            that is left from before transformers saved another model into the folder.
         ConfigError: a configuration from a newer version, or for another model.
         PatchError: a model of an unknown family. Everything that can be checked is checked before weights are read.
     """
     hub = {key: model_kwargs[key] for key in _HUB_KEYS if key in model_kwargs}
-    elsewhere = {key: hub[key] for key in _ANYWHERE_KEYS if key in hub}
-    if steer_config is None:
-        config = SteerConfig.from_pretrained(id_or_dir, **hub)
-    elif isinstance(steer_config, SteerConfig):
-        config = steer_config
-    else:
-        config = SteerConfig.from_pretrained(steer_config, **elsewhere)
+    config, record, place, keys = _wanted(id_or_dir, steer_config, hub)
     base_config = read_base_config(id_or_dir, **hub)
     model_class = model_class_of(base_config)
-    make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config, tokenizer)  # every check first
-    if isinstance(steer_config, SteerConfig) or not config.has_weights:
-        return patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config, tokenizer=tokenizer)
-    place = id_or_dir if steer_config is None else steer_config
-    weights = read_weights(_weights_file(place, **(hub if steer_config is None else elsewhere)))
+    plan = make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config, tokenizer)  # every check first
+    if steer_config is None and is_stale(record, id_or_dir, **hub):
+        raise FileError(_STALE.format(place=os.fspath(id_or_dir), name=CONFIG_NAME))
+    with torch.device("meta"):
+        needed = own_weights(Steering(plan))
+    if isinstance(steer_config, SteerConfig):
+        weights = _kept(plan, needed, id_or_dir, hub)
+    else:
+        again, record, weights = read_save(place, needed, **keys)
+        if again != config:
+            raise FileError(f"{os.fspath(place)!r} was saved to while it was read. Load it again.")
     model = patch_model(read_base_model(model_class, id_or_dir, **model_kwargs), config, tokenizer=tokenizer)
-    load_weights(steering_of(model), weights, place)
+    if weights:
+        load_weights(steering_of(model), {**own_weights(steering_of(model)), **weights}, place)
     return model
 
 
-def _weights_file(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> str:
+def _wanted(
+    id_or_dir: Place, steer_config: SteerConfig | Place | None, hub: dict[str, Any]
+) -> tuple[SteerConfig, Record | None, Place, dict[str, Any]]:
+    """The configuration, what was noted about it, where its weights lie, and how that place is asked."""
+    if steer_config is None or isinstance(steer_config, SteerConfig):
+        place, keys = id_or_dir, hub
+    else:
+        place, keys = steer_config, {key: hub[key] for key in _ANYWHERE_KEYS if key in hub}
+    for folder, inside in ((id_or_dir, hub), (place, keys)):
+        if os.path.isdir(folder):
+            finish_save(os.path.join(folder, inside.get("subfolder", "")))
+    if isinstance(steer_config, SteerConfig):
+        return steer_config, None, place, keys
+    config, record, _ = read_config(place, **keys)
+    return config, record, place, keys
+
+
+def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Tensor]:
+    """Trained weights beside the model for the parts that the plan has, too; a warning names those that it has not."""
     try:
-        return find_file(id_or_dir, WEIGHTS_NAME, **hub_kwargs)
-    except FileError as error:
-        raise FileError(
-            f"{error} Its {CONFIG_NAME} describes trained parts, whose weights are in {WEIGHTS_NAME}. To start with fresh ones, "
-            "give the configuration itself: steer_config=SteerConfig.from_pretrained(...)."
-        ) from error
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            find_file(id_or_dir, name, **hub)
+    except FileError:
+        return {}  # nothing to keep
+    try:
+        saved, record, weights = read_save(id_or_dir, **hub)
+        if is_stale(record, id_or_dir, **hub):
+            raise FileError(_STALE.format(place=os.fspath(id_or_dir), name=CONFIG_NAME))
+    except SteerError as error:
+        _warn_of_others(id_or_dir, f"weights ({error})")
+        return {}
+    kept, others = {}, []
+    for (part, wanted), prefix in _parts(saved).items():
+        target = _parts(plan.config).get((part, wanted)) if saved.base_model_type in (None, plan.config.base_model_type) else None
+        own = {f"{target}{name.removeprefix(prefix)}": value for name, value in weights.items() if name.startswith(prefix)}
+        if target is None or any(name not in needed or needed[name].shape != value.shape for name, value in own.items()):
+            others.append(part)
+        else:
+            kept.update(own)
+    if others:
+        _warn_of_others(id_or_dir, ", ".join(others))
+    return kept
+
+
+def _parts(config: SteerConfig) -> dict[tuple[str, Any], str]:
+    """What has weights, with all that was asked of it -> how the names of its weights begin."""
+    parts: dict[tuple[str, Any], str] = {
+        (f"{aligner.kind} at {aligner.modality} {aligner.placement}", aligner): f"aligners.{index}."
+        for index, aligner in enumerate(config.aligners)
+    }
+    if config.train_projector:
+        parts["projector", True] = "projector."
+    if config.attention is not None and config.learns_strength:
+        parts["strengths", config.attention.heads] = "learned."
+    return parts
+
+
+def _warn_of_others(id_or_dir: str | os.PathLike[str], what: str) -> None:
+    warnings.warn(
+        f"{os.fspath(id_or_dir)!r} holds trained {what}, which the configuration that was given does not name, or names with other "
+        "options: they are not loaded, and what it names there starts fresh. To load them, give no steer_config or one with the "
+        "same aligners; to start afresh without this warning, patch_model(a model that transformers loaded, configuration).",
+        stacklevel=4,
+    )
 
 
 def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> PreTrainedConfig:
@@ -121,7 +183,7 @@ def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Pr
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
         return config
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of JSON that is something else
         raise FileError(
             f"{os.fspath(id_or_dir)!r} holds no model configuration that transformers can read ({error}). A folder with "
             f"{CONFIG_NAME} alone is a steering: give it as steer_config=, and the base model first."

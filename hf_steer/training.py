@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_steer.errors import FileError, PatchError
+from hf_steer.errors import PatchError
 from hf_steer.io import load_steering, save_steering
 from hf_steer.patching.context import find_steering, steering_of
 from hf_steer.patching.passes import Listener, record_routing
@@ -23,7 +23,8 @@ __all__ = ["Listener", "RoutingCallback", "checkpoint_with", "log_routing", "rec
 def train_steering(model: Any) -> None:
     """Let the aligners of a patched model train, and a projector that is trained with them.
 
-    `get_peft_model` freezes all that is not its own; call this after it, before the optimizer is made.
+    `get_peft_model` and transformers' `add_adapter` freeze all that is not their own; call this after them, before the optimizer is
+    made. Whatever saves the adapter saves the steering with it, and loading or resuming finds it there.
 
     Args:
         model: a patched model, inside PEFT's wrapper or not.
@@ -42,8 +43,7 @@ def train_steering(model: Any) -> None:
 def log_routing(trainer: Any) -> None:
     """Log expert usage, load and routing entropy to whatever the trainer reports to, whenever it logs.
 
-    Names are `routing/<modality>.<placement>/<router>/<statistic>`, with the expert's number after usage and load. With PEFT
-    around the model it also saves the steering in each checkpoint, and loads it when training resumes from one.
+    Names are `routing/<modality>.<placement>/<router>/<statistic>`, with the expert's number after usage and load.
 
     Args:
         trainer: a transformers Trainer, whose model is patched.
@@ -66,14 +66,6 @@ class RoutingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.open.close()
         self.listener = self.open.enter_context(record_routing(self.trainer.model))
-        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.global_step and self._wrapped():
-            if not os.path.isdir(checkpoint):
-                raise FileError(
-                    f"training resumes at step {state.global_step}, but {checkpoint} is not there, and PEFT's checkpoints come "
-                    "without the steering. Resume from a checkpoint in output_dir."
-                )
-            load_steering(self.trainer.model, checkpoint)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log_when_due(control)
@@ -90,18 +82,8 @@ class RoutingCallback(TrainerCallback):
             if logged:
                 self.trainer.log(logged)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._wrapped():
-            save_steering(self.trainer.model, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.open.close()
-        if self._wrapped() and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_steering(self.trainer.model, state.best_model_checkpoint)
-
-    def _wrapped(self) -> bool:
-        """Whether something like PEFT saves the model in its own way, without the steering."""
-        return self.trainer.model._modules.get("hf_steer") is None
 
 
 def checkpoint_with(accelerator: Any) -> None:

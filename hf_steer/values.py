@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
+
+from hf_steer.errors import PatchError
 
 if TYPE_CHECKING:
     from hf_steer.config import AlignerConfig, SteerConfig
@@ -116,6 +119,20 @@ class Anatomy:
     class_tokens: int
     hidden_size: int
     encoders: Mapping[str, Encoder]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
+        """A copy with the model's, never without it: a part of the steering would then take all of the base along."""
+        if id(self.root) not in memo:
+            raise PatchError(
+                "a part of a patched model cannot be copied by itself, since it would take the whole model along. PEFT does that "
+                "for modules_to_save: leave 'hf_steer' (and the projector that an aligner is at) out of it. Call "
+                "hf_steer.training.train_steering(model) after get_peft_model; the aligners are then trained, and saved with the "
+                "adapter. For a projector there is SteerConfig(train_projector=True). For a copy of a part: unpatch_model first."
+            )
+        memo[id(self)] = copied = object.__new__(type(self))
+        for name, value in vars(self).items():
+            object.__setattr__(copied, name, copy.deepcopy(value, memo))
+        return copied
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hf_steer"
 ORDER = [
-    {"errors"}, {"values"}, {"checks", "files"}, {"config"}, {"ground"}, {"families"}, {"saliency", "aligners", "gating"},
+    {"errors"}, {"values", "saving"}, {"checks", "files"}, {"config"}, {"ground"}, {"families"}, {"saliency", "aligners", "gating"},
     {"attention"}, {"patching"}, {"io", "provider"}, {"compose", "training"}, {"analysis"}, {"demo"}, {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

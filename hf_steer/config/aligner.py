@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hf_steer.checks import check_choice, check_count, check_indices, check_number
 from hf_steer.errors import ConfigError
@@ -26,6 +26,14 @@ OPTIONS = FrozenMap(
     }
 )
 """Which options each kind reads; any other that is given is refused."""
+MOST = FrozenMap(
+    {
+        "num_experts": 4096, "num_global_experts": 4096, "num_stages": 64, "hidden_dim": 16_384, "num_heads": 1024, "top_k": 4096,
+    }
+)  # fmt: skip
+"""Sizes beyond which a configuration is a mistake; it is refused before anything of that size is made."""
+MOST_VECTORS = 16_384
+"""The same for the experts of all stages, or of all global experts, of one aligner."""
 CROSS_MODAL = ("cross_modal_features", "modality_specific", "cross_modal_adapter")
 DEFAULTS = FrozenMap(
     {
@@ -82,9 +90,15 @@ class AlignerConfig:
         check_choice("aligner.placement", self.placement, ("output", "layers", "projector"))
         check_choice("aligner.kind", self.kind, tuple(OPTIONS))
         self._fill_options()
-        for name in ("num_experts", "num_global_experts", "num_stages", "hidden_dim", "num_heads", "top_k"):
+        for name, most in MOST.items():
             if getattr(self, name) is not None:
-                check_count(f"aligner.{name}", getattr(self, name))
+                object.__setattr__(self, name, check_count(f"aligner.{name}", getattr(self, name), most=most))
+        vectors = (self.num_experts or 0) * max(self.num_global_experts or 1, self.num_stages or 1)
+        if vectors > MOST_VECTORS:
+            raise ConfigError(
+                f"an aligner has at most {MOST_VECTORS:,} steering vectors; num_experts={self.num_experts} times its stages or "
+                f"global experts makes {vectors:,}. Take fewer experts."
+            )
         if self.top_k is not None and self.num_experts is not None and self.top_k > self.num_experts:
             raise ConfigError(f"aligner.top_k must be at most num_experts ({self.num_experts}); got {self.top_k}.")
         if self.feedback is not None:
@@ -107,10 +121,10 @@ class AlignerConfig:
 
     def _check_numbers(self) -> None:
         for name, lowest, strict in (("temperature", 0, True), ("load_balancing_weight", 0, False)):
-            value: Any = getattr(self, name)
-            if value is None:
+            if getattr(self, name) is None:
                 continue
-            check_number(f"aligner.{name}", value)
+            value = check_number(f"aligner.{name}", getattr(self, name))
+            object.__setattr__(self, name, value)
             if value < lowest or (strict and value == lowest):
                 raise ConfigError(f"aligner.{name} must be {'above' if strict else 'at least'} {lowest}; got {value}.")
 

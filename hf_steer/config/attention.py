@@ -18,6 +18,8 @@ from hf_steer.checks import (
     check_schedule,
     check_strength,
     check_tags,
+    plain,
+    shown,
 )
 from hf_steer.config.gate import GateConfig
 from hf_steer.errors import ConfigError
@@ -77,12 +79,13 @@ class SaliencyConfig:
     def __post_init__(self) -> None:
         check_choice("saliency.source", self.source, SOURCES)
         check_choice("saliency.normalize", self.normalize, NORMALIZATIONS)
-        check_number("saliency.clip", self.clip)
+        object.__setattr__(self, "clip", check_number("saliency.clip", self.clip))
         if self.clip <= 0:
             raise ConfigError(f"saliency.clip must be above 0; got {self.clip}. The default is 3.0.")
         check_flag("saliency.preserve_mass", self.preserve_mass)
-        if self.blocks is not None and self.blocks != "all":
-            blocks = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
+        if self.blocks is not None and not (isinstance(self.blocks, str) and self.blocks == "all"):
+            one = plain(self.blocks)
+            blocks = (one,) if isinstance(one, int) else self.blocks
             object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
         self._check_own("source_heads", "decoder_attention")
         self._check_own("last_tokens", "decoder_attention")
@@ -90,9 +93,12 @@ class SaliencyConfig:
         if self.source_heads is not None:
             object.__setattr__(self, "source_heads", check_heads(self.source_heads, "saliency.source_heads"))
         if self.last_tokens is not None:
-            check_count("saliency.last_tokens", self.last_tokens)
-        if self.answer_token is not None and (isinstance(self.answer_token, bool) or not isinstance(self.answer_token, int)):
-            raise ConfigError(f"saliency.answer_token must be a token id; got {self.answer_token!r}.")
+            object.__setattr__(self, "last_tokens", check_count("saliency.last_tokens", self.last_tokens))
+        if self.answer_token is not None:
+            token = plain(self.answer_token)
+            if isinstance(token, bool) or not isinstance(token, int) or abs(token) > 2**31:
+                raise ConfigError(f"saliency.answer_token must be a token id; got {shown(self.answer_token)}.")
+            object.__setattr__(self, "answer_token", token)
 
     def _check_own(self, name: str, source: str) -> None:
         if getattr(self, name) is not None and self.source != source:
@@ -139,7 +145,7 @@ class AttentionConfig:
         if not isinstance(self.saliency, SaliencyConfig):
             raise ConfigError(f"attention.saliency must be a SaliencyConfig; got {type(self.saliency).__name__}.")
         object.__setattr__(self, "heads", check_heads(self.heads))
-        if self.strength != TRAINABLE:
+        if not (isinstance(self.strength, str) and self.strength == TRAINABLE):
             object.__setattr__(self, "strength", check_strength(self.strength))
         if self.gate is not None and not isinstance(self.gate, GateConfig):
             raise ConfigError(f"attention.gate must be a GateConfig or None; got {type(self.gate).__name__}.")

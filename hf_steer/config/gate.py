@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from hf_steer.checks import check_choice, check_count, check_flag, check_number
+from hf_steer.checks import check_choice, check_count, check_flag, check_number, shown
 from hf_steer.errors import ConfigError
 
 GateKind = Literal["entropy", "margin", "self_report"]
@@ -70,7 +70,7 @@ class GateConfig:
             if not self._given(name):
                 object.__setattr__(self, name, value)
         check_flag("gate.soft", self.soft)
-        check_number("gate.initial", self.initial)
+        object.__setattr__(self, "initial", check_number("gate.initial", self.initial))
         if not 0 <= self.initial <= 1:
             raise ConfigError(f"gate.initial must lie in [0, 1]; got {self.initial}.")
         if self.kind == "self_report":
@@ -83,7 +83,7 @@ class GateConfig:
 
     def _check_thresholds(self) -> None:
         for name in ("threshold", "release"):
-            check_number(f"gate.{name}", getattr(self, name))
+            object.__setattr__(self, name, check_number(f"gate.{name}", getattr(self, name)))
             if not self.zscore and not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"gate.{name} of a {self.kind!r} gate must lie in [0, 1]; got {getattr(self, name)}.")
         opens, closes = float(self.threshold or 0), float(self.release or 0)
@@ -96,8 +96,9 @@ class GateConfig:
             )
 
     def _check_phrases(self) -> None:
-        phrases = (self.phrases,) if isinstance(self.phrases, str) else tuple(self.phrases or ())
+        given = (self.phrases,) if isinstance(self.phrases, str) else self.phrases
+        phrases = tuple(given) if isinstance(given, (tuple, list)) else ()
         if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
-            raise ConfigError(f"gate.phrases must be non-empty strings, at least one; got {self.phrases!r}.")
+            raise ConfigError(f"gate.phrases must be non-empty strings, at least one; got {shown(self.phrases)}.")
         object.__setattr__(self, "phrases", phrases)
-        check_count("gate.hold_tokens", self.hold_tokens)
+        object.__setattr__(self, "hold_tokens", check_count("gate.hold_tokens", self.hold_tokens))

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hf_steer.checks import check_flag
+from hf_steer.checks import check_flag, shown
 from hf_steer.config.aligner import AlignerConfig
 from hf_steer.config.attention import TRAINABLE, AttentionConfig, SaliencyConfig
 from hf_steer.config.gate import GateConfig
+from hf_steer.config.record import RECORD, Record
 from hf_steer.errors import ConfigError, FileError
-from hf_steer.files import find_file, write_whole
+from hf_steer.files import find_file, read_json
+from hf_steer.saving import whole_save
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "steer_config.json"
+_MOST_ALIGNERS = 6
+"""One per modality and placement."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,19 @@ class SteerConfig:
         object.__setattr__(self, "aligners", self._checked_aligners())
         check_flag("train_projector", self.train_projector)
         if self.base_model_type is not None and not isinstance(self.base_model_type, str):
-            raise ConfigError(f"base_model_type must be a string or None; got {self.base_model_type!r}.")
+            raise ConfigError(f"base_model_type must be a string or None; got {shown(self.base_model_type)}.")
         if isinstance(self.schema_version, bool) or not isinstance(self.schema_version, int) or self.schema_version < 1:
-            raise ConfigError(f"schema_version must be a positive integer; got {self.schema_version!r}.")
+            raise ConfigError(f"schema_version must be a positive integer; got {shown(self.schema_version)}.")
         if self.schema_version > SCHEMA_VERSION:
             raise ConfigError(
-                f"this configuration has schema_version {self.schema_version}; this hf_steer reads up to "
+                f"this configuration has schema_version {shown(self.schema_version)}; this hf_steer reads up to "
                 f"{SCHEMA_VERSION}. Upgrade: pip install -U hf-steer."
             )
 
     def _checked_aligners(self) -> tuple[AlignerConfig, ...]:
         given = (self.aligners,) if isinstance(self.aligners, AlignerConfig) else self.aligners
         if not isinstance(given, (tuple, list)) or not all(isinstance(aligner, AlignerConfig) for aligner in given):
-            raise ConfigError(f"aligners must be a tuple of AlignerConfig; got {self.aligners!r}.")
+            raise ConfigError(f"aligners must be a tuple of AlignerConfig; got {shown(self.aligners)}.")
         places = [(aligner.modality, aligner.placement) for aligner in given]
         twice = sorted({place for place in places if places.count(place) > 1})
         if twice:
@@ -69,8 +73,20 @@ class SteerConfig:
     @property
     def has_weights(self) -> bool:
         """Whether parts of it are learned, and saved as weights."""
-        learned = self.attention is not None and self.attention.strength == TRAINABLE
-        return bool(self.aligners) or self.train_projector or learned
+        return bool(self.aligners) or self.train_projector or self.learns_strength
+
+    @property
+    def learns_strength(self) -> bool:
+        """Whether λ is learned."""
+        return self.attention is not None and self.attention.strength == TRAINABLE
+
+    def with_gaze_of(self, other: SteerConfig) -> SteerConfig | None:
+        """This configuration with the gaze of another one, which has the same aligners, or none; None where it cannot be."""
+        if self.attention is not None or other.attention is None:
+            return None
+        both = dataclasses.replace(self, attention=other.attention)
+        alone = dataclasses.replace(both, aligners=(), train_projector=False)
+        return both if other in (both, alone) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal object back."""
@@ -78,7 +94,7 @@ class SteerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SteerConfig:
-        """Build from JSON values.
+        """Build from JSON values; what a save noted about its files (`Record`) is none of the configuration's.
 
         Raises:
             ConfigError: an unknown key (the nearest known one is named), a missing one, or a value out of range.
@@ -90,7 +106,7 @@ class SteerConfig:
             raise ConfigError(f"schema_version is missing; this hf_steer writes {SCHEMA_VERSION}.")
         if isinstance(version, int) and version > SCHEMA_VERSION:  # before the keys: a newer file has newer ones
             cls(schema_version=version)
-        return cast(SteerConfig, _build(cls, values, ""))
+        return cast(SteerConfig, _build(cls, {key: value for key, value in values.items() if key != RECORD}, ""))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -106,11 +122,17 @@ class SteerConfig:
         Returns:
             The path that was written.
         """
-        path = Path(save_directory) / CONFIG_NAME
-        write_whole(path, self.to_json().encode())
+        with whole_save(save_directory) as stage:
+            (stage / CONFIG_NAME).write_bytes(self.to_file())
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return str(path)
+        return str(Path(save_directory) / CONFIG_NAME)
+
+    def to_file(self, record: Record | None = None) -> bytes:
+        """What `steer_config.json` holds. Without a record it is saved by itself: weights that lie there are not its own."""
+        record = Record() if record is None and self.has_weights else record
+        noted = {} if record is None else {RECORD: dataclasses.asdict(record)}
+        return (json.dumps({**self.to_dict(), **noted}, indent=2) + "\n").encode()
 
     @classmethod
     def from_pretrained(cls, id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> SteerConfig:
@@ -125,17 +147,7 @@ class SteerConfig:
             FileError: nothing there, or not a steering configuration.
             ConfigError: a newer schema, an unknown key, a value out of range.
         """
-        path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise FileError(f"{path} is not valid JSON ({error}); it is truncated or foreign. Save it again.") from error
-        if not isinstance(values, dict):
-            raise FileError(f"{path} holds {type(values).__name__}, not a steering configuration; save it again.")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return read_config(id_or_dir, **hub_kwargs)[0]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload `steer_config.json` to a Hub repository, which is created when it is not there.
@@ -153,9 +165,37 @@ class SteerConfig:
         url = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
         kwargs.setdefault("commit_message", "Upload steering configuration")
         commit = api.upload_file(
-            path_or_fileobj=self.to_json().encode(), path_in_repo=CONFIG_NAME, repo_id=url.repo_id, **kwargs
+            path_or_fileobj=self.to_file(), path_in_repo=CONFIG_NAME, repo_id=url.repo_id, **kwargs
         )
         return str(commit.commit_url)
+
+
+def read_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[SteerConfig, Record | None, str]:
+    """A saved configuration, what was noted when it was saved (None in a file that is older than such notes), and its path.
+
+    Raises:
+        FileError: nothing there, not a steering configuration, or one that lost the parts that its weights are for.
+        ConfigError: as `SteerConfig.from_dict`.
+    """
+    path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)
+    try:
+        values = read_json(path)
+    except FileError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)  # a save has moved it to its place since it was found
+        values = read_json(path)
+    record = None if RECORD not in values else Record.from_json(values[RECORD], path)
+    try:
+        config = SteerConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if record is not None and record.weights is not None and not config.has_weights:
+        raise FileError(
+            f"{path} was saved with trained weights and names nothing now that they would be for: its aligners (or "
+            "train_projector, or strength='trainable') were taken out. Put them back, or save it again."
+        )
+    return config, record, path
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -163,22 +203,33 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'the configuration'} must be a mapping; got {type(values).__name__}.")
     names = [item.name for item in dataclasses.fields(cls)]
+    foreign = [str(key)[:60] for key in values if key not in names][:5]
     unknown = [
-        f"{key!r}" + (f" (did you mean {near[0]!r}?)" if (near := difflib.get_close_matches(str(key), names, 1)) else "")
-        for key in values
-        if key not in names
+        f"{key!r}" + (f" (did you mean {near[0]!r}?)" if (near := difflib.get_close_matches(key, names, 1)) else "")
+        for key in foreign
     ]
     if unknown:
         raise ConfigError(f"{where or cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}.")
+    lacking = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_needed(item)]
+    if lacking:
+        raise ConfigError(f"{where or cls.__name__} lacks {', '.join(lacking)}.")
     nested: dict[str, type] = {"attention": AttentionConfig, "saliency": SaliencyConfig, "gate": GateConfig}
     built = {
         key: _build(nested[key], value, f"{where}.{key}".lstrip(".")) if key in nested and value is not None else value
         for key, value in values.items()
     }
     if isinstance(built.get("aligners"), (list, tuple)):
+        if len(built["aligners"]) > _MOST_ALIGNERS:
+            raise ConfigError(
+                f"aligners has {len(built['aligners']):,} entries; one per modality and placement makes {_MOST_ALIGNERS}."
+            )
         rows = enumerate(built["aligners"])
         built["aligners"] = tuple(_build(AlignerConfig, value, f"aligners[{index}]") for index, value in rows)
     return cls(**built)
+
+
+def _is_needed(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ ORIGINAL = "hf_steer_original"
 _SEES = "hf_steer_sees"
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of a model that run its passes in a thread of their own, on paged caches."""
+_BATCHING_ENDS = ("destroy_cached_continuous_batching_manager",)
 SWITCH = "model.set_attn_implementation"
 """What users call to change the implementation."""
 
@@ -44,6 +45,12 @@ def with_implementation(config: Any, name: str, *, sees: bool = False) -> Any:
 def original_config(config: Any) -> Any:
     """The config that a steered module had."""
     return vars(config).get(ORIGINAL, config)
+
+
+def unknown_batching(kind: type) -> tuple[str, ...]:
+    """Public methods of a model class that begin continuous batching, by their names, and that we do not know."""
+    public = (name for name in dir(kind) if not name.startswith("_") and name not in CONTINUOUS_BATCHING + _BATCHING_ENDS)
+    return tuple(name for name in public if "continuous" in name or name.startswith("generate_batch"))
 
 
 def sees_by_itself(config: Any) -> bool:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_steer.config import TRAINABLE
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, read_generate
 from hf_steer.ground.caches import past_of
@@ -24,9 +23,20 @@ from hf_steer.patching.learned import LearnedStrengths
 from hf_steer.patching.ledger import close_ledger, refuse_unseen, warn_of_others
 from hf_steer.patching.passes import whole_prompt
 from hf_steer.patching.runtime import read_prompt
+from hf_steer.patching.saves import CHECKPOINT_WEIGHTS_NAME, as_safetensors, write_steering
 from hf_steer.patching.state import read_state
-from hf_steer.patching.weights import check_loaded, check_shapes, is_checkpoint, write_checkpoint, write_weights
+from hf_steer.patching.weights import (
+    check_loaded,
+    check_shapes,
+    gather_checkpoint,
+    gather_weights,
+    is_adapted,
+    is_checkpoint,
+    is_first,
+)
+from hf_steer.patching.with_peft import teach_peft
 from hf_steer.saliency import Saliency
+from hf_steer.saving import whole_save
 from hf_steer.values import Plan
 
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
@@ -45,8 +55,7 @@ class Steering(nn.Module):
         self.warned = False
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
-        learns = plan.config.attention is not None and plan.config.attention.strength == TRAINABLE
-        self.learned = LearnedStrengths(plan) if learns else None
+        self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
 
     def release(self) -> None:
         """After unpatching: nothing here points back, so that model and steering are freed as soon as nobody holds them."""
@@ -59,16 +68,36 @@ class Steering(nn.Module):
         yield AddSubmodule(anatomy.root, STEERING, self)
         yield SetAttribute(anatomy.root, "save_pretrained", self.save_pretrained)
         yield SetAttribute(anatomy.root, "generate", self.generate)
-        if self.plan.strengths:
-            for name in CONTINUOUS_BATCHING:
-                if hasattr(anatomy.root, name):
-                    yield SetAttribute(anatomy.root, name, self.refuse_continuous_batching)
         if self.plan.trains:
             yield AddLoadHook(anatomy.root, self.after_load)
         if self.plan.aligners:
             yield from self.aligners.edits()
-        if self.plan.strengths:
-            yield from self.gaze.edits()
+        yield from self._gaze_edits()
+
+    def _gaze_edits(self) -> Iterator[Edit]:
+        """Those that steer attention."""
+        root = self.plan.anatomy.root
+        if not self.plan.strengths:
+            return
+        for name in CONTINUOUS_BATCHING:
+            if hasattr(root, name):
+                yield SetAttribute(root, name, self.refuse_continuous_batching)
+        yield from self.gaze.edits()
+
+    def add_gaze(self, plan: Plan) -> None:
+        """Steer attention, too, beside aligners that stay as they are; a failure leaves it undone."""
+        before = self.plan, self.gaze, self.learned
+        self.plan, self.gaze = plan, Gaze(plan, self)
+        self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
+        try:
+            with ExitStack() as edits:
+                self.gaze.register_functions()
+                for edit in self._gaze_edits():
+                    edits.enter_context(edit)
+                self.undo.push(edits.pop_all())
+        except BaseException:
+            self.plan, self.gaze, self.learned = before
+            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into.
@@ -130,28 +159,44 @@ class Steering(nn.Module):
     ) -> None:
         """transformers' `save_pretrained`, with the steering beside the base model.
 
-        A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets the steering alone when all of the
-        base is frozen: the base is where it came from.
+        A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets what is trained alone when the base is
+        frozen: the base is where it came from.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
         given = args[0] if args else kwargs.pop("state_dict", None)
-        if is_checkpoint(self, save_directory):
-            write_checkpoint(self, save_directory, given)
-        else:
-            whole = self.plan.anatomy.root.state_dict() if given is None else given
-            base = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
-            self._original("save_pretrained")(save_directory, is_main_process, base, *args[1:], **kwargs)
-        if is_main_process:
-            self.save(save_directory, given)
+        whole = self.plan.anatomy.root.state_dict() if given is None else given
+        base = {name: value for name, value in whole.items() if not name.startswith(f"{STEERING}.")}
+        checkpoint = is_checkpoint(self, save_directory)
+        weights = gather_weights(self, given)
+        trained = gather_checkpoint(self, given) if checkpoint else {}
+        writes_base, original = not checkpoint or is_adapted(self), self._original("save_pretrained")
+        if not (is_main_process and is_first()) or kwargs.get("distributed_checkpoint"):  # the others gather along
+            if writes_base:
+                original(save_directory, is_main_process and is_first(), base, *args[1:], **kwargs)
+            writes_base = False
+        if is_main_process and is_first():
+            with whole_save(save_directory) as stage:
+                if writes_base:
+                    original(stage, True, base, *args[1:], **kwargs)
+                if checkpoint:
+                    (stage / CHECKPOINT_WEIGHTS_NAME).write_bytes(as_safetensors(trained))
+                write_steering(self.plan.config, stage, weights)
         if push_to_hub:
             hub = {key: kwargs[key] for key in ("token", "private", "revision", "commit_message") if key in kwargs}
             self.plan.anatomy.root.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
 
-    def save(self, directory: str | os.PathLike[str], given: dict[str, Tensor] | None = None) -> None:
-        """Write only the steering: weights first, so that a configuration never lies there without them."""
-        write_weights(self, directory, given)
-        self.plan.config.save_pretrained(directory)
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write only the steering."""
+        weights = gather_weights(self)
+        if is_first():
+            with whole_save(directory) as stage:
+                write_steering(self.plan.config, stage, weights)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """torch's. PEFT's wrapper, which asks for all modules when it is made, learns on the way that there is more to save."""
+        teach_peft()
+        yield from super().named_modules(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Part of `load_state_dict`: weights of another shape are refused by name, before any of the steering's is copied."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -12,12 +11,13 @@ from torch import nn
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.ground.implementations import implementation_of, is_ours
+from hf_steer.ground.survey import survey
 from hf_steer.patching.context import STEERING, find_steering, steering_of
 from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.handle import Steering, note_in_force, owner_of
 from hf_steer.patching.plan import make_plan
-from hf_steer.patching.proof import prove_steering
 from hf_steer.patching.unchanged import refuse_running
+from hf_steer.patching.weights import adapter_parameters
 from hf_steer.values import Plan
 
 Model = TypeVar("Model")
@@ -36,10 +36,12 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
 
     Returns:
         The same object. Its layers without steered heads run the code that they ran before, and so do all of them when
-        nothing says where to look.
+        nothing says where to look. A model that has aligners and no gaze takes one, from a configuration with the same aligners or
+        with none; the aligners keep what they have learned.
 
     Raises:
-        PatchError: not a model that can be patched; already patched with another configuration.
+        PatchError: not a model that can be patched; already patched with another configuration (but for a gaze that is added).
+        GroundError: this version of transformers, or this model, lacks something that the steering relies on.
         ConfigError: the configuration does not fit this model, or freezing would leave nothing to train. In every case the
             model is as it was.
     """
@@ -54,13 +56,20 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
     if present is not None:
         if present.plan.config == plan.config:
             return model
+        both = present.plan.config.with_gaze_of(plan.config)
+        if both is not None and freeze_base is None:
+            plan = make_plan(model, both, tokenizer)
+            refuse_running(plan.anatomy.root, "patch")
+            survey(plan)
+            present.add_gaze(plan)
+            return model
         raise PatchError(
             "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
             "or hf_steer.get_steer_status(model) to see it."
         )
     _refuse_nested(plan)
     refuse_running(plan.anatomy.root, "patch")
-    prove_steering(plan)
+    survey(plan)
     steering = Steering(plan)
     steering.gaze.register_functions()
     with ExitStack() as edits:
@@ -126,7 +135,7 @@ def print_trainable_parameters(model: Any) -> None:
 def _trainable(plan: Plan, *, freeze: bool) -> Iterator[tuple[nn.Parameter, bool]]:
     """Which of the base's parameters train: its projector when asked; the others as they do now, or not."""
     projector = {id(parameter) for module in plan.projectors for parameter in module.parameters()}
-    kept = projector | _adapters(plan.anatomy.root)
+    kept = projector | adapter_parameters(plan.anatomy.root)
     for parameter in plan.anatomy.root.parameters():
         if id(parameter) in projector and parameter.is_floating_point():
             yield parameter, True
@@ -134,12 +143,3 @@ def _trainable(plan: Plan, *, freeze: bool) -> Iterator[tuple[nn.Parameter, bool
             yield parameter, False
 
 
-def _adapters(root: nn.Module) -> set[int]:
-    """Parameters that PEFT added to the base, where it has."""
-    if "peft" not in sys.modules:
-        return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
-    children = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
-    return {id(parameter) for child in children if isinstance(child, nn.Module) for parameter in child.parameters()}

@@ -32,8 +32,6 @@ from hf_steer.saliency import (
 )
 from hf_steer.values import MODALITIES, HeadBias, Plan, Span, TokenScores
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-
 
 @dataclass
 class Ride(SteeredCall):
@@ -89,7 +87,7 @@ def read_prompt(given: Given, plan: Plan, statement: Saliency | None, *, past: i
     encoded = {modality: record for modality, record in records.items() if record is not None}
     _refuse_hidden_tokens(ids, plan, statement)
     watched = bool(plan.eyes) and statement is None
-    arrangements = read_arrangements(given.named, plan.anatomy, PIXELS, whole=whole) if watched else {}
+    arrangements = read_arrangements(given, plan.anatomy, whole=whole) if watched else {}
     return Prompt(
         ids=ids,
         shape=(batch, tokens),
@@ -244,9 +242,7 @@ def _new_spans(
     if ids is None or not placeholders:
         return ()
     try:
-        # a forward pass of LLaVA-OneVision drops this argument; only generate hands it on
-        heeded = given.named if whole else {name: value for name, value in given.named.items() if name != "vision_aspect_ratio"}
-        layouts = read_layouts(heeded, encoded, plan.anatomy)
+        layouts = read_layouts(given, encoded, plan.anatomy, whole=whole)
     except SaliencyError:
         if needed:
             raise

@@ -1,27 +1,21 @@
-"""The steering's own weights: in memory by name, on disk as one safetensors file beside the base model."""
+"""The steering's own weights in memory: by name, gathered, checked, copied."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_steer.errors import FileError
-from hf_steer.files import write_whole
 from hf_steer.patching.context import STEERING
 from hf_steer.values import Plan
 
-WEIGHTS_NAME = "hf_steer/steer_model.safetensors"
-"""In a folder of its own: some servers load every safetensors file that lies beside a model."""
-CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -33,38 +27,36 @@ def own_weights(steering: Any) -> dict[str, Tensor]:
     return weights
 
 
-def write_weights(steering: Any, directory: str | os.PathLike[str], given: Mapping[str, Tensor] | None = None) -> None:
-    """Write `hf_steer/steer_model.safetensors`, whole or not at all; nothing when the steering has no weights.
+def gather_weights(steering: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The same, whole and on the CPU.
 
     Args:
         steering: of the patched model.
-        directory: where to.
-        given: the root model's weights, gathered. Without them sharded weights are gathered here, which takes every process;
-            the first one writes.
+        given: the root model's weights, gathered. Without them sharded weights are gathered here, which takes every process.
     """
-    names = _root_names(steering)
-    weights = {name: _whole(name, value if given is None else given[names[name]]) for name, value in own_weights(steering).items()}
-    if weights and _is_first():
-        _write(Path(directory) / WEIGHTS_NAME, weights)
+    names = root_names(steering)
+    return {name: _whole(name, value if given is None else given[names[name]]) for name, value in own_weights(steering).items()}
 
 
-def write_checkpoint(steering: Any, directory: str | os.PathLike[str], given: Mapping[str, Tensor] | None) -> None:
-    """Write the same weights under the names that they have in the root model, where Trainer looks for them.
+def gather_checkpoint(steering: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """All that is trained, under the names that it has in the root model, where Trainer looks for them when it resumes.
 
     Args:
         steering: of the patched model.
-        directory: Trainer's `checkpoint-<step>`.
         given: the root model's weights, gathered; None to take them from the model.
     """
-    names = _root_names(steering)
-    weights = {
-        names[name]: _whole(name, value if given is None else given[names[name]]) for name, value in own_weights(steering).items()
+    names = root_names(steering)
+    own = {names[name]: value for name, value in gather_weights(steering, given).items()}
+    adapters = adapter_parameters(steering.plan.anatomy.root)
+    rest = {
+        name: parameter
+        for name, parameter in steering.plan.anatomy.root.named_parameters()
+        if name not in own and (parameter.requires_grad or id(parameter) in adapters)
     }
-    if _is_first():
-        _write(Path(directory) / CHECKPOINT_WEIGHTS_NAME, weights)
+    return own | {name: _whole(name, value if given is None else given[name]) for name, value in rest.items()}
 
 
-def _root_names(steering: Any) -> dict[str, str]:
+def root_names(steering: Any) -> dict[str, str]:
     """Name of a weight here -> its name in the root model."""
     names = {name: f"{STEERING}.{name}" for name in steering.state_dict()}
     for prefix, projector in named_projectors(steering.plan):
@@ -79,9 +71,26 @@ def trains_alone(steering: Any) -> bool:
     return bool(trained) and not any(p.requires_grad for p in root.parameters() if id(p) not in trained)
 
 
+def adapter_parameters(root: nn.Module) -> set[int]:
+    """Parameters that PEFT added to the base, where it has."""
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
+    children = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    return {id(parameter) for child in children if isinstance(child, nn.Module) for parameter in child.parameters()}
+
+
+def is_adapted(steering: Any) -> bool:
+    """Whether the root model holds adapters by transformers' own `add_adapter`, so that saving it writes them and no base."""
+    return bool(getattr(steering.plan.anatomy.root, "_hf_peft_config_loaded", False))
+
+
 def is_checkpoint(steering: Any, directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder has Trainer's name for a checkpoint, and all that was trained is the steering's."""
-    return bool(_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(directory)))) and trains_alone(steering)
+    """Whether a folder has Trainer's name for a checkpoint, and the base is where it came from: it is not trained."""
+    named = _CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(directory)))
+    return bool(named) and (is_adapted(steering) or trains_alone(steering))
 
 
 def check_shapes(steering: Any, given: Mapping[str, Tensor], prefix: str) -> None:
@@ -102,17 +111,21 @@ def check_loaded(steering: Any, incompatible: Any) -> None:
         FileError: such a checkpoint that lacks a part of this steering, or holds another. It is no fresh start.
     """
     trained = tuple(f"{name}." for name in (STEERING, *(name for name, _ in named_projectors(steering.plan))))
-    missing = set(incompatible.missing_keys)
-    if not {name for name in steering.plan.anatomy.root.state_dict() if not name.startswith(trained)} <= missing:
+    root, missing = steering.plan.anatomy.root, set(incompatible.missing_keys)
+    adapters = adapter_parameters(root)
+    added = {name for name, parameter in root.named_parameters() if id(parameter) in adapters}
+    if not {name for name in root.state_dict() if not name.startswith(trained)} - added <= missing:
         return
     own = sorted(name for name in missing if name.startswith(trained))
     foreign = [name for name in incompatible.unexpected_keys if name.startswith(f"{STEERING}.")]
+    if added - missing and len(own) == len(own_weights(steering)) and not foreign:
+        return  # adapters and nothing of ours: no checkpoint of a patched model
     if own or foreign:
         raise FileError(
             f"this checkpoint holds another steering: {', '.join(own[:3]) or 'nothing'} missing, "
             f"{', '.join(foreign[:3]) or 'nothing'} unexpected. Patch with the steer_config.json beside the checkpoint."
         )
-    incompatible.missing_keys.clear()
+    incompatible.missing_keys[:] = sorted(added & missing)
 
 
 def named_projectors(plan: Plan) -> list[tuple[str, Any]]:
@@ -121,12 +134,36 @@ def named_projectors(plan: Plan) -> list[tuple[str, Any]]:
     return [(names[id(projector)], projector) for projector in plan.projectors]
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of one file; FileError when it cannot be read."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{os.fspath(path)} cannot be read ({error}); it is truncated or foreign. Save it again.") from error
+def check_fit(needed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str | os.PathLike[str]) -> None:
+    """FileError for names or shapes that do not fit; all of them are named."""
+    faults = [f"{name} is missing" for name in needed if name not in shapes]
+    faults += [f"{name[:80]} is not part of this steering" for name in shapes if name not in needed]
+    faults += [
+        f"{name} has shape {shapes[name]}, needed is {tuple(value.shape)}"
+        for name, value in needed.items()
+        if name in shapes and shapes[name] != tuple(value.shape)
+    ]
+    if faults:
+        raise FileError(
+            f"the steering weights in {os.fspath(source)} do not fit this model and configuration: {_some(faults)}. They were "
+            "saved with another kind or size of aligner, or for another model; load them with the steer_config.json beside them."
+        )
+
+
+def check_values(weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """FileError for weights that no training leaves behind."""
+    faults = [
+        f"{name[:80]} holds {str(value.dtype).removeprefix('torch.')}, needed are real numbers"
+        for name, value in weights.items()
+        if not value.is_floating_point()
+    ]
+    faults += [
+        f"{name[:80]} holds infinity or NaN"
+        for name, value in weights.items()
+        if value.is_floating_point() and not torch.isfinite(value.double() if value.element_size() < 2 else value).all()
+    ]
+    if faults:
+        raise FileError(f"the steering weights in {os.fspath(source)} cannot be used: {_some(faults)}. Save them again.")
 
 
 def load_weights(steering: Any, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
@@ -136,19 +173,7 @@ def load_weights(steering: Any, weights: Mapping[str, Tensor], source: str | os.
         FileError: names or shapes that do not fit; all of them are named, and the model is as it was.
     """
     own = own_weights(steering)
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is not part of this steering" for name in weights if name not in own]
-    faults += [
-        f"{name} has shape {tuple(weights[name].shape)}, needed is {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise FileError(
-            f"the steering weights in {os.fspath(source)} do not fit this model and configuration: {shown}. They were saved with "
-            "another kind or size of aligner, or for another model; load them with the steer_config.json beside them."
-        )
+    check_fit(own, {name: tuple(value.shape) for name, value in weights.items()}, source)
     away = [name for name, value in own.items() if value.is_meta]
     if away:
         raise FileError(
@@ -163,12 +188,6 @@ def load_weights(steering: Any, weights: Mapping[str, Tensor], source: str | os.
                 value.copy_(weights[name])
 
 
-def _write(path: Path, weights: Mapping[str, Tensor]) -> None:
-    # no further metadata: the file's hash would change from run to run
-    content = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
-    write_whole(path, content)
-
-
 def _whole(name: str, value: Tensor) -> Tensor:
     value = value.full_tensor() if isinstance(value, DTensor) else value
     if value.is_meta:
@@ -176,6 +195,11 @@ def _whole(name: str, value: Tensor) -> Tensor:
     return value.detach().cpu()
 
 
-def _is_first() -> bool:
+def _some(faults: list[str]) -> str:
+    return "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0

@@ -5,7 +5,18 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from kit.asking import answer_or_refusal, cache_name, generate, logits, look, plain_generate, plain_logits, prompt, right_or_refused, steered
+from kit.asking import (
+    answer_or_refusal,
+    cache_name,
+    generate,
+    logits,
+    look,
+    plain_generate,
+    plain_logits,
+    prompt,
+    right_or_refused,
+    steered,
+)
 from tiny import make_model
 
 from hf_steer import Saliency, disable_steering

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled graphs cannot read a mapping proxy
     {
         # of a prompt
         "ids": ("input_ids",),

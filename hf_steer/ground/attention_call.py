@@ -125,9 +125,17 @@ def layer_of(module: Any) -> int:
     return module.layer_idx  # type: ignore[no-any-return]
 
 
-@functools.cache
+_DECLARED: dict[Callable[..., Any], tuple[str, ...]] = {}
+
+
 def declared_unknown(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What an attention function declares by name that is not understood here."""
+    """What an attention function declares by name that is not understood here; looked up once."""
+    if function not in _DECLARED:
+        _DECLARED[function] = _look_up_declared(function)
+    return _DECLARED[function]
+
+
+def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
     inner = function.keywords.get("flash", function) if isinstance(function, functools.partial) else function
     declared = list(inspect.signature(inspect.unwrap(inner)).parameters.values())[_TENSORS:]
     named = (own.name for own in declared if own.kind is not inspect.Parameter.VAR_KEYWORD)

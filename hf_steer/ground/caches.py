@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_steer.errors import PatchError
@@ -17,9 +16,9 @@ from hf_steer.errors import PatchError
 Follow = Callable[[Any, Any], Any]
 """From what rides on a cache, and the argument of the method that moved its rows, to what rides on it now."""
 
-ROW_MOVES: Mapping[str, str] = MappingProxyType(
-    {"reorder_cache": "select", "batch_select_indices": "select", "batch_repeat_interleave": "repeat", "reset": "drop"}
-)
+ROW_MOVES: Mapping[str, str] = {
+    "reorder_cache": "select", "batch_select_indices": "select", "batch_repeat_interleave": "repeat", "reset": "drop",
+}  # fmt: skip
 """Method of a cache -> what it does to rows."""
 ROWS_STAY = frozenset(
     {
@@ -54,12 +53,17 @@ def copy_of(cache: Any) -> Any:
     return copy.deepcopy(cache)
 
 
-@functools.cache
+_UNKNOWN: dict[type, tuple[str, ...]] = {}
+
+
 def unknown_moves(kind: type) -> tuple[str, ...]:
     """Public methods of a cache class of which it is not known what they do to rows."""
-    public = (name for name in dir(kind) if not name.startswith("_"))
-    known = ROW_MOVES.keys() | ROWS_STAY
-    return tuple(name for name in public if name not in known and inspect.isfunction(inspect.getattr_static(kind, name)))
+    if kind not in _UNKNOWN:
+        public = (name for name in dir(kind) if not name.startswith("_"))
+        known = ROW_MOVES.keys() | ROWS_STAY
+        functions = (name for name in public if name not in known and inspect.isfunction(inspect.getattr_static(kind, name)))
+        _UNKNOWN[kind] = tuple(functions)
+    return _UNKNOWN[kind]
 
 
 class Watched:
@@ -93,8 +97,8 @@ class Watched:
 
 def watch_rows(cache: Any, told: Callable[[Any, str, Any], None]) -> None:
     """Let a cache tell whenever its rows move, or may have."""
-    own = vars(cache)
-    for name in (*ROW_MOVES, *unknown_moves(type(cache))):
-        there = own.get(name)
-        if not isinstance(there, Watched) or there.cache() is not cache:
+    compiling = torch.compiler.is_compiling()
+    for name in ROW_MOVES if compiling else (*ROW_MOVES, *unknown_moves(type(cache))):
+        there = vars(cache).get(name)
+        if not isinstance(there, Watched) or (not compiling and there.cache() is not cache):
             setattr(cache, name, Watched(cache, name, told))

@@ -21,6 +21,7 @@ from hf_steer.compose.processor import StackingProcessor
 from hf_steer.config import AlignerConfig, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES
+from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.settings import generate_like
 from hf_steer.patching import patch_model
 from hf_steer.patching.context import find_steering
@@ -136,7 +137,7 @@ def _joined(bridge: Bridge, tower: Any, decoder: Any, projector: str, token_id: 
         **{bridge.section: section, bridge.token[0]: token_id, **bridge.settings(tower.config, projector)},
     )  # fmt: skip
     with torch.device("meta"):
-        model: Any = model_class._from_config(config, attn_implementation=decoder.config._attn_implementation)
+        model: Any = model_class._from_config(config, attn_implementation=implementation_of(decoder.config))
     places = {name.rpartition(".")[2]: name for name, _ in reversed(list(model.named_modules())) if name.count(".") < 2}
     weight = next(decoder.parameters())
     own = model.get_submodule(places[bridge.tower])

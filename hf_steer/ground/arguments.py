@@ -104,13 +104,11 @@ class Given:
         scale = self.setting("guidance", model.generation_config)
         return scale is not None and scale != 1
 
-    def setting(self, word: str, default: Any = None) -> Any:
-        """An option of `generate`: as it was given, or as its settings say."""
+    def setting(self, word: str, default: Any) -> Any:
+        """An option of `generate`: as it was given, or as its settings say, or else the model's own settings."""
         given = getattr(self, word)
-        if given is not None:
-            return given
-        settings = self.settings if self.settings is not None else default
-        return next((own for own in (getattr(settings, name, None) for name in ARGUMENTS[word]) if own is not None), None)
+        found = (getattr(settings, name, None) for settings in (self.settings, default) for name in ARGUMENTS[word])
+        return given if given is not None else next((own for own in found if own is not None), None)
 
     @property
     def perceives(self) -> bool:

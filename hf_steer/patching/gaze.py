@@ -17,6 +17,7 @@ from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import skips_layers
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.ground.outputs import caches_in, logits_in, put_record
+from hf_steer.ground.pictures import window_of
 from hf_steer.patching.context import (
     STEERING,
     collect_records,
@@ -54,7 +55,7 @@ class Gaze(nn.Module):
         self.eyes_function = "" if anatomy.tower is None else registered_name(str(tower), "eyes", anatomy.tower.config.model_type)
         self.sites = {site.index: site.module for site in anatomy.layers if site.index in plan.strengths}
         self.places = tuple(
-            place_of(anatomy.root, site, self.function)
+            place_of(anatomy.root, site)
             for site in anatomy.layers
             if site.index in plan.strengths or site.index in plan.readers
         )
@@ -86,7 +87,7 @@ class Gaze(nn.Module):
         """All that the gaze changes, in the order of change."""
         anatomy = self.plan.anatomy
         for place in self.places:
-            yield SetAttentionFunction(place.site.module, place.function, sees=self.plan.sees)
+            yield SetAttentionFunction(place.site.module, self.function, sees=self.plan.sees)
         for site in self.plan.eyes:
             yield SetAttentionFunction(site.module, self.eyes_function)
         if self.plan.eyes:
@@ -133,7 +134,7 @@ class Gaze(nn.Module):
         if recorder is None or output is None:  # not wanted, or interrupted
             return
         if anatomy.arrangement is None:
-            window = (module.window_size, module.patch_size) if anatomy.windowed else None
+            window = window_of(module) if anatomy.windowed else None
             record = recorder.tokens(read_call(module, args, kwargs).grids, merge_size=anatomy.merge_size, window=window)
         else:
             record = recorder.pictures()

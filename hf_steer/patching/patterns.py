@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import ConfigError
 from hf_steer.gating import Patterns
+from hf_steer.ground.arguments import Given
 
 
 def read_patterns(attention: AttentionConfig, model: Any, tokenizer: Any) -> Patterns:
@@ -52,7 +53,7 @@ def _spellings(phrase: str) -> tuple[str, ...]:
 def _sequences(tokenizer: Any, name: str, text: str, spellings: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     found: dict[tuple[int, ...], None] = {}
     for spelling in spellings:
-        ids = tuple(tokenizer(spelling, add_special_tokens=False)["input_ids"])
+        ids = tuple(Given(tokenizer(spelling, add_special_tokens=False)).ids)
         if not ids or tokenizer.decode(ids).strip().casefold() != spelling.strip().casefold():
             raise ConfigError(
                 f"attention.{name}: the tokenizer cannot write {text!r} (it reads back as {tokenizer.decode(ids)!r}); it would "

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_steer.errors import PatchError
-from hf_steer.ground.implementations import SWITCH, implementation_of
+from hf_steer.ground.implementations import SWITCH, implementation_of, is_ours
 from hf_steer.values import Plan, Site
 
 AGAIN = "Take the steering back first, change the model, and patch it again: hf_steer.unpatch_model(model), then patch_model."
@@ -25,19 +25,17 @@ class Place:
         site: the module.
         parent: what holds it.
         child: under which name.
-        function: the attention function that its config names.
     """
 
     site: Site
     parent: nn.Module
     child: str
-    function: str
 
 
-def place_of(root: nn.Module, site: Site, function: str) -> Place:
+def place_of(root: nn.Module, site: Site) -> Place:
     """The place of a module in the model."""
     parent, _, child = site.name.rpartition(".")
-    return Place(site, root.get_submodule(parent), child, function)
+    return Place(site, root.get_submodule(parent), child)
 
 
 def refuse_replaced(places: Iterable[Place]) -> None:
@@ -47,7 +45,7 @@ def refuse_replaced(places: Iterable[Place]) -> None:
         if now is not None and now is not place.site.module:
             kind = type(now).__name__
             raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
-        if implementation_of(place.site.module.config) != place.function:  # type: ignore[arg-type]
+        if not is_ours(implementation_of(place.site.module.config)):  # type: ignore[arg-type]
             raise PatchError(
                 f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
                 f"{implementation_of(place.site.module.config)!r} and no longer hf_steer's function. {AGAIN}"

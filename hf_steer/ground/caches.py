@@ -42,10 +42,13 @@ def keys_seen(cache: Any, queries: int, layer: int) -> tuple[int, int]:
     return (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)  # type: ignore[no-any-return]
 
 
-def batch_of(cache: Any) -> int | None:
-    """Rows of a cache; None where it does not tell, or holds nothing yet."""
-    rows = getattr(cache, "batch_size", None)
-    return rows if isinstance(rows, int) and rows > 0 else None
+def whole_keys(cache: Any) -> Tensor | None:
+    """Keys `(rows, heads, keys, head_dim)` of the first layer that keeps all of them; None where no layer shows them."""
+    for layer in getattr(cache, "layers", None) or ():
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.ndim == 4 and not getattr(layer, "is_sliding", False):
+            return keys
+    return None
 
 
 def copy_of(cache: Any) -> Any:

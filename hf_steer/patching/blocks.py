@@ -2,13 +2,16 @@
 
 Each block ends what it began and nothing else, in whatever order, thread or context blocks are closed: closing marks the block
 itself, so a context that still lists it passes over it. A context variable's own token could be taken back in its context alone.
+A block that a generator enters holds while that generator's code runs, in whatever thread it is pulled, and never in its caller.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
+import threading
 import weakref
 from contextvars import ContextVar
 from types import FrameType
@@ -18,13 +21,11 @@ import torch
 
 _OWN = (contextlib.__file__, __file__)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_NUMBERS = itertools.count()
 
 
 class Block(contextlib.ContextDecorator):
     """A context manager, or decorator, in which `value` holds, in this thread or task, for the calls of one patched model.
-
-    Inside a generator it holds while the generator's own code runs: whoever iterates over it is not steered by it. A generator
-    that `contextlib.contextmanager` runs is a block of its caller.
 
     Args:
         steering: of the model.
@@ -34,53 +35,67 @@ class Block(contextlib.ContextDecorator):
 
     def __init__(self, steering: object, kind: str, value: Any) -> None:
         self.steering, self.kind, self.value = steering, kind, value
-        self.open = False
-        self.frame: FrameType | None = None
+        self.open, self.number, self.thread = False, -1, 0
+        self.frame: FrameType | None = None  # of the generator that entered it
 
     def _recreate_cm(self) -> Block:
         """As a decorator: each call of the function is a block of its own."""
         return Block(self.steering, self.kind, self.value)
 
     def __enter__(self) -> Any:
-        self.open, self.frame = True, _generator_that_asks()
-        _STACK.set((*_STACK.get(), self))
-        _OPEN.add(self)
+        self.open, self.number, self.thread = True, next(_NUMBERS), threading.get_ident()
+        self.frame = _generator_that_asks()
+        if self.frame is None:
+            _STACK.set((*_STACK.get(), self))
+        _OPEN[self.number] = weakref.ref(self)
         return self.value
 
     def __exit__(self, *_: object) -> None:
-        self.open, self.frame = False, None  # and nothing of the caller's is kept alive
-        _OPEN.discard(self)
+        self.open, self.frame = False, None
+        _OPEN.pop(self.number, None)
         _STACK.set(tuple(block for block in _STACK.get() if block.open))
-
-    def holds(self) -> bool:
-        """Whether the code that runs now is inside it."""
-        return self.open and (self.frame is None or torch.compiler.is_compiling() or _is_running(self.frame))
 
 
 _STACK: ContextVar[tuple[Block, ...]] = ContextVar("hf_steer_blocks", default=())
-_OPEN: weakref.WeakSet[Block] = weakref.WeakSet()
+_OPEN: dict[int, weakref.ref[Block]] = {}
+"""All open blocks of this process, in the order in which they were entered."""
 
 
 def held(steering: object, kind: str) -> Any | None:
     """The value of the innermost block of a kind that this code is in; None outside of all."""
-    for block in reversed(_STACK.get()):
-        if block.steering is steering and block.kind == kind and block.holds():
+    for block in reversed(_around()):
+        if block.steering is steering and block.kind == kind and block.open:
             return block.value
     return None
 
 
 def held_elsewhere(steering: object, kind: str) -> bool:
-    """Whether code that is not on this thread's way is inside such a block now."""
-    return any(block.steering is steering and block.kind == kind and block.open for block in tuple(_OPEN))
+    """Whether another thread is inside such a block now."""
+    own = threading.get_ident()
+    return any(block.steering is steering and block.kind == kind and block.thread != own for block in _all_open())
 
 
 def steerings_with(*kinds: str) -> list[Any]:
     """The steerings of which this code is in a block of one of these kinds."""
-    return [block.steering for block in _STACK.get() if block.kind in kinds and block.holds()]
+    return [block.steering for block in _around() if block.kind in kinds and block.open]
+
+
+def _around() -> tuple[Block, ...]:
+    """The blocks that the code that runs now is in, the outermost first."""
+    stack = _STACK.get()
+    if torch.compiler.is_compiling() or len(_OPEN) <= len(stack):
+        return stack
+    generators = [block for block in _all_open() if block.frame is not None and _is_running(block.frame)]
+    return tuple(sorted((*stack, *generators), key=lambda block: block.number)) if generators else stack
+
+
+def _all_open() -> list[Block]:
+    found = (reference() for reference in list(_OPEN.values()))
+    return [block for block in found if block is not None and block.open]
 
 
 def _generator_that_asks() -> FrameType | None:
-    """The generator whose code enters a block; None where it is no generator's."""
+    """The generator whose code enters a block; None where it is no generator's. One that `contextlib` runs is its caller's."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if _is_ours(frame):

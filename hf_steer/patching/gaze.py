@@ -32,10 +32,10 @@ from hf_steer.patching.ledger import begin_pass, check_receipt, refuse_stray
 from hf_steer.patching.pacing import PassFacts, gates_after, pace
 from hf_steer.patching.reading import tell_reader
 from hf_steer.patching.runtime import Ride, make_biases, resolve_state
-from hf_steer.patching.state import read_state, write_state
+from hf_steer.patching.state import write_state
 from hf_steer.patching.strength import strengths_for
 from hf_steer.patching.trace import mean_strength, trace_of
-from hf_steer.patching.unchanged import place_of, refuse_other_implementation, refuse_replaced
+from hf_steer.patching.unchanged import place_of, refuse_other_implementation
 from hf_steer.saliency import EyeRecorder, Saliency, record_with
 from hf_steer.values import Plan
 
@@ -199,9 +199,9 @@ class Gaze(nn.Module):
             return
         skips = module.training and skips_layers(module)
         check_receipt(ride, module, self.plan.anatomy.root, self.places, skips=skips)
-        for cache in caches_in(output):
-            if read_state(cache) is not ride.state:
-                write_state(cache, ride.state)
+        for cache in {id(cache): cache for cache in (read_call(module, args, kwargs).cache, *caches_in(output))}.values():
+            if cache is not None:
+                ride.state = write_state(cache, ride.state)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Root and base model: the decoder must have got what was begun here."""
@@ -240,8 +240,3 @@ class Gaze(nn.Module):
         """Start a ride for one forward pass, or none where nothing is to be steered; `last`: no other hook will ask."""
         refuse_other_implementation(self.plan, self.implementations)
         return begin_pass(self.steering, given, said, last=last)
-
-    def refuse_changes(self) -> None:
-        """PatchError where steered modules, or their configs, are others than at patching."""
-        if not torch.compiler.is_compiling():
-            refuse_replaced(self.places)

@@ -20,7 +20,7 @@ from hf_steer.patching.blocks import held_elsewhere, steerings_with
 from hf_steer.patching.context import OFF, SAID, GenerateScope, scope_for, statement_for
 from hf_steer.patching.runtime import Ride, begins_prompt, read_prompt
 from hf_steer.patching.state import read_state
-from hf_steer.patching.unchanged import Place, still_there
+from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
 from hf_steer.saliency import Saliency
 from hf_steer.values import Plan
 
@@ -48,18 +48,19 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     if not enabled:
         _note_unsteered(scope, last)
         return None
-    steering.gaze.refuse_changes()
     state = read_state(given.cache)
     ride = Ride(backend=plan.config.attention.backend, state=state, statement=said, tokens=given.ids)
     if not torch.compiler.is_compiling():
         ride.sites = steering.gaze.sites
     if scope is not None and said is None and (scope.prompt is None or block is scope.block):
         ride.statement = scope.statement
+        refuse_changes(steering, ride)
         return _begin_in_generate(ride, scope, given, last=last)
     if said is None:
         ride.statement = block
         if block is None:
             warn_of_others(steering)
+    refuse_changes(steering, ride)
     past = past_of(given.cache)
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
@@ -69,6 +70,13 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     if ride.prompt is not None and state is None and int(past):
         refuse_unseen(plan, ride.statement, int(past))
     return ride if ride.prompt is not None else None
+
+
+def refuse_changes(steering: Any, ride: Ride) -> None:
+    """PatchError where this pass is to be steered, and steered modules, or their configs, are others than at patching."""
+    asked = ride.statement is not None or steering.plan.sees or (ride.state is not None and ride.state.speaks)
+    if asked and not torch.compiler.is_compiling():
+        refuse_replaced(steering.gaze.places)
 
 
 def _note_unsteered(scope: GenerateScope | None, last: bool) -> None:
@@ -173,8 +181,8 @@ def warn_of_others(steering: Any) -> None:
         return
     steering.warned = True
     warnings.warn(
-        "this call of a patched model says nothing about where to look, while a use_saliency block is open in another thread, task "
-        "or suspended generator: a block holds where it was entered alone. To say it for one call wherever it runs, give it to "
+        "this call of a patched model says nothing about where to look, while a use_saliency block is open in another thread: "
+        "a block holds where it was entered alone. To say it for one call wherever it runs, give it to "
         "the call: model.generate(..., saliency=...) or model(..., saliency=...). If this call is meant to be unsteered, run it "
         "inside disable_steering(model).",
         stacklevel=2,

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, watch_rows
+from hf_steer.ground.caches import ROW_MOVES, past_of, watch_rows, whole_keys
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
-_ATTRIBUTE = "hf_steer_state"
+_ATTRIBUTE, _SEEN = "hf_steer_state", "hf_steer_keys"
+"""What a cache carries: its state, and which tensor of keys that was written for."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class CacheState:
         speaks: whether any key has a score; known at prefill, so that a decode step need not ask the device.
         tensors: strengths that were used with these scores, and their mass shifts, so that a decode step makes none.
         gates: what the gates remember of these rows; None where nobody asked.
-        lost: a method of the cache that may have moved its rows in a way that is not known.
+        marks: `(rows, head_dim)` of the prompt's keys, by which a row is known again; None where there are none.
+        doubt: a method of the cache that may have moved its rows in a way that is not known.
     """
 
     scores: TokenScores
@@ -65,7 +67,8 @@ class CacheState:
     speaks: bool
     tensors: dict[tuple[tuple[float, ...], bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     gates: Gates | None = None
-    lost: str | None = None
+    marks: Tensor | None = None
+    doubt: str | None = None
 
     @property
     def rows(self) -> int:
@@ -109,7 +112,8 @@ class CacheState:
             key: (strength, None if shift is None else shift[rows]) for key, (strength, shift) in self.tensors.items()
         }
         gates = None if self.gates is None else self.gates.select(rows)
-        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates)
+        marks = None if self.marks is None else self.marks[rows.to(self.marks.device)]
+        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt)
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
@@ -140,25 +144,51 @@ def read_state(cache: Any) -> CacheState | None:
     """The state that rides on a cache, if one does.
 
     Raises:
-        SaliencyError: a method of which hf_steer does not know what it does to rows was called since.
+        SaliencyError: the cache's rows were moved in a way that hf_steer did not see.
     """
     state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
-    if state is None:
-        return None
-    if state.lost is not None:
-        raise SaliencyError(
-            f"{type(cache).__name__}.{state.lost}() was called on a cache that carries saliency, and whether it moved rows is not "
-            "known to hf_steer, so whose saliency is whose isn't either. Start from a fresh cache, use reorder_cache, "
-            "batch_select_indices or batch_repeat_interleave, or run inside disable_steering(model)."
-        )
+    if state is None or torch.compiler.is_compiling():
+        return state
+    keys = whole_keys(cache)
+    if state.speaks and (state.doubt is not None or getattr(cache, _SEEN, None) != id(keys)):
+        state = _known_again(cache, keys, state)
     watch_rows(cache, follow_rows)
     return state
 
 
-def write_state(cache: Any, state: CacheState) -> None:
-    """Put a state on a cache, which takes its rows along from now on whenever its own rows move."""
+def write_state(cache: Any, state: CacheState) -> CacheState:
+    """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
+    if not torch.compiler.is_compiling():
+        keys = whole_keys(cache)
+        if state.marks is None and state.speaks and keys is not None and int(past_of(cache)) >= state.length:
+            state = dataclasses.replace(state, marks=_marks(keys, state.length))
+        setattr(cache, _SEEN, id(keys))
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)
+    return state
+
+
+def _marks(keys: Tensor | None, length: int) -> Tensor | None:
+    """What rows are known by; without asking the device for anything."""
+    return None if keys is None or keys.shape[2] < length else keys[:, 0, :length].detach().float().mean(1)
+
+
+def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheState:
+    """The state, where the rows are still those that it speaks of."""
+    marks = None if state.marks is None else _marks(keys, state.length)
+    same = marks is not None and marks.shape == state.marks.shape and torch.equal(marks, state.marks)  # type: ignore[union-attr]
+    if not same and (marks is not None or state.doubt is not None):
+        how = "its keys were exchanged" if state.doubt is None else f"{type(cache).__name__}.{state.doubt}() was called"
+        raise SaliencyError(
+            f"the rows of a cache that carries saliency are not where they were ({how}), in a way that hf_steer does not know, so "
+            "whose saliency is whose isn't known either. Start from a fresh cache, move rows by reorder_cache, "
+            "batch_select_indices or batch_repeat_interleave, copy caches with copy.deepcopy, or run inside "
+            "disable_steering(model)."
+        )
+    state = dataclasses.replace(state, doubt=None)
+    setattr(cache, _ATTRIBUTE, state)
+    setattr(cache, _SEEN, id(keys))
+    return state
 
 
 def follow_rows(cache: Any, method: str, argument: Any) -> None:
@@ -175,8 +205,9 @@ def follow_rows(cache: Any, method: str, argument: Any) -> None:
     elif move == "drop":  # the keys are gone, and their saliency with them
         moved = None
     else:
-        moved = dataclasses.replace(state, lost=method) if state.speaks else state
+        moved = dataclasses.replace(state, doubt=method)
     setattr(cache, _ATTRIBUTE, moved)
+    setattr(cache, _SEEN, id(whole_keys(cache)))
 
 
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_steer.config import TRAINABLE, SteerConfig
+from hf_steer.patching.blocks import held
 from hf_steer.patching.context import find_steering, statement_for
+from hf_steer.patching.strength import STRENGTH
 from hf_steer.values import Plan
 
 
@@ -38,12 +40,13 @@ class SteerStatus:
 
     def __str__(self) -> str:
         if not self.patched:
-            return "not patched: the model runs as it was loaded"
+            return "not patched: the model runs as it was loaded; see hf_steer.patch_model"
         heads = {layer: own for layer, own in (self.heads or {}).items() if own}
         number = sum(map(len, heads.values()))
         parts = []
         if number:
-            looks = {"user": "where the caller says", None: "nowhere by itself"}.get(self.saliency, f"where {self.saliency} points")
+            told: dict[str | None, str] = {"user": "where the user says", None: "only where they are told"}
+            looks = told.get(self.saliency, f"where {self.saliency} points")
             layers = ", ".join(map(str, heads))
             parts.append(f"{number} heads (layer{'s' * (len(heads) > 1)} {layers}) look {looks}")
         if self.aligners:
@@ -88,8 +91,11 @@ def _why_not(steering: Any, enabled: bool, said: bool) -> str | None:
         return "its configuration has neither attention nor aligners"
     if not plan.strengths:
         return "all strengths are 0"
+    in_force = held(steering, STRENGTH)
+    if in_force is not None and not any(any(values) for values in in_force.values()):
+        return "use_strength sets all strengths to 0 here"
     if attention.strength == TRAINABLE and not any(bool(own.any()) for own in steering.learned.parameters()):
         return "its strengths are trainable and still 0"
     if not said and not plan.sees:
-        return "nothing says where to look: source=None, and no use_saliency block is open here (or give saliency= to the call)"
+        return "nothing says where to look: it has no source, and no use_saliency block is open here; or give the call saliency="
     return None

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -94,9 +95,11 @@ def refuse_running(root: nn.Module, act: str) -> None:
         root: of the model.
         act: what is refused, such as `"patch"`.
     """
-    own, parts = threading.get_ident(), set(root.modules())
-    for thread, top in sys._current_frames().items():
-        frame = None if thread == own else top
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident())  # which would hold itself, and with it the model, until the collector comes
+    parts = set(root.modules()) if frames else set()
+    for top in frames.values():
+        frame: FrameType | None = top
         while frame is not None:
             if frame.f_code.co_name in ("generate", "_call_impl") and _self_of(frame) in parts:
                 raise PatchError(

@@ -73,6 +73,21 @@ class Steering(nn.Module):
         if self.plan.aligners:
             yield from self.aligners.edits()
         yield from self._gaze_edits()
+        for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
+            yield AddHook(module, "before", self.before_any)
+
+    def before_any(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Root and base model, before everything else: what no part of the steering could carry."""
+        if getattr(module, "_is_replica", False) and statement_for(self)[0]:
+            raise PatchError(
+                "this is a replica that nn.DataParallel made of a patched model, and hooks of the original cannot steer it. Use "
+                "one process per GPU: torchrun with DistributedDataParallel (accelerate and Trainer do that); or one visible GPU; "
+                "or run inside disable_steering(model)."
+            )
+        if self.plan.strengths:
+            return None
+        _, kwargs = take_statement(self, kwargs)  # with strengths of 0 it changes nothing
+        return args, kwargs
 
     def _gaze_edits(self) -> Iterator[Edit]:
         """Those that steer attention."""

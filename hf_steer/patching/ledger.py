@@ -30,6 +30,12 @@ UNSEEN = (
 )
 
 
+VIRTUAL = (
+    "(PEFT's prompt or prefix tuning adds them), so scores would land on other tokens than they were given for. Run it inside "
+    "disable_steering(model), or use an adapter without virtual tokens, such as LoRA."
+)
+
+
 def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool) -> Ride | None:
     """Start a ride for one forward pass, or none where nothing is to be steered.
 
@@ -55,7 +61,7 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     if scope is not None and said is None and (scope.prompt is None or block is scope.block):
         ride.statement = scope.statement
         refuse_changes(steering, ride)
-        return _begin_in_generate(ride, scope, given, last=last)
+        return _begin_in_generate(ride, scope, given, sees=plan.sees, last=last)
     if said is None:
         ride.statement = block
         if block is None:
@@ -66,6 +72,12 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
         past = int(past)
     if _continues(ride, given, past):
         return ride
+    tokens = None if ride.statement is None else ride.statement.tokens
+    if given.ids is None and tokens is not None and given.count_tokens() > tokens.shape[1] and not int(past):
+        raise SaliencyError(
+            f"the saliency speaks of {tokens.shape[1]} tokens, and {given.count_tokens()} embeddings came: virtual tokens may have "
+            f"come before the prompt {VIRTUAL}"
+        )
     ride.prompt = read_prompt(given, plan, ride.statement, past=int(past), whole=False)
     if ride.prompt is not None and state is None and int(past):
         refuse_unseen(plan, ride.statement, int(past))
@@ -85,7 +97,7 @@ def _note_unsteered(scope: GenerateScope | None, last: bool) -> None:
         scope.unsteered += 1
 
 
-def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: bool) -> Ride | None:
+def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: bool, last: bool) -> Ride | None:
     """The first pass gets the prompt, and so does every other on a fresh cache; later ones go on with what their cache carries."""
     prompt, cache = scope.prompt, given.cache
     if prompt is None:
@@ -93,7 +105,7 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: 
     ride.prompt_end = prompt.first_position + prompt.shape[1]
     compiling = torch.compiler.is_compiling()
     if not scope.started:
-        if not compiling:
+        if not compiling and (scope.statement is not None or sees):
             _refuse_virtual(given, scope)
         scope.started = True
         ride.prompt, ride.records = prompt, scope.records
@@ -148,11 +160,7 @@ def _refuse_virtual(given: Given, scope: GenerateScope) -> None:
     if more == 0 and tokens is not None and tokens.ndim == 3 and prompt.ids is not None and given.ids is None:
         more = tokens.shape[1] - (prompt.first_position + prompt.shape[1] - past)
     if more > 0:
-        raise SaliencyError(
-            f"{more} virtual tokens came before the prompt that generate was called with (PEFT's prompt or prefix tuning adds "
-            "them), so scores would land on other tokens than they were given for. Run it inside disable_steering(model), or "
-            "use an adapter without virtual tokens, such as LoRA."
-        )
+        raise SaliencyError(f"{more} virtual tokens came before the prompt that generate was called with {VIRTUAL}")
 
 
 def refuse_unseen(plan: Plan, statement: Saliency | None, past: int, ids: Tensor | None = None) -> None:

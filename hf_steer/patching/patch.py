@@ -45,6 +45,7 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
         ConfigError: the configuration does not fit this model, or freezing would leave nothing to train. In every case the
             model is as it was.
     """
+    _refuse_nested(model)
     plan = make_plan(model, config, tokenizer)
     trains = plan.trains
     if freeze_base and not trains:
@@ -67,7 +68,7 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
             "or hf_steer.get_steer_status(model) to see it."
         )
-    _refuse_nested(plan)
+    _refuse_shared(plan)
     refuse_running(plan.anatomy.root, "patch")
     survey(plan)
     steering = Steering(plan)
@@ -98,27 +99,31 @@ def unpatch_model(model: Model) -> Model:
     return model
 
 
-def _refuse_nested(plan: Plan) -> None:
+def _refuse_nested(model: Any) -> None:
     """PatchError for a model inside a patched one, or around one: both would steer the same layers."""
-    root = plan.anatomy.root
-    inner = find_steering(root)
+    if not isinstance(model, nn.Module) or STEERING in model._modules:
+        return
+    name, inner, outer = type(model).__name__, find_steering(model), owner_of(model)
     if inner is not None:
-        name = type(inner.plan.anatomy.root).__name__
+        held = type(inner.plan.anatomy.root).__name__
         raise PatchError(
-            f"this {type(root).__name__} holds a {name} that is patched already. Unpatch that first, or patch only one of the two: "
-            "hf_steer.unpatch_model(inner)."
+            f"this {name} holds a {held} that is patched already. Patch only one of the two, or take its steering back first: "
+            "hf_steer.unpatch_model(inner_model)."
         )
+    if outer is not None:
+        raise PatchError(
+            f"this {name} is a part of a {outer} that is patched already; its layers are steered from there. Patch the whole "
+            "model, or take its steering back first: hf_steer.unpatch_model(whole_model)."
+        )
+
+
+def _refuse_shared(plan: Plan) -> None:
+    """PatchError for layers that another patched model holds, too."""
     shared = [site.name for site in plan.anatomy.layers if is_ours(implementation_of(site.module.config))]  # type: ignore[arg-type]
     if shared:
         raise PatchError(
-            f"{shared[0]} is steered already, by another patched model that shares it. Unpatch that one first: its layers can "
-            "follow one configuration only."
-        )
-    outer = owner_of(root)
-    if outer is not None:
-        raise PatchError(
-            f"this {type(root).__name__} is a part of a {outer} that is patched already; its layers are steered from there. Patch "
-            "and unpatch the whole model."
+            f"{shared[0]} is steered already, by another patched model that shares it, and layers can follow one configuration "
+            "only. Take that one's steering back first: hf_steer.unpatch_model(other_model)."
         )
 
 

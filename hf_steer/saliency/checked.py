@@ -97,8 +97,8 @@ def picture_size(image_size: Any) -> tuple[float, float]:
 
 def finite(name: str, values: Any) -> Tensor:
     """The values as float32; SaliencyError for NaN or infinity."""
-    tensor = torch.as_tensor(values.detach() if isinstance(values, Tensor) else np.asarray(values))
-    tensor = tensor.to(torch.float32)
+    given = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    tensor = given.to(torch.float32, copy=True)  # a statement does not change with the caller's buffer
     if not torch.isfinite(tensor).all():
         raise SaliencyError(f"{name} must be finite; {int((~torch.isfinite(tensor)).sum())} values are NaN or infinite.")
     return tensor
@@ -110,10 +110,17 @@ def _picture(name: str, values: Tensor) -> Picture:
     return Picture(values)
 
 
+def _numbers(values: Any) -> Any:
+    """Tensors of any dtype and device, alone or in sequences, as numbers."""
+    if isinstance(values, Tensor):
+        return values.tolist()
+    return [_numbers(own) for own in values] if isinstance(values, (list, tuple)) else values
+
+
 def _several(values: Any, length: int, noun: str, form: str) -> Sequence[Sequence[float]]:
     """One or several tuples of finite numbers."""
     try:
-        table = torch.as_tensor(np.atleast_2d(np.asarray(values, dtype=np.float64)))
+        table = torch.as_tensor(np.atleast_2d(np.array(_numbers(values), dtype=np.float64)))
         table = table.view(len(table), length)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SaliencyError(f"a {noun} is {form}; got {values!r}.") from error

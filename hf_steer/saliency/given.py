@@ -231,6 +231,7 @@ class Saliency:
         return self._combined(other, "least")
 
     def __mul__(self, other: Saliency | float) -> Saliency:
+        other = other.item() if isinstance(other, Tensor) and not other.ndim else other
         if not isinstance(other, Real) or isinstance(other, bool):
             return self._combined(other, "product")
         weight = float(other)

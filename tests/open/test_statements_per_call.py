@@ -108,7 +108,7 @@ def test_nothing_is_left_over_for_the_next_call(asked):
 def test_nothing_is_left_over_after_a_call_that_failed(asked, call):
     model, inputs, said = asked
     plain = plain_logits(model, inputs)
-    with pytest.raises(SaliencyError, match="tokens"):
+    with pytest.raises(SaliencyError, match="token saliency has shape"):
         call(model, inputs, saliency=Saliency.from_tokens(torch.randn(1, 4)))
 
     def stop(module, args, kwargs):

@@ -114,9 +114,9 @@ class AttentionCall:
         return self.inner(self.module, query, key, value, mask, **{**self.options, **changed})  # type: ignore[no-any-return]
 
 
-def options_of(*, scale: float | None = None, causal: bool | None = None) -> dict[str, Any]:
+def options_of(*, scale: float | None = None, causal: bool | None = None, added: Tensor | None = None) -> dict[str, Any]:
     """Options of an attention function by their names."""
-    named = {"scaling": scale, "is_causal": causal}
+    named = {"scaling": scale, "is_causal": causal, "position_bias": added}
     return {name: value for name, value in named.items() if value is not None}
 
 

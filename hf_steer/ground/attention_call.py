@@ -145,7 +145,7 @@ def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
 def segments_of(options: Mapping[str, Any], tokens: int) -> list[int]:
     """Lengths of the pictures of a tower's call that come in one row, as flash gets them; one row alone otherwise."""
     starts = options.get("cu_seq_lens_q")
-    return [tokens] if starts is None else starts.diff().tolist()  # type: ignore[no-any-return]
+    return [tokens] if starts is None else starts.diff().tolist()
 
 
 def flex_attention(call: AttentionCall, mask: Any, added: Any) -> Tensor:

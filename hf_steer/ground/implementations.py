@@ -25,7 +25,7 @@ SWITCH = "model.set_attn_implementation"
 
 def implementation_of(config: Any) -> str:
     """The attention implementation that a (sub-)model, or one steered module, runs."""
-    return config._attn_implementation or "eager"  # type: ignore[no-any-return]
+    return config._attn_implementation or "eager"
 
 
 def use_implementation(model: Any, name: str) -> None:

@@ -44,15 +44,19 @@ def edited_attention(
     """
     call = AttentionCall(module, edited_attention, EDITED, query, key, value, mask, None, options)
     groups = query.shape[1] // key.shape[1]
-    wide_key, wide_value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
-    logits = torch.matmul(query, wide_key.transpose(2, 3)) * call.scale
+    logits = torch.matmul(query, _repeated(key, groups).transpose(2, 3)) * call.scale
     if mask is not None:
         logits = logits + mask
     if edited_bias is not None:
         logits = logits + edited_bias
     weights = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=call.dropped, training=module.training)
-    return torch.matmul(weights, wide_value).transpose(1, 2).contiguous(), weights
+    return torch.matmul(weights, _repeated(value, groups)).transpose(1, 2).contiguous(), weights
+
+
+def _repeated(tensor: Tensor, groups: int) -> Tensor:
+    """Keys or values for every query head; not a copy where each has its own."""
+    return tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def register_edited() -> None:

@@ -43,7 +43,7 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
-def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int, ...]:
+def check_indices(name: str, values: Any, *, signed: bool = False, bits: int = 32) -> tuple[int, ...]:
     if isinstance(values, Sized) and not isinstance(values, str) and len(values) > MOST_INDICES:
         raise ConfigError(f"{name} names {len(values):,}; a model has at most {MOST_INDICES:,}.")
     try:
@@ -52,8 +52,8 @@ def check_indices(name: str, values: Any, *, signed: bool = False) -> tuple[int,
         raise ConfigError(f"{name} must be a sequence of integers; got {shown(values)}.") from error
     if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
         raise ConfigError(f"{name} must be a non-empty sequence of integers; got {shown(values)}.")
-    if max(map(abs, indices)) > 2**31:
-        raise ConfigError(f"{name} must be integers of 32 bits; got {shown(values)}.")
+    if max(map(abs, indices)) >= 2**bits:
+        raise ConfigError(f"{name} must be integers of {bits} bits; got {shown(values)}.")
     if not signed and min(indices) < 0:
         raise ConfigError(f"{name} must not be negative; got {shown(values)}.")
     if len(set(indices)) != len(indices):

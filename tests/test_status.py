@@ -16,7 +16,8 @@ from hf_steer import Saliency, disable_steering, get_steer_status, patch_model, 
 
 def test_the_status_names_heads_source_and_switch():
     model = make_model("qwen2_vl")
-    assert get_steer_status(model) == hf_steer.SteerStatus(patched=False)
+    before = get_steer_status(model)
+    assert before == hf_steer.SteerStatus(patched=False, why="the model is not patched; see hf_steer.patch_model")
     patch_model(model, steer("qwen2_vl", heads={1: (0, 3), -1: "all"}, strength={1: {0: 2.0, 3: 0.0}, -1: 1.0}))
     status = get_steer_status(model)
     assert (status.patched, status.enabled, status.family, status.saliency) == (True, True, "qwen2_vl", "vision_attention")

@@ -207,9 +207,7 @@ def _check(
         check_number("strength", strength)
         if abs(strength) > limits.max:
             raise ConfigError(f"strength must be a finite number in float32, at most {limits.max:.1e} in size; got {strength!r}.")
-    seeds = check_indices("seeds", seeds)
-    if max(seeds) >= 2**64:
-        raise ConfigError(f"seeds must be below 2**64, torch's limit; got {max(seeds)}.")
+    seeds = check_indices("seeds", seeds, bits=64)
     check_count("heads", heads)
     check_count("tokens", tokens)
     if tokens < 2:

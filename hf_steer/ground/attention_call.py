@@ -114,9 +114,9 @@ class AttentionCall:
         return self.inner(self.module, query, key, value, mask, **{**self.options, **changed})  # type: ignore[no-any-return]
 
 
-def options_of(*, scale: float | None = None, causal: bool | None = None) -> dict[str, Any]:
+def options_of(*, scale: float | None = None, causal: bool | None = None, added: Tensor | None = None) -> dict[str, Any]:
     """Options of an attention function by their names."""
-    named = {"scaling": scale, "is_causal": causal}
+    named = {"scaling": scale, "is_causal": causal, "position_bias": added}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -145,7 +145,7 @@ def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
 def segments_of(options: Mapping[str, Any], tokens: int) -> list[int]:
     """Lengths of the pictures of a tower's call that come in one row, as flash gets them; one row alone otherwise."""
     starts = options.get("cu_seq_lens_q")
-    return [tokens] if starts is None else starts.diff().tolist()  # type: ignore[no-any-return]
+    return [tokens] if starts is None else starts.diff().tolist()
 
 
 def flex_attention(call: AttentionCall, mask: Any, added: Any) -> Tensor:

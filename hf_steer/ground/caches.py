@@ -34,12 +34,12 @@ ROWS_STAY = frozenset(
 
 def past_of(cache: Any) -> int | Tensor:
     """Keys in a cache: a number, or a tensor for a static cache; 0 without one."""
-    return 0 if cache is None else cache.get_seq_length()  # type: ignore[no-any-return]
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def keys_seen(cache: Any, queries: int, layer: int) -> tuple[int, int]:
     """How many keys a layer will attend to in a pass of so many queries, and the position of the first."""
-    return (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)  # type: ignore[no-any-return]
+    return (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
 
 
 def whole_keys(cache: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -24,7 +25,12 @@ SWITCH = "model.set_attn_implementation"
 
 def implementation_of(config: Any) -> str:
     """The attention implementation that a (sub-)model, or one steered module, runs."""
-    return config._attn_implementation or "eager"  # type: ignore[no-any-return]
+    return config._attn_implementation or "eager"
+
+
+def use_implementation(model: Any, name: str) -> None:
+    """Let all of a model run another implementation, as users do."""
+    model.set_attn_implementation(name)
 
 
 def with_implementation(config: Any, name: str, *, sees: bool = False) -> Any:
@@ -58,9 +64,17 @@ def sees_by_itself(config: Any) -> bool:
     return bool(vars(config).get(_SEES))
 
 
-def register_function(name: str, function: Callable[..., Any]) -> None:
-    """Make an attention function known under a name of ours; a registry entry changes no model."""
+def register_function(name: str, function: Callable[..., Any], *, masked_as: str | None = None) -> None:
+    """Make an attention function known under a name of ours; a registry entry changes no model.
+
+    Args:
+        name: of ours.
+        function: is called with module, query, key, value and mask, and the options by transformers' names.
+        masked_as: the implementation whose masks a whole model makes for it; None where only single modules run it.
+    """
     ALL_ATTENTION_FUNCTIONS.register(name, partial(_by_their_names, function=function))
+    if masked_as is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masked_as])
 
 
 def is_ours(name: str) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_steer.analysis.bench.cells import Cell
 from hf_steer.analysis.bench.edited import edited_attention
 from hf_steer.analysis.bench.scores import STRENGTH, causal, dense_bias, image_scores
 from hf_steer.analysis.bench.timing import Call
 from hf_steer.attention import SteeredCall, head_bias, steered_attention
+from hf_steer.ground.attention_call import options_of
+from hf_steer.ground.implementations import function_of
 from hf_steer.values import HeadBias, TokenScores
 
 _ROWS = 256
@@ -47,7 +48,8 @@ class AttentionStage:
         self.key, self.value = (draw(cell.keys, shape.key_value_heads) for _ in range(2))
         self.gradient = draw(cell.queries, shape.heads).detach().transpose(1, 2) if training else None
         self.site = Site(shape.heads // shape.key_value_heads, training)
-        self.scaling = shape.head_dim**-0.5
+        self.scale = shape.head_dim**-0.5
+        self.sdpa = function_of("sdpa", "")
 
     def scores(self, *, flat: bool = False) -> Tensor:
         """`(batch, keys)`."""
@@ -62,9 +64,10 @@ class AttentionStage:
     def call(self, attend: Callable[..., Any], mask: Tensor | None = None, *, held: int = 0, **options: Any) -> Call:
         """A call of an attention function, in training with its backward pass."""
         tensors = (self.query, self.key, self.value)
+        options.update(options_of(scale=self.scale))
 
         def run() -> tuple[Tensor, ...]:
-            output, _ = attend(self.site, *tensors, mask, scaling=self.scaling, dropout=0.0, **options)
+            output, _ = attend(self.site, *tensors, mask, **options)
             if self.gradient is None:
                 return (output,)
             return (output, *torch.autograd.grad(output, tensors, self.gradient))
@@ -86,7 +89,7 @@ class AttentionStage:
         with torch.set_grad_enabled(self.gradient is not None):
             for query, key, value, bias in zip(*tensors, scores, strict=True):
                 wide_key, wide_value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
-                logits = query[:, rows] @ wide_key.transpose(1, 2) * self.scaling + bias
+                logits = query[:, rows] @ wide_key.transpose(1, 2) * self.scale + bias
                 weights = torch.softmax(logits.masked_fill(~allowed, -torch.inf), dim=-1)
                 outputs.append((weights @ wide_value).transpose(0, 1))
             output = torch.stack(outputs)
@@ -101,36 +104,36 @@ class AttentionStage:
 
 def plain(stage: AttentionStage) -> Call:
     """transformers' sdpa alone."""
-    return stage.call(sdpa_attention_forward)
+    return stage.call(stage.sdpa)
 
 
 def steered(stage: AttentionStage, *, backend: str = "auto") -> Call:
     """Ours, the bias ready: a model makes it once per prompt."""
     ride = SteeredCall({0: stage.bias()}, backend)
-    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa", hf_steer=ride)
+    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa", hf_steer=ride)
 
 
 def disabled(stage: AttentionStage) -> Call:
     """Ours inside `disable_steering`: no ride comes along."""
-    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa")
+    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa")
 
 
 def at_zero(stage: AttentionStage) -> Call:
     """Ours at strength 0: the ride has no bias for the layer."""
-    return stage.call(steered_attention, inner=sdpa_attention_forward, implementation="sdpa", hf_steer=SteeredCall())
+    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa", hf_steer=SteeredCall())
 
 
 def dense_mask(stage: AttentionStage) -> Call:
     """sdpa with a float mask per head, ready."""
     cell = stage.cell
     mask = dense_bias(STRENGTH * stage.scores(), cell.shape.heads, cell.queries, cell.torch_dtype)
-    return stage.call(sdpa_attention_forward, mask, held=mask.nbytes)
+    return stage.call(stage.sdpa, mask, held=mask.nbytes)
 
 
 def position_bias(stage: AttentionStage) -> Call:
     """sdpa with its own argument for a bias, one number per head and key."""
     bias = (STRENGTH * stage.scores()).to(stage.cell.torch_dtype)[:, None, None].expand(-1, stage.cell.shape.heads, -1, -1)
-    return stage.call(sdpa_attention_forward, position_bias=bias.contiguous())
+    return stage.call(stage.sdpa, **options_of(added=bias.contiguous()))
 
 
 def edited(stage: AttentionStage) -> Call:

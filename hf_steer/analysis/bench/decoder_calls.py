@@ -14,6 +14,8 @@ from hf_steer.analysis.bench.scores import STRENGTH, dense_bias
 from hf_steer.analysis.bench.timing import Call
 from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.ground.arguments import named
+from hf_steer.ground.attention_call import options_of
 from hf_steer.patching import disable_steering, use_saliency, use_strength
 from hf_steer.saliency import Saliency
 from hf_steer.values import TokenScores
@@ -50,12 +52,12 @@ def at_zero(stage: DecoderStage) -> Call:
 
 def dense_mask(stage: DecoderStage, *, flat: bool = False, steered: bool = True) -> Call:
     """A 4-D float mask per head, which transformers hands on to sdpa as it is."""
-    return stage.call(stage.model, lambda: {"attention_mask": full_mask(stage, flat=flat, steered=steered)})
+    return stage.call(stage.model, lambda: named(mask=full_mask(stage, flat=flat, steered=steered)))
 
 
 def position_bias(stage: DecoderStage) -> Call:
     """sdpa's own argument, handed through the model."""
-    return stage.call(stage.model, lambda: {"position_bias": key_bias(stage)})
+    return stage.call(stage.model, lambda: options_of(added=key_bias(stage)))
 
 
 def edited(stage: DecoderStage) -> Call:
@@ -64,10 +66,10 @@ def edited(stage: DecoderStage) -> Call:
     cell = stage.cell
 
     def options() -> Mapping[str, Any]:
-        named: dict[str, Any] = {"edited_bias": key_bias(stage)}
-        if cell.level == "layer" and cell.queries > 1:
-            named["attention_mask"] = dense_bias(torch.zeros(1, cell.keys, device=cell.device), 1, cell.queries, stage.dtype)
-        return named
+        bias = {"edited_bias": key_bias(stage)}
+        if cell.level != "layer" or cell.queries == 1:
+            return bias
+        return bias | named(mask=dense_bias(torch.zeros(1, cell.keys, device=cell.device), 1, cell.queries, stage.dtype))
 
     return stage.call(stage.twin(EDITED), options)
 

@@ -21,6 +21,8 @@ from hf_steer.analysis.bench.cells import Cell
 from hf_steer.analysis.bench.scores import image_scores
 from hf_steer.analysis.bench.timing import Call
 from hf_steer.config import SteerConfig
+from hf_steer.ground.arguments import Given, with_changes
+from hf_steer.ground.implementations import use_implementation
 from hf_steer.patching import patch_model
 
 Contexts = Callable[[], Sequence[AbstractContextManager[Any]]]
@@ -73,7 +75,7 @@ class DecoderStage:
             shared = {id(weight): weight for weight in self.model.parameters()}
             model = copy.deepcopy(self.model, shared)
             if implementation != "sdpa":
-                model.set_attn_implementation(implementation)
+                use_implementation(model, implementation)
             self._twins[place] = model if config is None else patch_model(model, config)
         return self._twins[place]
 
@@ -96,10 +98,11 @@ class DecoderStage:
             forward: called instead of the model.
         """
         cache = self._cache(model) if self.past else None
+        arguments = self._arguments(model, cache)
         if cache is not None and prime:
             self._fill(cache, self.cell.tokens - 1)
             with torch.no_grad(), _all(contexts()):
-                model(self.ids, past_key_values=cache, use_cache=True)
+                model(**arguments)
 
         @contextlib.contextmanager
         def around() -> Iterator[None]:
@@ -113,7 +116,7 @@ class DecoderStage:
                     self._fill(cache, self.cell.tokens)  # its longer copy is let go
 
         if self.cell.level == "model":
-            return Call(lambda: self._run_model(forward or model, cache, options()), around)
+            return Call(lambda: self._run_model(forward or model, {**arguments, **options()}), around)
         ready = options()
         held = sum(value.nbytes for value in ready.values() if isinstance(value, Tensor))
         return Call(self._layer_run(model, cache, ready), around, held)
@@ -128,13 +131,19 @@ class DecoderStage:
         found._twins = {}
         return found
 
-    def _run_model(self, model: Any, cache: Any, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def _arguments(self, model: Any, cache: Any) -> dict[str, Any]:
+        """Of every call of a model, named as it names them."""
         if self.training:
-            loss = model(input_ids=self.ids, labels=self.ids, use_cache=False, **options).loss
-            weight = self.model.get_input_embeddings().weight
-            return (loss, *torch.autograd.grad(loss, weight))
-        keep = {} if self.every_logit else {"logits_to_keep": 1}
-        return (model(input_ids=self.ids, past_key_values=cache, use_cache=True, **keep, **options).logits,)
+            return with_changes(model, Given({}), ids=self.ids, labels=self.ids, keeps_cache=False)
+        kept = {} if self.every_logit else {"logits_kept": 1}
+        return with_changes(model, Given({}), ids=self.ids, cache=cache, keeps_cache=True, **kept)
+
+    def _run_model(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        output = model(**arguments)
+        if not self.training:
+            return (output.logits,)
+        weight = self.model.get_input_embeddings().weight
+        return (output.loss, *torch.autograd.grad(output.loss, weight))
 
     def _layer_run(self, model: Any, cache: Any, options: Mapping[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
         layer = model.get_decoder().layers[0]
@@ -142,10 +151,11 @@ class DecoderStage:
         places = torch.arange(self.cell.keys - self.cell.queries, self.cell.keys, device=self.cell.device)[None]
         with torch.no_grad():
             angles = model.get_decoder().rotary_emb(hidden, places)
-        named = {"attention_mask": None, "position_ids": places, "position_embeddings": angles, **options}
+        given = Given({"position_ids": places, "position_embeddings": angles})
+        named = {**with_changes(layer, given, mask=None, cache=cache, keeps_cache=cache is not None), **options}
 
         def run() -> tuple[Tensor, ...]:
-            output = layer(hidden, past_key_values=cache, use_cache=cache is not None, **named)
+            output = layer(hidden, **named)
             if self.gradient is None:
                 return (output,)
             return (output, *torch.autograd.grad(output, hidden, self.gradient))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.ground.implementations import register_function
 
 EDITED = "hf_steer_bench_edited"
 
@@ -23,11 +23,10 @@ def edited_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
+    mask: Tensor | None,
+    *,
     edited_bias: Tensor | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """transformers' `eager_attention_forward` of Llama and Qwen2 with one more addition.
 
@@ -36,27 +35,30 @@ def edited_attention(
         query: `(batch, heads, queries, head_dim)`.
         key: `(batch, key_value_heads, keys, head_dim)`.
         value: as `key`.
-        attention_mask: float, added to the logits; None where all is seen.
-        scaling: factor on the logits.
-        dropout: of weights.
+        mask: float, added to the logits; None where all is seen.
         edited_bias: `(batch, heads, 1, keys)`; None adds nothing.
-        **kwargs: not read.
+        **options: by transformers' names.
 
     Returns:
         Output `(batch, queries, heads, head_dim)` and weights.
     """
-    groups = module.num_key_value_groups
-    logits = torch.matmul(query, repeat_kv(key, groups).transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        logits = logits + attention_mask
+    call = AttentionCall(module, edited_attention, EDITED, query, key, value, mask, None, options)
+    groups = query.shape[1] // key.shape[1]
+    logits = torch.matmul(query, _repeated(key, groups).transpose(2, 3)) * call.scale
+    if mask is not None:
+        logits = logits + mask
     if edited_bias is not None:
         logits = logits + edited_bias
     weights = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, repeat_kv(value, groups)).transpose(1, 2).contiguous(), weights
+    weights = nn.functional.dropout(weights, p=call.dropped, training=module.training)
+    return torch.matmul(weights, _repeated(value, groups)).transpose(1, 2).contiguous(), weights
+
+
+def _repeated(tensor: Tensor, groups: int) -> Tensor:
+    """Keys or values for every query head; not a copy where each has its own."""
+    return tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def register_edited() -> None:
-    """Make it known to transformers under `EDITED`, with eager attention's mask; a registry entry changes no model."""
-    ALL_ATTENTION_FUNCTIONS.register(EDITED, edited_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(EDITED, eager_mask)
+    """Make it known to transformers under `EDITED`, with eager attention's mask."""
+    register_function(EDITED, edited_attention, masked_as="eager")

@@ -17,6 +17,7 @@ from hf_steer.analysis.bench.decoder_calls import full_mask
 from hf_steer.analysis.bench.decoder_stage import DecoderStage
 from hf_steer.analysis.bench.scores import STRENGTH, image_span
 from hf_steer.analysis.bench.timing import Call
+from hf_steer.ground.arguments import named
 
 
 def pasta(stage: DecoderStage) -> Call:
@@ -30,7 +31,7 @@ def pasta(stage: DecoderStage) -> Call:
     text = " ".join("." * first + "#" * (end - first) + "." * (cell.keys - end))
     span = " ".join("#" * (end - first))
     offsets = [[(2 * token, 2 * token + 1) for token in range(cell.keys)]] * rows
-    covered = {"input_ids": stage.ids.new_zeros(rows, cell.keys)}  # it asks for their number only
+    covered = named(ids=stage.ids.new_zeros(rows, cell.keys))  # it asks for their number only
     return stage.call(
         model, contexts=lambda: (steerer.apply_steering(model, [text] * rows, [[span] * rows], covered, offsets),)
     )
@@ -43,11 +44,11 @@ def nnsight(stage: DecoderStage) -> Call:
     model = stage.twin()
     traced = NNsight(model)
 
-    def forward(**named: Any) -> Any:
+    def forward(**given: Any) -> Any:
         mask = full_mask(stage)
-        with traced.trace(**named):
+        with traced.trace(**given):
             for layer in traced.model.layers:
-                layer.self_attn.inputs = ((), {**layer.self_attn.inputs[1], "attention_mask": mask})
+                layer.self_attn.inputs = ((), {**layer.self_attn.inputs[1], **named(mask=mask)})
             found = traced.output.save()
         return found
 

@@ -74,9 +74,6 @@ def make_model(shape: Shape, *, layers: int, dtype: torch.dtype, device: str, se
         head_dim=shape.head_dim,
         max_position_embeddings=1 << 17,
         initializer_range=shape.hidden**-0.5,  # attention far from uniform, so that an error in it shows
-        pad_token_id=None,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     torch.manual_seed(seed)
     with torch.device(device):

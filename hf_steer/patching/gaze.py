@@ -46,7 +46,7 @@ class Gaze(nn.Module):
     def __init__(self, plan: Plan, owner: nn.Module) -> None:
         super().__init__()
         self.plan = plan
-        self.owner = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
+        self.owner: tuple[nn.Module, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         anatomy = plan.anatomy
         decoder = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
         tower = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
@@ -67,8 +67,10 @@ class Gaze(nn.Module):
     def register_functions(self) -> None:
         """Make our attention functions known in this process; a registry entry changes no model."""
         if self.files[0] is not None:
-            how = {"inner": function_of(str(self.implementations[0]), self.files[0]), "implementation": self.implementations[0]}
-            register_function(self.function, partial(steered_attention, stray=refuse_stray, **how))
+            implementation = str(self.implementations[0])
+            inner = function_of(implementation, self.files[0])
+            steer = partial(steered_attention, inner=inner, implementation=implementation, stray=refuse_stray)
+            register_function(self.function, steer)
         if self.files[1] is not None:
             inner = function_of(str(self.implementations[1]), self.files[1])
             register_function(self.eyes_function, partial(recording_attention, inner=inner))

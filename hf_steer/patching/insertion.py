@@ -38,7 +38,7 @@ class Aligners(nn.ModuleList):
     def __init__(self, plan: Plan, owner: nn.Module) -> None:
         super().__init__(_build(planned) for planned in plan.aligners)
         self.plan = plan
-        self.owner = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
+        self.owner: tuple[nn.Module, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         self.compiled_pass: Pass | None = None
 
     @property

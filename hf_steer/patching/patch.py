@@ -119,7 +119,7 @@ def _refuse_nested(model: Any) -> None:
 
 def _refuse_shared(plan: Plan) -> None:
     """PatchError for layers that another patched model holds, too."""
-    shared = [site.name for site in plan.anatomy.layers if is_ours(implementation_of(site.module.config))]  # type: ignore[arg-type]
+    shared = [site.name for site in plan.anatomy.layers if is_ours(implementation_of(site.module.config))]
     if shared:
         raise PatchError(
             f"{shared[0]} is steered already, by another patched model that shares it, and layers can follow one configuration "

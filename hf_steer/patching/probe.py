@@ -69,7 +69,7 @@ def _register(module: Any, decoder: Any) -> str:
     current, file = implementation_of(module.config), type(module).__module__
     inner = function_of(current, file)
     name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{file.rpartition('.')[2]}" if current == "eager" else "")
-    how = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
+    how: dict[str, Any] = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
     register_function(name, partial(probing_attention, **how))
     return name
 

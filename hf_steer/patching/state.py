@@ -176,7 +176,7 @@ def _marks(keys: Tensor | None, length: int) -> Tensor | None:
 def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheState:
     """The state, where the rows are still those that it speaks of."""
     marks = None if state.marks is None else _marks(keys, state.length)
-    same = marks is not None and marks.shape == state.marks.shape and torch.equal(marks, state.marks)  # type: ignore[union-attr]
+    same = marks is not None and state.marks is not None and marks.shape == state.marks.shape and torch.equal(marks, state.marks)
     if not same and (marks is not None or state.doubt is not None):
         how = "its keys were exchanged" if state.doubt is None else f"{type(cache).__name__}.{state.doubt}() was called"
         raise SaliencyError(

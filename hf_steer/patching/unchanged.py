@@ -46,7 +46,7 @@ def refuse_replaced(places: Iterable[Place]) -> None:
         if now is not None and now is not place.site.module:
             kind = type(now).__name__
             raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
-        if not is_ours(implementation_of(place.site.module.config)):  # type: ignore[arg-type]
+        if not is_ours(implementation_of(place.site.module.config)):
             raise PatchError(
                 f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
                 f"{implementation_of(place.site.module.config)!r} and no longer hf_steer's function. {AGAIN}"

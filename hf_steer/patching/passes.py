@@ -44,6 +44,23 @@ class Listener:
 
 
 @dataclass
+class Balance:
+    """The weighted load-balancing losses of passes without labels.
+
+    Attributes:
+        terms: one per router and pass, with its gradient.
+    """
+
+    terms: list[Tensor] = field(default_factory=list)
+
+    def loss(self) -> Tensor:
+        """Their sum since it was last asked for, to be added to a loss of one's own; 0 where there were none."""
+        terms, self.terms[:] = list(self.terms), []
+        device = terms[0].device if terms else None
+        return torch.stack([term.float().to(device) for term in terms]).sum() if terms else torch.zeros(())
+
+
+@dataclass
 class Pass:
     """One forward pass of a model with aligners.
 
@@ -126,7 +143,8 @@ def listener_of(aligners: Any) -> Listener | None:
 
 def balances_of(aligners: Any) -> list[Tensor] | None:
     """Where this thread collects the load-balancing losses itself; None where they join the model's loss."""
-    return None if torch.compiler.is_compiling() else held(aligners, BALANCE)
+    balance: Balance | None = None if torch.compiler.is_compiling() else held(aligners, BALANCE)
+    return None if balance is None else balance.terms
 
 
 def prompt_of(aligners: Any) -> tuple[Tensor, Tensor | None] | None:

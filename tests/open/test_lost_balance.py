@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_steer import AlignerConfig, SteerConfig, patch_model
+from hf_steer.training import collect_balance
 
 REMEDY = "load_balancing_weight"
 
@@ -126,3 +127,19 @@ def test_the_trainers_evaluation_runs_with_smoothed_labels(tmp_path):
     arguments = settings(tmp_path, label_smoothing_factor=0.1)
     trainer = Trainer(model=made(100.0), args=arguments, train_dataset=Sounds(), eval_dataset=Sounds())
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_loss_of_ones_own_collects_it():
+    """What is collected without labels is what joins the loss with them."""
+    model, inputs = made(0.5, "llava").train(), make_encoder_inputs("llava")
+    labels = labels_for("llava", inputs)
+    plain = made(0.0, "llava").train()(**inputs, labels=labels).loss
+    joined = model(**inputs, labels=labels).loss
+    with collect_balance(model) as balance:
+        model(**inputs)
+    collected = balance.loss()
+    torch.testing.assert_close(collected, joined - plain)
+    assert collected > 0.1
+    collected.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.hf_steer.parameters())
+    assert balance.loss() == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.aligners import Routing, build_aligner
+from hf_steer.aligners import Routing
 from hf_steer.config.aligner import CROSS_MODAL
-from hf_steer.errors import AlignerError, PatchError
-from hf_steer.families import family_of
+from hf_steer.errors import AlignerError
 from hf_steer.ground.arguments import IGNORED_LABEL, Given, read_call, with_changes
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
+from hf_steer.patching.balancing import balance_of, check_trainable, refuse_unlabelled, trained
+from hf_steer.patching.building import build_placed, placeholders_in
 from hf_steer.patching.context import statement_for
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.passes import (
@@ -36,7 +36,7 @@ class Aligners(nn.ModuleList):
     """One module per configured aligner, in float32 beside a half-precision base, on the device of its encoder."""
 
     def __init__(self, plan: Plan, owner: nn.Module) -> None:
-        super().__init__(_build(planned) for planned in plan.aligners)
+        super().__init__(build_placed(planned) for planned in plan.aligners)
         self.plan = plan
         self.owner: tuple[nn.Module, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         self.compiled_pass: Pass | None = None
@@ -92,9 +92,9 @@ class Aligners(nn.ModuleList):
         perceives = given.perceives or (ids is not None and given.embeds is not None and self._holds_place(ids))
         trains = learns and labels is not None
         if learns and not trains and perceives:
-            self._refuse_unlabelled()
+            refuse_unlabelled(self)
         if trains and not torch.compiler.is_compiling():
-            self._check_trainable(module)
+            check_trainable(self, module)
         balances = [] if trains else balances_of(self)
         if not (trains or self.meets_text or balances is not None or listener_of(self) is not None):
             return None
@@ -124,24 +124,7 @@ class Aligners(nn.ModuleList):
         """Whether features of any of the encoders stand among these tokens."""
         if torch.compiler.is_compiling():
             return self.meets_text
-        return self.meets_text and any(bool(_placeholders(ids, planned).any()) for planned in self.plan.aligners)
-
-    def _refuse_unlabelled(self) -> None:
-        """AlignerError for a training step whose labels, and with them what belongs to the loss, went another way."""
-        if self.reads_text:
-            raise AlignerError(
-                "an aligner that reads the prompt's text needs labels in training: without them it would read the answer, too. "
-                "Give labels to the model (label smoothing and compute_loss_func take them away), or call model.eval()."
-            )
-        weighs = any(planned.config.load_balancing_weight for planned in self.plan.aligners)
-        learns = any(parameter.requires_grad for parameter in self.parameters())
-        if weighs and learns and balances_of(self) is None and not torch.compiler.is_compiling():
-            raise AlignerError(
-                "the routers' load-balancing loss joins the model's loss, and no labels came to this training step, so there is "
-                "none (Trainer's label_smoothing_factor and compute_loss_func take the labels away). Give labels to the model; or "
-                "set load_balancing_weight=0 in every AlignerConfig; or add it to your own loss: with "
-                "hf_steer.training.collect_balance(model) as balance: ...; loss = loss + balance.loss()."
-            )
+        return self.meets_text and any(bool(placeholders_in(ids, planned).any()) for planned in self.plan.aligners)
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Encoder: some are told which of their frames are real; nothing is more exact."""
@@ -198,7 +181,7 @@ class Aligners(nn.ModuleList):
                 f"them; got {None if ids is None else tuple(ids.shape)} for {tuple(embeds.shape[:2])} embeddings."
             )
         planned = self.plan.aligners[index]
-        mask = _placeholders(ids, planned)
+        mask = placeholders_in(ids, planned)
         if planned.config.kind in CROSS_MODAL:
             text, text_mask = self._prompt_text(ids, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
@@ -233,34 +216,10 @@ class Aligners(nn.ModuleList):
         end_pass(self, current)
         if not current.trains or output is None:
             return None
-        extra = self._balance(current, Given(kwargs).loss_items)
+        extra = balance_of(self, current, Given(kwargs).loss_items)
         if not current.perceives:  # a batch of text alone: its loss must reach the parameters all the same, with zeros
-            extra = extra + 0.0 * sum(parameter.sum().to(extra.device) for parameter in self._trained())
+            extra = extra + 0.0 * sum(parameter.sum().to(extra.device) for parameter in trained(self))
         return with_added_loss(output, extra)
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        """Parameters of the aligners and of a trained projector."""
-        for module in (self, *self.plan.projectors):
-            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
-
-    def _balance(self, current: Pass, counted: Any) -> Tensor:
-        """The weighted load-balancing losses of a pass."""
-        if not current.balances:
-            return torch.zeros(())
-        device = current.balances[0].device
-        total = torch.stack([value.float().to(device) for value in current.balances]).sum()
-        if not total.requires_grad and any(parameter.requires_grad for parameter in self.parameters()):
-            raise PatchError(
-                "the load-balancing loss has no gradient: this transformers runs hooks inside gradient checkpoints. Use "
-                "transformers 5.23 or later, no gradient checkpointing in the encoder, or load_balancing_weight=0."
-            )
-        anatomy = self.plan.anatomy
-        if counted is None or current.labels is None or not family_of(anatomy.family).counts_items:
-            return total
-        # the model's loss is the sum over its own share of the step's items, divided by all of them; so is ours
-        labels = current.labels if anatomy.decoder is None else current.labels[..., 1:]
-        share: Tensor = (labels != IGNORED_LABEL).sum() / counted
-        return total * share
 
     def _steer(
         self, index: int, features: Tensor, *more: Any, layer: int | None = None, mask_of_tokens: Tensor | None = None, **masks: Any
@@ -297,7 +256,7 @@ class Aligners(nn.ModuleList):
         whole, real = (ids, current.real) if held is None else held
         copies = ids.shape[0] // whole.shape[0]
         whole = whole.to(ids.device).repeat_interleave(copies, 0)
-        words = ~_placeholders(whole, planned)
+        words = ~placeholders_in(whole, planned)
         if real is not None:
             words &= real[:, -whole.shape[1] :].to(ids.device).bool().repeat_interleave(copies, 0)
         if current.labels is not None:
@@ -309,40 +268,3 @@ class Aligners(nn.ModuleList):
                 )
         words = words | ~mask.any(1, keepdim=True)  # rows that perceive nothing need no text
         return self.plan.anatomy.root.get_input_embeddings()(whole), words
-
-    def _check_trainable(self, root: nn.Module) -> None:
-        if not any(parameter.requires_grad for parameter in root.parameters()):
-            raise PatchError(
-                "there is nothing to train: all parameters are frozen, the aligners' too. Call "
-                "hf_steer.training.train_steering(model) before the optimizer is made."
-            )
-        if len(self) and not any(parameter.requires_grad for parameter in self.parameters()):
-            warnings.warn(
-                "the aligners are frozen while other parameters train; PEFT's get_peft_model freezes them. To train them, "
-                "too, call hf_steer.training.train_steering(model) before the optimizer is made.",
-                stacklevel=2,
-            )
-
-
-def _build(planned: PlannedAligner) -> nn.Module:
-    module = build_aligner(planned.config, planned.size, max(1, len(planned.layers)))
-    dtype = next((p.dtype for p in planned.encoder.tower.parameters() if p.dtype.is_floating_point), torch.float32)
-    return module.to(_device_of(planned.encoder.outlet), torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; its parameters may lie on the meta device while accelerate holds them elsewhere."""
-    for inner in module.modules():
-        hook = vars(inner).get("_hf_hook")
-        device = getattr(hook, "execution_device", None)
-        if device is not None:
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _placeholders(ids: Tensor, planned: PlannedAligner) -> Tensor:
-    """`(batch, tokens)` bool: where features of this encoder stand."""
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for token in planned.encoder.placeholder_ids:
-        mask = mask | (ids == token)
-    return mask

@@ -1,0 +1,34 @@
+"""An aligner's module for its place in a model, and where the features that it steers stand in a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_steer.aligners import build_aligner
+from hf_steer.values import PlannedAligner
+
+
+def build_placed(planned: PlannedAligner) -> nn.Module:
+    """In float32 beside a half-precision base, on the device of its encoder."""
+    module = build_aligner(planned.config, planned.size, max(1, len(planned.layers)))
+    dtype = next((p.dtype for p in planned.encoder.tower.parameters() if p.dtype.is_floating_point), torch.float32)
+    return module.to(device_of(planned.encoder.outlet), torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; its parameters may lie on the meta device while accelerate holds them elsewhere."""
+    for inner in module.modules():
+        hook = vars(inner).get("_hf_hook")
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def placeholders_in(ids: Tensor, planned: PlannedAligner) -> Tensor:
+    """`(batch, tokens)` bool: where features of this encoder stand."""
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for token in planned.encoder.placeholder_ids:
+        mask = mask | (ids == token)
+    return mask

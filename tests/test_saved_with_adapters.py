@@ -32,7 +32,10 @@ def make(order, kind="simple", **lora):
         return model
     patch_model(base, config)
     if order == "add_adapter":
-        base.add_adapter(settings)
+        try:
+            base.add_adapter(settings)
+        except ValueError as error:  # transformers 5.24 wants PEFT 0.22
+            pytest.skip(str(error)) if "version of PEFT" in str(error) else pytest.fail(str(error))
         model = base
     else:
         model = peft.get_peft_model(base, settings)

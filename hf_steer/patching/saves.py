@@ -45,7 +45,7 @@ class Save(NamedTuple):
 def write_steering(config: SteerConfig, stage: Path, weights: Mapping[str, Tensor]) -> None:
     """Stage a configuration and its weights, and note what belongs together."""
     path, digest = stage / WEIGHTS_NAME, None
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     if weights:
         content = as_safetensors(weights)
         digest = hashlib.sha256(content).hexdigest()

@@ -86,6 +86,8 @@ def test_trainer_saves_and_resumes_adapter_and_aligner(order, tmp_path):
     learned = [name for name, value in trained.items() if not torch.equal(value, start[name])]
     assert any("lora_" in name for name in learned)
     assert any("hf_steer" in name for name in learned)
+    held = {path.name for path in (tmp_path / "checkpoint-3").rglob("*.safetensors")}
+    assert held - {"model.safetensors"} == {"adapter_model.safetensors", "steer_model.safetensors"}
 
     begun = {}
 

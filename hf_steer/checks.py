@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping, Sized
 from typing import Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ Strength: TypeAlias = float | Mapping[int, "float | Mapping[int, float]"]
 MOST_INDICES = 1024
 """Layers, heads or blocks that one field may name: more than any model has, and few enough to be looked through."""
 _LONGEST = 120
+_LARGEST = 3.4028234663852886e38
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -87,10 +87,8 @@ def shown(value: Any) -> str:
 
 
 def _finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an integer beyond every float
-        return False
+    """Whether it is a number in float32 as well, which is what λ and the others become."""
+    return -_LARGEST <= number <= _LARGEST  # compared as it is: an integer may be beyond every float
 
 
 def check_heads(heads: Any, name: str = "attention.heads") -> Heads:

@@ -36,9 +36,15 @@ def whole_save(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         directory: made when it is not there. Files that the save does not write stay, but for shards of weights that it does.
+
+    Raises:
+        FileError: it is no folder. What goes wrong on the disk comes as the OSError that it is.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileError(f"{folder} is a file, or lies in one; a save needs a folder ({error}).") from error
     with ExitStack() as alive:
         with _held(folder):
             stage = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))

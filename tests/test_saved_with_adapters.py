@@ -32,7 +32,10 @@ def make(order, kind="simple", **lora):
         return model
     patch_model(base, config)
     if order == "add_adapter":
-        base.add_adapter(settings)
+        try:
+            base.add_adapter(settings)
+        except ValueError as error:  # transformers 5.24 wants PEFT 0.22
+            pytest.skip(str(error)) if "version of PEFT" in str(error) else pytest.fail(str(error))
         model = base
     else:
         model = peft.get_peft_model(base, settings)
@@ -83,6 +86,8 @@ def test_trainer_saves_and_resumes_adapter_and_aligner(order, tmp_path):
     learned = [name for name, value in trained.items() if not torch.equal(value, start[name])]
     assert any("lora_" in name for name in learned)
     assert any("hf_steer" in name for name in learned)
+    held = {path.name for path in (tmp_path / "checkpoint-3").rglob("*.safetensors")}
+    assert held - {"model.safetensors"} == {"adapter_model.safetensors", "steer_model.safetensors"}
 
     begun = {}
 

@@ -156,6 +156,32 @@ def test_a_steering_that_lost_its_weights_takes_the_file_away_and_shards_follow_
     assert torch.equal(loaded(tmp_path), expected(other))
 
 
+def test_a_save_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(FileError, match="is a file, or lies in one; a save needs a folder"):
+            hf_steer.save_steering(whisper(), place)
+
+
+def test_a_save_that_cannot_be_finished_from_here_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+    model = whisper()
+    with monkeypatch.context() as killed:
+        killed.setattr("hf_steer.saving._settle", lambda *_, **__: None)
+        model.save_pretrained(tmp_path)
+
+    def read_only(*_):
+        raise PermissionError("read-only")
+
+    target = whisper(seed=8)
+    with monkeypatch.context() as locked:
+        locked.setattr("hf_steer.saving.os.replace", read_only)
+        with pytest.raises(FileError, match="was interrupted when all was written.*where the folder can be written"):
+            hf_steer.from_pretrained(tmp_path)
+        hf_steer.load_steering(target, tmp_path)  # which reads the files where they are
+        assert torch.equal(expected(target), expected(model))
+    assert torch.equal(loaded(tmp_path), expected(model))
+
+
 def test_the_steering_of_a_model_that_was_saved_unpatched_since_does_not_patch(tmp_path):
     model = whisper()
     model.save_pretrained(tmp_path)

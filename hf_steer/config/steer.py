@@ -177,14 +177,7 @@ def read_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[S
         FileError: nothing there, not a steering configuration, or one that lost the parts that its weights are for.
         ConfigError: as `SteerConfig.from_dict`.
     """
-    path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)
-    try:
-        values = read_json(path)
-    except FileError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)  # a save has moved it to its place since it was found
-        values = read_json(path)
+    values, path = _read_where_it_lies(id_or_dir, hub_kwargs)
     record = None if RECORD not in values else Record.from_json(values[RECORD], path)
     try:
         config = SteerConfig.from_dict(values)
@@ -196,6 +189,19 @@ def read_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[S
             "train_projector, or strength='trainable') were taken out. Put them back, or save it again."
         )
     return config, record, path
+
+
+def _read_where_it_lies(id_or_dir: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A save moves files to their places; one that went while it was being read is looked for again."""
+    for _ in range(20):
+        path = find_file(id_or_dir, CONFIG_NAME, **hub_kwargs)
+        try:
+            return read_json(path), path
+        except FileError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            gone = error
+    raise gone
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:

@@ -45,7 +45,7 @@ class Save(NamedTuple):
 def write_steering(config: SteerConfig, stage: Path, weights: Mapping[str, Tensor]) -> None:
     """Stage a configuration and its weights, and note what belongs together."""
     path, digest = stage / WEIGHTS_NAME, None
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     if weights:
         content = as_safetensors(weights)
         digest = hashlib.sha256(content).hexdigest()
@@ -91,15 +91,16 @@ def read_save(id_or_dir: str | os.PathLike[str], needed: Mapping[str, Tensor] | 
         FileError: a part that is missing, cannot be read, does not fit, or is of another save.
     """
     config, record, path = read_config(id_or_dir, **hub_kwargs)
-    again = True
+    tries = 3
     while True:
         try:
             return Save(config, record, _weights_of(config, record, path, id_or_dir, needed, hub_kwargs))
         except FileError:
             config, noted, path = read_config(id_or_dir, **hub_kwargs)
-            if noted == record and not again:
+            tries = tries - 1 if noted == record else 3  # someone may be saving: as long as it changes, and then for good
+            if not tries:
                 raise
-            again, record = noted != record, noted  # someone may be saving: once more, and as long as it changes
+            record = noted
 
 
 def load_save(steering: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> None:

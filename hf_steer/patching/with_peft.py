@@ -27,13 +27,14 @@ from hf_steer.saving import finish_save, whole_save
 _HUB_KEYS = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
 _CARD, _ADAPTER = "README.md", "adapter_config.json"
 STEERED = "saves_steering"
-"""Marks the methods that know; PEFT has one class for all models."""
+"""Marks PEFT's class once it knows; it has one for all models, and others may wrap its methods after us."""
 
 
 def teach_peft() -> None:
     """Once PEFT is there: its `save_pretrained` writes, and its `load_adapter` reads, the steering beside the adapter."""
     wrapper: Any = getattr(sys.modules.get("peft"), "PeftModel", None)
-    if wrapper is not None and not hasattr(wrapper.save_pretrained, STEERED):
+    if wrapper is not None and STEERED not in vars(wrapper):
+        setattr(wrapper, STEERED, True)
         wrapper.save_pretrained = _saving(wrapper.save_pretrained)
         wrapper.load_adapter = _loading(wrapper.load_adapter)
 
@@ -58,7 +59,6 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
             for folder in {stage, *(path.parent for path in stage.rglob(_ADAPTER))}:  # all but `default` have their own
                 write_steering(steering.plan.config, folder, weights)
 
-    setattr(save_pretrained, STEERED, True)
     return save_pretrained
 
 

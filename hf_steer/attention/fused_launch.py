@@ -148,8 +148,9 @@ def _tiling(query: Tensor, value: Tensor, kernel: int, masked: bool) -> dict[str
         queries, keys, warps, stages = _INTERPRETED_TILING
     else:
         width = triton.next_power_of_2(max(64, query.shape[3], value.shape[3]))
-        memory = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-        queries, keys, warps, stages = _TILINGS[width, memory >= _ROOMY_BYTES and not masked][kernel]  # a mask takes registers
+        device: Any = torch.cuda.get_device_properties(query.device)  # the stubs of torch < 2.15 do not know the next name
+        roomy = device.shared_memory_per_block_optin >= _ROOMY_BYTES
+        queries, keys, warps, stages = _TILINGS[width, roomy and not masked][kernel]  # a mask takes registers
         if kernel == 0 and query.shape[2] <= _FEW_QUERIES:
             queries, warps = _FEW_QUERIES, 4
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

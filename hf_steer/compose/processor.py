@@ -24,7 +24,7 @@ class StackingProcessor(ProcessorMixin):
         self, feature_extractor: Any, tokenizer: Any, chat_template: Any = None, audio_token: str = "[AUDIO]", frames: int = 4
     ) -> None:
         self.audio_token, self.frames = audio_token, frames
-        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     def __call__(self, text: Any = None, audio: Any = None, **kwargs: Any) -> BatchFeature:
         """Mel frames of each sound over the encoder's whole window, and text with as many placeholders as it gives tokens.

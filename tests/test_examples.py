@@ -48,11 +48,31 @@ def test_the_readmes_commands_are_one_line_each():
     assert 'sed -n \'/<!-- tests -->/' in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+notebooks = pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+MACHINE_PATH = re.compile(r"site-packages|[A-Z]:\\|(?<![\w./:<])/(?:home|mnt|opt|private|root|srv|tmp|Users|usr|var|work)/")
+
+
+def printed(notebook):
+    """All text in a notebook's outputs: streams, results and tracebacks, not the bytes of pictures."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            yield from (output.get("text", ""), *output.get("traceback", []))
+            yield from (str(value) for kind, value in output.get("data", {}).items() if not kind.startswith("image/"))
+
+
+@notebooks
 def test_notebooks_run_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     assert len(notebook.cells) >= 8
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    assert not [text for text in printed(notebook) if MACHINE_PATH.search(text)]  # so the next run cannot store one either
+
+
+@notebooks
+def test_no_path_of_a_machine_stands_in_a_notebooks_outputs(path):
+    texts = list(printed(nbformat.read(path, as_version=4)))
+    assert any(texts)
+    assert not [text for text in texts if MACHINE_PATH.search(text)]
 
 
 TRAININGS = {

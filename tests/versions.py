@@ -1,7 +1,7 @@
 """How this transformers spells what the tests say to it, and what it gets wrong by itself.
 
-The suite runs on every version of `.ci/matrix.txt`. Where a version's own, unpatched models are wrong, a patched one cannot be
-right; `test_versions` holds each of these facts against the plain models.
+The suite runs on every version of `.ci/matrix.py`. Where a version's own, unpatched models are wrong, a patched one cannot be
+right; `ground/test_versions` holds each of these facts against the plain models.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ TESTS = {
     "files": ["test_files*.py", "test_saves*.py"],
     "conversations": ["test_conversations*.py"],
     "ground": ["ground/**/test_*.py"],
+    "applied or an error": ["open/test_*.py"],
 }
 """What is run -> patterns of files, in `tests` or any folder below it; files that match join by themselves."""
 

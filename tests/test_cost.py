@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from calls import call_of
+from kit.allocations import Allocations
 from test_contract import gaze, prompt_for, steer
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,20 +125,6 @@ def test_what_is_kept_for_other_layers_is_not_kept_where_gradients_flow():
         folded.attend_folded(call, bias)
         assert bool(bias.forms) != learned
         assert bias.key_forms
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of what operations return, on any device but meta."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [out] if isinstance(out, torch.Tensor) else []
-        self.bytes += sum(own.numel() * own.element_size() for own in tensors if not own.is_meta)
-        return out
 
 
 @pytest.mark.parametrize("strength", [2.0, "trainable"])

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.initialization import no_init_weights
 
 from hf_steer.ground.arguments import Given, read_call, with_changes
 from hf_steer.ground.caches import keys_seen, past_of
@@ -40,6 +39,13 @@ def prove_keyword(decoder: nn.Module, attention: str, keyword: str) -> str | Non
         attention: path of the attention module from the decoder, such as `"layers.0.self_attn"`.
         keyword: that has to reach the attention function.
     """
+    try:
+        return _prove(decoder, attention, keyword)
+    except Exception as error:  # a changed forward may fail in any way, and that it fails is what is looked for
+        return f"a likeness with one layer raises {type(error).__name__}: {error}"
+
+
+def _prove(decoder: nn.Module, attention: str, keyword: str) -> str | None:
     register_function(NAME, _arrive)
     likeness = likeness_of(decoder)
     module: Any = likeness.get_submodule(attention)
@@ -61,7 +67,7 @@ def likeness_of(decoder: Any) -> Any:
         config.layer_types = kinds[:1]
     if implementation_of(config) not in ("eager", "sdpa"):  # their masks want a GPU; which function is called stays the same
         config = with_implementation(config, "eager")
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):  # of this thread; no_init_weights would switch initialisation off for all threads
         return type(decoder)(config).eval()
 
 

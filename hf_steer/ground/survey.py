@@ -79,8 +79,9 @@ def _moves_rows(plan: Plan) -> str | None:
     for kind in (DynamicCache, StaticCache):
         lacking = [name for name in (*ROW_MOVES, "get_seq_length", "get_mask_sizes") if not hasattr(kind, name)]
         unknown = unknown_moves(kind)
-        if lacking or unknown:
-            return f"{kind.__name__} lacks {', '.join(lacking) or 'nothing'}, and has unknown {', '.join(unknown) or 'nothing'}"
+        said = [f"{what} {', '.join(names)}" for what, names in (("lacks", lacking), ("has unknown", unknown)) if names]
+        if said:
+            return f"{kind.__name__} {' and '.join(said)}"
     return None
 
 

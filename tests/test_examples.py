@@ -14,6 +14,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from hf_steer.ground import versions
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +29,13 @@ def test_the_quickstart_runs_as_pasted_and_prints_what_the_readme_shows(tmp_path
         [sys.executable, "-c", block("quickstart")], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
     )
     assert run.stdout == block("quickstart output")
-    assert len(run.stdout.splitlines()) == 4
+    assert len(run.stdout.splitlines()) == 6
+
+
+def test_the_readme_and_the_package_name_the_tested_releases():
+    oldest, newest = (f"{major}.{minor}" for major, minor in (versions.OLDEST, versions.NEWEST))
+    assert f"transformers {oldest} to {newest}." in README
+    assert f'"transformers>={oldest},<6"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_readme_shows_the_demos_own_table():

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from transformers import Cache
 
-from hf_steer.ground.arguments import ARGUMENTS, Given, name_of, named, read_call, with_changes
+from hf_steer.ground.arguments import ARGUMENTS, Given, name_of, named, own_spellings, read_call, spelling_in, with_changes
 
 
 class Renamed(nn.Module):
@@ -14,6 +14,33 @@ class Renamed(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, kept_keys: Cache | None = None):
         raise NotImplementedError
+
+
+class Two(nn.Module):
+    """Either may hold the keys."""
+
+    def forward(self, input_ids=None, prompt_keys: Cache | None = None, answer_keys: Cache | None = None):
+        raise NotImplementedError
+
+
+class Known(nn.Module):
+    """The one that is known holds the keys, whatever else is a cache."""
+
+    def forward(self, input_ids=None, past_key_values: Cache | None = None, encoder_keys: Cache | None = None):
+        raise NotImplementedError
+
+
+class Convolving(nn.Module):
+    """A cache of something else."""
+
+    def forward(self, input_ids=None, padding: "VoxtralConv1dPaddingCache | None" = None):  # noqa: F821, UP037
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("kind", "own"), [(Renamed, {"cache": "kept_keys"}), (Two, {}), (Known, {}), (Convolving, {})])
+def test_a_cache_of_an_unknown_name_is_the_only_argument_of_its_type_and_no_guess(kind, own):
+    assert own_spellings(kind) == own
+    assert spelling_in(kind(), "cache") == {Renamed: "kept_keys", Known: "past_key_values"}.get(kind)
 
 
 @pytest.mark.parametrize("word", ["ids", "mask", "image_pixels", "image_grids", "token_kinds"])

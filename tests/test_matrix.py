@@ -87,4 +87,4 @@ def test_the_workflow_runs_the_same_script_weekly_on_the_oldest_and_the_newest_p
 def test_the_readme_names_the_oldest_versions(matrix):
     oldest = re.search(r'requires-python = ">=([\d.]+)"', PROJECT).group(1)
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Python {oldest} or later, transformers {LOWEST} or later" in text
+    assert f"Python {oldest} or later, and transformers {LOWEST} to" in text

@@ -68,9 +68,9 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
             "or hf_steer.get_steer_status(model) to see it."
         )
-    _refuse_shared(plan)
     refuse_running(plan.anatomy.root, "patch")
     survey(plan)
+    _refuse_shared(plan)
     steering = Steering(plan)
     steering.gaze.register_functions()
     with ExitStack() as edits:

@@ -256,4 +256,6 @@ def test_a_cache_that_the_model_made_carries_the_saliency_on(family):
         torch.testing.assert_close(step(model, [[5]], made), step(model, [[5]], copy.deepcopy(given)), rtol=0, atol=0)
     unsteered = copy.deepcopy(given)
     del unsteered.hf_steer_state
-    assert not torch.allclose(step(model, [[5]], unsteered), step(model, [[5]], copy.deepcopy(given)), atol=1e-3)
+    with disable_steering(model):
+        plain = step(model, [[5]], unsteered)
+    assert not torch.allclose(plain, step(model, [[5]], copy.deepcopy(given)), atol=1e-3)

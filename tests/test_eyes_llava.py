@@ -519,7 +519,7 @@ def test_two_models_of_one_family_run_the_functions_of_their_own_towers(implemen
     for name, model in reversed(models.items()):
         assert torch.equal(logits(model, inputs), first[name])
         attention = model.hf_steer.plan.eyes[0].module
-        wrapped = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation].keywords["inner"]
+        wrapped = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation].keywords["function"].keywords["inner"]
         if implementation == "eager":
             assert wrapped.__module__ == type(attention).__module__
         else:

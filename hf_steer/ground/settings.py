@@ -47,6 +47,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Our word -> their spellings; the first that is there counts."""
 
 
+def name_of_setting(word: str) -> str:
+    """What transformers calls a value of a configuration, for messages."""
+    return SETTINGS[word][0]
+
+
 def has_setting(config: Any, word: str) -> bool:
     """Whether a configuration says this at all."""
     return any(getattr(config, name, None) is not None for name in SETTINGS[word])

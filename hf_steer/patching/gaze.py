@@ -201,8 +201,11 @@ class Gaze(nn.Module):
             return
         skips = module.training and skips_layers(module)
         check_receipt(ride, module, self.plan.anatomy.root, self.places, skips=skips)
-        for cache in {id(cache): cache for cache in (read_call(module, args, kwargs).cache, *caches_in(output))}.values():
-            if cache is not None:
+        given = read_call(module, args, kwargs).cache
+        if given is not None:
+            ride.state = write_state(given, ride.state)
+        for cache in caches_in(output):
+            if cache is not given:
                 ride.state = write_state(cache, ride.state)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -11,6 +11,7 @@ from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerCon
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground.implementations import SWITCH, implementation_of
+from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.patterns import read_patterns
 from hf_steer.patching.plan_aligners import plan_aligners, plan_projectors
 from hf_steer.values import Anatomy, Plan, Site
@@ -135,9 +136,9 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     chosen = tuple(range(depth)) if isinstance(wanted, str) else wanted
     outside = [block for block in chosen if not -depth <= block < depth]
     if outside or not depth:
+        which = f"0 to {depth - 1}" if depth else f"since {name_of_setting('states_read')} is its input"
         raise ConfigError(
-            f"vision blocks {outside or wanted} are not there; the tower has {depth} whose output the model reads"
-            f"{f', 0 to {depth - 1}' if depth else ', since the configuration makes its input the feature layer'}."
+            f"vision blocks {outside or wanted} are not there; the tower has {depth} whose output the model reads, {which}."
         )
     return tuple(anatomy.blocks[index] for index in sorted({block % depth for block in chosen}))
 

@@ -519,7 +519,7 @@ def test_inputs_embeds_take_saliency_and_need_none(family, implementation):
     plain, said_plainly = logits(model, called), generate(model, called)[1] if generates_from_embeds(model) else None
     patch_model(model, steer(family))
     refusal = pytest.raises(hf_steer.SaliencyError, match=r"inputs_embeds came without input_ids.*Saliency\.from_tokens")
-    if get_steer_status(model).steers:  # its own eyes ask where the pictures are
+    if hf_steer.get_steer_status(model).steers:  # its own eyes ask where the pictures are
         with refusal:
             logits(model, called)
     else:
@@ -529,7 +529,7 @@ def test_inputs_embeds_take_saliency_and_need_none(family, implementation):
     torch.testing.assert_close(logits(model, called, statement), logits(model, ids_only, statement))
     if said_plainly is not None:
         torch.testing.assert_close(generate(model, called, statement)[1], generate(model, ids_only, statement)[1])
-        if get_steer_status(model).steers:
+        if hf_steer.get_steer_status(model).steers:
             with refusal:
                 generate(model, called)
         else:

@@ -39,7 +39,9 @@ def check_count(name: str, value: Any, *, most: int | None = None) -> int:
 def check_number(name: str, value: Any) -> float:
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not _finite(number):
-        raise ConfigError(f"{name} must be a finite number; got {shown(value)}.")
+        beyond = isinstance(number, (int, float)) and not isinstance(number, bool) and _LARGEST < abs(number) < float("inf")
+        limit = f" in float32, at most {_LARGEST:.1e} in size" if beyond else ""
+        raise ConfigError(f"{name} must be a finite number{limit}; got {shown(value)}.")
     return number
 
 

@@ -205,8 +205,6 @@ def _check(
         raise ConfigError("strengths must not be empty; give at least one λ, such as (0.25,).")
     for strength in strengths:
         check_number("strength", strength)
-        if abs(strength) > limits.max:
-            raise ConfigError(f"strength must be a finite number in float32, at most {limits.max:.1e} in size; got {strength!r}.")
     seeds = check_indices("seeds", seeds, bits=64)
     check_count("heads", heads)
     check_count("tokens", tokens)

@@ -24,6 +24,7 @@ from hf_steer.config import SteerConfig
 from hf_steer.ground.arguments import Given, with_changes
 from hf_steer.ground.implementations import use_implementation
 from hf_steer.patching import patch_model
+from hf_steer.patching.state import trust_rows
 
 Contexts = Callable[[], Sequence[AbstractContextManager[Any]]]
 Past = tuple[tuple[Tensor, Tensor], ...]
@@ -103,6 +104,8 @@ class DecoderStage:
             self._fill(cache, self.cell.tokens - 1)
             with torch.no_grad(), _all(contexts()):
                 model(**arguments)
+            self._fill(cache, self.cell.tokens)
+            trust_rows(cache)  # a primed cache gets the keys of the cell, not those of its prompt
 
         @contextlib.contextmanager
         def around() -> Iterator[None]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,27 @@ import torch
 _OWN = (contextlib.__file__, __file__)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _NUMBERS = itertools.count()
+
+
+@dataclass(eq=False)
+class Entry:
+    """One stay in a block.
+
+    Attributes:
+        steering: of the model; None once it is over, so that a context which still lists it keeps nothing alive.
+        kind: what holds.
+        value: handed back by `held`.
+        frame: of the generator that entered it; None where it was no generator's code.
+        number: in the order of all entries.
+        thread: that entered it.
+    """
+
+    steering: object | None
+    kind: str
+    value: Any
+    frame: FrameType | None
+    number: int
+    thread: int
 
 
 class Block(contextlib.ContextDecorator):
@@ -35,63 +57,64 @@ class Block(contextlib.ContextDecorator):
 
     def __init__(self, steering: object, kind: str, value: Any) -> None:
         self.steering, self.kind, self.value = steering, kind, value
-        self.open, self.number, self.thread = False, -1, 0
-        self.frame: FrameType | None = None  # of the generator that entered it
+        self.entries: list[Entry] = []
 
     def _recreate_cm(self) -> Block:
         """As a decorator: each call of the function is a block of its own."""
         return Block(self.steering, self.kind, self.value)
 
     def __enter__(self) -> Any:
-        self.open, self.number, self.thread = True, next(_NUMBERS), threading.get_ident()
-        self.frame = _generator_that_asks()
-        if self.frame is None:
-            _STACK.set((*_STACK.get(), self))
-        _OPEN[self.number] = weakref.ref(self)
+        frame, number = _generator_that_asks(), next(_NUMBERS)
+        entry = Entry(self.steering, self.kind, self.value, frame, number, threading.get_ident())
+        self.entries.append(entry)
+        if frame is None:
+            _STACK.set((*_STACK.get(), entry))
+        _OPEN[number] = weakref.ref(entry)
         return self.value
 
     def __exit__(self, *_: object) -> None:
-        self.open, self.frame = False, None
-        _OPEN.pop(self.number, None)
-        _STACK.set(tuple(block for block in _STACK.get() if block.open))
+        entry = self.entries.pop()
+        entry.steering = entry.value = entry.frame = None
+        _OPEN.pop(entry.number, None)
+        _STACK.set(tuple(own for own in _STACK.get() if own.steering is not None))
 
 
-_STACK: ContextVar[tuple[Block, ...]] = ContextVar("hf_steer_blocks", default=())
-_OPEN: dict[int, weakref.ref[Block]] = {}
-"""All open blocks of this process, in the order in which they were entered."""
+_STACK: ContextVar[tuple[Entry, ...]] = ContextVar("hf_steer_blocks", default=())
+_OPEN: dict[int, weakref.ref[Entry]] = {}
+"""All stays of this process that are not over, in the order in which they began."""
 
 
 def held(steering: object, kind: str) -> Any | None:
     """The value of the innermost block of a kind that this code is in; None outside of all."""
-    for block in reversed(_around()):
-        if block.steering is steering and block.kind == kind and block.open:
-            return block.value
+    for entry in reversed(_around()):
+        if entry.steering is steering and entry.kind == kind:
+            return entry.value
     return None
 
 
 def held_elsewhere(steering: object, kind: str) -> bool:
     """Whether another thread is inside such a block now."""
     own = threading.get_ident()
-    return any(block.steering is steering and block.kind == kind and block.thread != own for block in _all_open())
+    return any(entry.steering is steering and entry.kind == kind and entry.thread != own for entry in _all_open())
 
 
 def steerings_with(*kinds: str) -> list[Any]:
     """The steerings of which this code is in a block of one of these kinds."""
-    return [block.steering for block in _around() if block.kind in kinds and block.open]
+    return [entry.steering for entry in _around() if entry.kind in kinds and entry.steering is not None]
 
 
-def _around() -> tuple[Block, ...]:
+def _around() -> tuple[Entry, ...]:
     """The blocks that the code that runs now is in, the outermost first."""
     stack = _STACK.get()
-    if torch.compiler.is_compiling() or len(_OPEN) <= len(stack):
+    if torch.compiler.is_compiling() or not _OPEN:
         return stack
-    generators = [block for block in _all_open() if block.frame is not None and _is_running(block.frame)]
-    return tuple(sorted((*stack, *generators), key=lambda block: block.number)) if generators else stack
+    generators = [entry for entry in _all_open() if entry.frame is not None and _is_running(entry.frame)]
+    return tuple(sorted((*stack, *generators), key=lambda entry: entry.number)) if generators else stack
 
 
-def _all_open() -> list[Block]:
+def _all_open() -> list[Entry]:
     found = (reference() for reference in list(_OPEN.values()))
-    return [block for block in found if block is not None and block.open]
+    return [entry for entry in found if entry is not None and entry.steering is not None]
 
 
 def _generator_that_asks() -> FrameType | None:

@@ -72,8 +72,9 @@ class GenerateScope:
         records: what the vision tower recorded for it.
         started: whether its first pass has come.
         state: of a `generate` without a cache.
-        steered: passes that went on with the prompt's saliency, or had none to go on with.
-        unsteered: passes that are unsteered by design.
+        asks: whether anything is to be steered in it: something is said, or the model sees for itself.
+        steered: passes that went on with the prompt's saliency.
+        unconditional: passes of guidance, which are unsteered by design.
     """
 
     prompt: Prompt | None
@@ -85,8 +86,9 @@ class GenerateScope:
     records: list[EyeRecord] = field(default_factory=list)
     started: bool = False
     state: CacheState | None = None
+    asks: bool = True
     steered: int = 0
-    unsteered: int = 0
+    unconditional: int = 0
 
 
 _SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated

@@ -167,7 +167,8 @@ class Steering(nn.Module):
         if past and read_state(given.cache) is None:
             refuse_unseen(self.plan, statement, past, None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past])
         root = self.plan.anatomy.root
-        return GenerateScope(prompt, statement, block, past, given.guides(root), given.drafts_for(root))
+        asks = statement is not None or self.plan.sees
+        return GenerateScope(prompt, statement, block, past, given.guides(root), given.drafts_for(root), asks=asks)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any

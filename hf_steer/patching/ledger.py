@@ -28,8 +28,6 @@ UNSEEN = (
     "Start with a fresh cache and the whole conversation, give one score per token with Saliency.from_tokens(...), or run inside "
     "disable_steering(model)."
 )
-
-
 VIRTUAL = (
     "(PEFT's prompt or prefix tuning adds them), so scores would land on other tokens than they were given for. Run it inside "
     "disable_steering(model), or use an adapter without virtual tokens, such as LoRA."
@@ -52,7 +50,8 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     plan, scope = steering.plan, scope_for(steering)
     enabled, block = statement_for(steering)
     if not enabled:
-        _note_unsteered(scope, last)
+        if scope is not None and not torch.compiler.is_compiling():
+            scope.started = True  # unsteered because the caller says so
         return None
     state = read_state(given.cache)
     ride = Ride(backend=plan.config.attention.backend, state=state, statement=said, tokens=given.ids)
@@ -61,7 +60,7 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     if scope is not None and said is None and (scope.prompt is None or block is scope.block):
         ride.statement = scope.statement
         refuse_changes(steering, ride)
-        return _begin_in_generate(ride, scope, given, sees=plan.sees, last=last)
+        return _begin_in_generate(ride, scope, given, last=last)
     if said is None:
         ride.statement = block
         if block is None:
@@ -91,13 +90,7 @@ def refuse_changes(steering: Any, ride: Ride) -> None:
         refuse_replaced(steering.gaze.places)
 
 
-def _note_unsteered(scope: GenerateScope | None, last: bool) -> None:
-    if scope is not None and last and not torch.compiler.is_compiling():
-        scope.started = True
-        scope.unsteered += 1
-
-
-def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: bool, last: bool) -> Ride | None:
+def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: bool) -> Ride | None:
     """The first pass gets the prompt, and so does every other on a fresh cache; later ones go on with what their cache carries."""
     prompt, cache = scope.prompt, given.cache
     if prompt is None:
@@ -105,7 +98,7 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: 
     ride.prompt_end = prompt.first_position + prompt.shape[1]
     compiling = torch.compiler.is_compiling()
     if not scope.started:
-        if not compiling and (scope.statement is not None or sees):
+        if not compiling and scope.asks:
             _refuse_virtual(given, scope)
         scope.started = True
         ride.prompt, ride.records = prompt, scope.records
@@ -114,8 +107,9 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: 
     elif ride.state is None:
         if not compiling and int(past_of(cache)) == scope.past and begins_prompt(given, prompt):
             ride.prompt, ride.records = prompt, scope.records
-        elif scope.guided:
-            _note_unsteered(scope, last)
+        elif scope.guided or not scope.asks:
+            if last and scope.guided and not compiling:
+                scope.unconditional += 1
             return None
         else:
             raise PatchError(
@@ -135,7 +129,7 @@ def close_ledger(scope: GenerateScope) -> None:
     Raises:
         PatchError: no pass came by, or more than guidance accounts for went without.
     """
-    if scope.prompt is None:
+    if scope.prompt is None or not scope.asks:
         return
     if not scope.started:
         raise PatchError(
@@ -143,10 +137,10 @@ def close_ledger(scope: GenerateScope) -> None:
             "removed, or the model's forward is called directly. Patch the model again: hf_steer.unpatch_model(model), then "
             "patch_model."
         )
-    if scope.guided and scope.unsteered > scope.steered > 0:
+    if scope.unconditional > scope.steered > 0:
         raise PatchError(
-            f"{scope.unsteered} passes of a generate with guidance went unsteered beside {scope.steered} steered ones; guidance "
-            "accounts for as many at most. A cache lost its saliency; please report this with the model's name."
+            f"{scope.unconditional} passes of a generate with guidance went unsteered beside {scope.steered} steered ones; "
+            "guidance accounts for as many at most. A cache lost its saliency; please report this with the model's name."
         )
 
 

@@ -149,3 +149,21 @@ def test_a_configuration_of_nothing():
     inputs = prompt("qwen2")
     assert torch.equal(logits(model, inputs), logits(bare, inputs))
     assert torch.equal(generate(model, inputs), generate(bare, inputs))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_a_processor_that_calls_the_model_while_nothing_is_asked(family):
+    """Whatever it calls the model with, none of it was to be steered."""
+    model, bare = pair(family, source=None)
+
+    def calls(which):
+        def processor(input_ids, scores):
+            which(torch.tensor([[5, 6, 7]]))
+            return scores + which(input_ids[:, -2:]).logits[:, -1]
+
+        return [processor]
+
+    inputs = make_prompt(family, [[6]])
+    assert torch.equal(
+        generate(model, inputs, logits_processor=calls(model)), generate(bare, inputs, logits_processor=calls(bare))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -180,6 +181,6 @@ def own_spellings(kind: type) -> Mapping[str, str]:
     if kind not in _OWN:
         parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters  # type: ignore[attr-defined]
         known = any(name in parameters for name in ARGUMENTS["cache"])
-        caches = [name for name, own in parameters.items() if str(own.annotation).rpartition(".")[2].startswith("Cache")]
+        caches = [name for name, own in parameters.items() if re.search(r"\b(Dynamic|Static)?Cache\b", str(own.annotation))]
         _OWN[kind] = {"cache": caches[0]} if not known and len(caches) == 1 else {}
     return _OWN[kind]

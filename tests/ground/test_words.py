@@ -37,10 +37,20 @@ class Convolving(nn.Module):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("kind", "own"), [(Renamed, {"cache": "kept_keys"}), (Two, {}), (Known, {}), (Convolving, {})])
+class Quoted(nn.Module):
+    """Its annotation is a string, of one kind of cache."""
+
+    def forward(self, input_ids=None, kept_keys: "Optional[DynamicCache]" = None):  # noqa: F821, UP037
+        raise NotImplementedError
+
+
+RENAMED = {"cache": "kept_keys"}
+
+
+@pytest.mark.parametrize(("kind", "own"), [(Renamed, RENAMED), (Quoted, RENAMED), (Two, {}), (Known, {}), (Convolving, {})])
 def test_a_cache_of_an_unknown_name_is_the_only_argument_of_its_type_and_no_guess(kind, own):
     assert own_spellings(kind) == own
-    assert spelling_in(kind(), "cache") == {Renamed: "kept_keys", Known: "past_key_values"}.get(kind)
+    assert spelling_in(kind(), "cache") == {Renamed: "kept_keys", Quoted: "kept_keys", Known: "past_key_values"}.get(kind)
 
 
 @pytest.mark.parametrize("word", ["ids", "mask", "image_pixels", "image_grids", "token_kinds"])

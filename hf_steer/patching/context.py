@@ -67,6 +67,7 @@ class GenerateScope:
         statement: what the call itself, or the block around it, says.
         block: what the block around it says.
         past: keys in its cache when it began.
+        asks: whether anything is to be steered in it: something is said, or there is something to see.
         guided: classifier-free guidance runs passes of its own, which see no prompt and are unsteered by design.
         drafts: the model drafts for itself.
         records: what the vision tower recorded for it.
@@ -80,6 +81,7 @@ class GenerateScope:
     statement: Saliency | None = None
     block: Saliency | None = None
     past: int = 0
+    asks: bool = False
     guided: bool = False
     drafts: bool = False
     records: list[EyeRecord] = field(default_factory=list)

@@ -128,7 +128,7 @@ class Steering(nn.Module):
                 return self._original("generate")(*args, **kwargs)
             with generate_scope(self, scope):
                 result = self._original("generate")(*args, **kwargs)
-            if inspect.isgenerator(result):
+            if scope.asks and inspect.isgenerator(result):
                 raise PatchError(
                     "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
                     "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
@@ -164,10 +164,13 @@ class Steering(nn.Module):
         prompt = read_prompt(given, self.plan, statement, past=past, whole=True)
         if prompt is None:
             return None
-        if past and read_state(given.cache) is None:
+        state = read_state(given.cache)
+        if past and state is None:
             refuse_unseen(self.plan, statement, past, None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past])
         root = self.plan.anatomy.root
-        return GenerateScope(prompt, statement, block, past, given.guides(root), given.drafts_for(root))
+        sees = self.plan.sees and (prompt.ids is None or bool(prompt.spans))
+        asks = statement is not None or sees or (state is not None and state.speaks)
+        return GenerateScope(prompt, statement, block, past, asks, given.guides(root), given.drafts_for(root))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -58,7 +58,8 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     ride = Ride(backend=plan.config.attention.backend, state=state, statement=said, tokens=given.ids)
     if not torch.compiler.is_compiling():
         ride.sites = steering.gaze.sites
-    if scope is not None and said is None and (scope.prompt is None or block is scope.block):
+    belongs = scope is not None and said is None and (scope.prompt is None or block is scope.block)
+    if scope is not None and belongs and not _is_foreign(ride, scope, given, sees=plan.sees):
         ride.statement = scope.statement
         refuse_changes(steering, ride)
         return _begin_in_generate(ride, scope, given, sees=plan.sees, last=last)
@@ -97,6 +98,13 @@ def _note_unsteered(scope: GenerateScope | None, last: bool) -> None:
         scope.unsteered += 1
 
 
+def _is_foreign(ride: Ride, scope: GenerateScope, given: Given, *, sees: bool) -> bool:
+    """Whether a later pass on a cache of its own stands for itself, as it would outside: nothing was asked of this one."""
+    if scope.prompt is None or scope.asks or scope.guided or not scope.started or torch.compiler.is_compiling():
+        return False
+    return ride.state is None and not (sees and given.perceives)
+
+
 def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: bool, last: bool) -> Ride | None:
     """The first pass gets the prompt, and so does every other on a fresh cache; later ones go on with what their cache carries."""
     prompt, cache = scope.prompt, given.cache
@@ -109,6 +117,10 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, sees: 
             _refuse_virtual(given, scope)
         scope.started = True
         ride.prompt, ride.records = prompt, scope.records
+    elif ride.state is None and scope.guided and scope.steered > scope.unsteered:
+        # guidance's own pass follows each of the prompt's; what it reads may begin as the prompt does
+        _note_unsteered(scope, last)
+        return None
     elif cache is None and scope.state is not None and begins_prompt(given, prompt):
         ride.state = scope.state
     elif ride.state is None:
@@ -135,7 +147,7 @@ def close_ledger(scope: GenerateScope) -> None:
     Raises:
         PatchError: no pass came by, or more than guidance accounts for went without.
     """
-    if scope.prompt is None:
+    if scope.prompt is None or not scope.asks:
         return
     if not scope.started:
         raise PatchError(
@@ -243,7 +255,12 @@ def check_receipt(ride: Ride, decoder: nn.Module, root: nn.Module, places: tuple
 
 
 def refuse_stray(module: Any) -> None:
-    """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered."""
+    """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered.
+
+    A checkpoint that backward recomputes runs with the arguments of its pass, whatever is said around backward.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return
     own = [steering for steering in steerings_with(SAID, OFF) if module in steering.gaze.sites.values()]
     said = any(statement_for(steering) != (False, None) for steering in own)
     by_itself = not own and sees_by_itself(module.config) and not torch.is_grad_enabled()  # checkpoints are recomputed anywhere

@@ -94,6 +94,8 @@ class CacheState:
         """
         if rows == self.rows:
             return self
+        if rows % self.rows and not self.speaks:  # nothing was said of them, so it does not matter which they are
+            return dataclasses.replace(self.select(torch.zeros(rows, dtype=torch.long)), spans=())
         if rows % self.rows:
             raise SaliencyError(f"the cache's saliency has {self.rows} rows, this call has {rows}. Start from a fresh cache.")
         return self.select(torch.arange(self.rows, device=self.scores.values.device).repeat_interleave(rows // self.rows))

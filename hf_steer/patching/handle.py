@@ -165,8 +165,9 @@ class Steering(nn.Module):
         if prompt is None:
             return None
         state = read_state(given.cache)
-        if past and state is None:
-            refuse_unseen(self.plan, statement, past, None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past])
+        if unseen := past if state is None else state.unseen_among(past):
+            known = None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past]
+            refuse_unseen(self.plan, statement, unseen, known)
         root = self.plan.anatomy.root
         sees = self.plan.sees and (prompt.ids is None or bool(prompt.spans))
         asks = statement is not None or sees or (state is not None and state.speaks)

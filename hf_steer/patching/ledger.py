@@ -19,7 +19,7 @@ from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import held_elsewhere, steerings_with
 from hf_steer.patching.context import OFF, SAID, GenerateScope, scope_for, statement_for
 from hf_steer.patching.runtime import Ride, begins_prompt, read_prompt
-from hf_steer.patching.state import read_state
+from hf_steer.patching.state import note_unseen, read_state
 from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
 from hf_steer.saliency import Saliency
 from hf_steer.values import Plan
@@ -53,6 +53,8 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     enabled, block = statement_for(steering)
     if not enabled:
         _note_unsteered(scope, last)
+        if given.perceives and not torch.compiler.is_compiling():
+            note_unseen(given.cache)
         return None
     state = read_state(given.cache)
     ride = Ride(backend=plan.config.attention.backend, state=state, statement=said, tokens=given.ids)
@@ -71,6 +73,8 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     past = past_of(given.cache)
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
+    if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):
+        refuse_unseen(plan, ride.statement, unseen)
     if _continues(ride, given, past):
         return ride
     tokens = None if ride.statement is None else ride.statement.tokens

@@ -167,7 +167,8 @@ def resolve_state(
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
-    return CacheState(scores, spans, ride.statement, speaks=speaks).for_rows(rows)
+    unseen = None if old is None else old.unseen
+    return CacheState(scores, spans, ride.statement, speaks=speaks, unseen=unseen).for_rows(rows)
 
 
 def make_biases(

@@ -59,6 +59,7 @@ class CacheState:
         gates: what the gates remember of these rows; None where nobody asked.
         marks: `(rows, head_dim)` of the prompt's keys, by which a row is known again; None where there are none.
         doubt: a method of the cache that may have moved its rows in a way that is not known.
+        unseen: keys in the cache when a picture or sound was first added that is not among the spans; None where all are.
     """
 
     scores: TokenScores
@@ -69,6 +70,11 @@ class CacheState:
     gates: Gates | None = None
     marks: Tensor | None = None
     doubt: str | None = None
+    unseen: int | None = None
+
+    def unseen_among(self, past: int) -> int:
+        """How many of `past` keys came with or after a picture that went by while steering was off."""
+        return 0 if self.unseen is None else max(0, past - self.unseen)
 
     @property
     def rows(self) -> int:
@@ -80,11 +86,13 @@ class CacheState:
 
     def until(self, length: int) -> CacheState:
         """The part that speaks of the first `length` keys: a cache may have been cropped or reset since."""
+        if self.unseen is not None and not self.unseen_among(length):
+            return dataclasses.replace(self, unseen=None).until(length)
         if self.length <= length:
             return self
         scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length], self.scores.groups)
         spans = tuple(span for span in self.spans if int(span.positions[-1]) < length)
-        return CacheState(scores, spans, self.statement, self.speaks)
+        return CacheState(scores, spans, self.statement, self.speaks, unseen=self.unseen)
 
     def for_rows(self, rows: int) -> CacheState:
         """Rows repeated as `generate` repeats them for beams.
@@ -115,7 +123,7 @@ class CacheState:
         }
         gates = None if self.gates is None else self.gates.select(rows)
         marks = None if self.marks is None else self.marks[rows.to(self.marks.device)]
-        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt)
+        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt, self.unseen)
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
@@ -168,6 +176,13 @@ def write_state(cache: Any, state: CacheState) -> CacheState:
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)
     return state
+
+
+def note_unseen(cache: Any) -> None:
+    """A picture or sound goes into a cache that carries saliency, and steering is off: from here on not all is known."""
+    state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
+    if state is not None and not state.unseen_among(past := int(past_of(cache))):
+        setattr(cache, _ATTRIBUTE, dataclasses.replace(state, unseen=past))
 
 
 def _marks(keys: Tensor | None, length: int) -> Tensor | None:

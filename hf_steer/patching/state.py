@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, past_of, watch_rows, whole_keys
+from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, stamp_of, watch_rows
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
 _ATTRIBUTE, _SEEN = "hf_steer_state", "hf_steer_keys"
-"""What a cache carries: its state, and which tensor of keys that was written for."""
+"""What a cache carries: its state, and which keys that was written for."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def read_state(cache: Any) -> CacheState | None:
     state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
     if state is None or torch.compiler.is_compiling():
         return state
-    keys = whole_keys(cache)
-    if state.speaks and (state.doubt is not None or getattr(cache, _SEEN, None) != id(keys)):
+    keys = first_keys(cache)
+    if state.speaks and (state.doubt is not None or getattr(cache, _SEEN, None) != stamp_of(keys)):
         state = _known_again(cache, keys, state)
     watch_rows(cache, follow_rows)
     return state
@@ -169,10 +169,11 @@ def read_state(cache: Any) -> CacheState | None:
 def write_state(cache: Any, state: CacheState) -> CacheState:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
     if not torch.compiler.is_compiling():
-        keys = whole_keys(cache)
-        if state.marks is None and state.speaks and keys is not None and int(past_of(cache)) >= state.length:
+        keys = first_keys(cache)
+        unmarked = state.marks is None and state.speaks
+        if unmarked and keys is not None and keys.shape[2] >= state.length and _shows_prompt(cache, keys, state.length):
             state = dataclasses.replace(state, marks=_marks(keys, state.length))
-        setattr(cache, _SEEN, id(keys))
+        setattr(cache, _SEEN, stamp_of(keys))
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)
     return state
@@ -185,6 +186,11 @@ def note_unseen(cache: Any) -> None:
         setattr(cache, _ATTRIBUTE, dataclasses.replace(state, unseen=past))
 
 
+def _shows_prompt(cache: Any, keys: Tensor, length: int) -> bool:
+    """Whether the whole prompt is in the cache, and none of it has left these keys."""
+    return int(past_of(cache)) >= length and begins_with_first(cache, keys)
+
+
 def _marks(keys: Tensor | None, length: int) -> Tensor | None:
     """What rows are known by; without asking the device for anything."""
     return None if keys is None or keys.shape[2] < length else keys[:, 0, :length].detach().float().mean(1)
@@ -192,7 +198,8 @@ def _marks(keys: Tensor | None, length: int) -> Tensor | None:
 
 def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheState:
     """The state, where the rows are still those that it speaks of."""
-    marks = None if state.marks is None else _marks(keys, state.length)
+    known = state.marks is not None and keys is not None and begins_with_first(cache, keys)
+    marks = _marks(keys, state.length) if known else None
     same = marks is not None and state.marks is not None and marks.shape == state.marks.shape and torch.equal(marks, state.marks)
     if not same and (marks is not None or state.doubt is not None):
         how = "its keys were exchanged" if state.doubt is None else f"{type(cache).__name__}.{state.doubt}() was called"
@@ -204,7 +211,7 @@ def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheSta
         )
     state = dataclasses.replace(state, doubt=None)
     setattr(cache, _ATTRIBUTE, state)
-    setattr(cache, _SEEN, id(keys))
+    setattr(cache, _SEEN, stamp_of(keys))
     return state
 
 
@@ -224,7 +231,7 @@ def follow_rows(cache: Any, method: str, argument: Any) -> None:
     else:
         moved = dataclasses.replace(state, doubt=method)
     setattr(cache, _ATTRIBUTE, moved)
-    setattr(cache, _SEEN, id(whole_keys(cache)))
+    setattr(cache, _SEEN, stamp_of(first_keys(cache)))
 
 
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:

@@ -35,6 +35,8 @@ def refuse_cpu_flash(call: AttentionCall) -> str | None:
         return "the kernel gives no gradient of the bias"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"heads of {call.query.shape[-1]} and values of {call.value.shape[-1]} differ"
+    if not call.query.dtype == call.key.dtype == call.value.dtype:  # under autocast, which does not reach the kernel
+        return "queries, keys and values are of different precision"
     if call.cap is not None or call.sinks or call.added is not None or call.dropped:
         return "the kernel knows no softcap, sinks, dropout or second bias"
     return None

@@ -51,6 +51,25 @@ def whole_keys(cache: Any) -> Tensor | None:
     return None
 
 
+def first_keys(cache: Any) -> Tensor | None:
+    """Keys by which rows are known: of a layer that keeps all, or else of the first sliding one."""
+    keys = whole_keys(cache)
+    if keys is None:
+        held = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", None) or ())
+        keys = next((own for own in held if isinstance(own, Tensor) and own.ndim == 4), None)
+    return keys
+
+
+def begins_with_first(cache: Any, keys: Tensor) -> bool:
+    """Whether these keys still begin with those of the first token: a window that is full has let go of it."""
+    return keys is whole_keys(cache) or int(past_of(cache)) <= keys.shape[2]
+
+
+def stamp_of(keys: Tensor | None) -> tuple[int, int | None]:
+    """By which it is seen, without looking at them, that keys were exchanged or written to."""
+    return id(keys), None if keys is None or keys.is_inference() else keys._version
+
+
 def copy_of(cache: Any) -> Any:
     """An independent cache with the same keys."""
     return copy.deepcopy(cache)

@@ -67,28 +67,30 @@ class GenerateScope:
         statement: what the call itself, or the block around it, says.
         block: what the block around it says.
         past: keys in its cache when it began.
+        asks: whether anything is to be steered in it: something is said, or there is something to see.
         guided: classifier-free guidance runs passes of its own, which see no prompt and are unsteered by design.
         drafts: the model drafts for itself.
         records: what the vision tower recorded for it.
         started: whether its first pass has come.
         state: of a `generate` without a cache.
-        asks: whether anything is to be steered in it: something is said, or the model sees for itself.
         steered: passes that went on with the prompt's saliency.
         unconditional: passes of guidance, which are unsteered by design.
+        compiled: some passes were compiled, and not counted.
     """
 
     prompt: Prompt | None
     statement: Saliency | None = None
     block: Saliency | None = None
     past: int = 0
+    asks: bool = False
     guided: bool = False
     drafts: bool = False
     records: list[EyeRecord] = field(default_factory=list)
     started: bool = False
     state: CacheState | None = None
-    asks: bool = True
     steered: int = 0
     unconditional: int = 0
+    compiled: bool = False
 
 
 _SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated

@@ -201,6 +201,9 @@ class Gaze(nn.Module):
             return
         skips = module.training and skips_layers(module)
         check_receipt(ride, module, self.plan.anatomy.root, self.places, skips=skips)
+        if not ride.watched and ride.pace is not None and ride.pace.before is not None:  # the root's hooks do not run
+            gates = gates_after(ride.pace, self.plan.config.attention, None)  # type: ignore[arg-type]
+            ride.state = dataclasses.replace(ride.state, gates=gates)
         given = read_call(module, args, kwargs).cache
         if given is not None:
             ride.state = write_state(given, ride.state)

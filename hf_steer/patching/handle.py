@@ -128,7 +128,7 @@ class Steering(nn.Module):
                 return self._original("generate")(*args, **kwargs)
             with generate_scope(self, scope):
                 result = self._original("generate")(*args, **kwargs)
-            if inspect.isgenerator(result):
+            if scope.asks and inspect.isgenerator(result):
                 raise PatchError(
                     "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
                     "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
@@ -164,11 +164,14 @@ class Steering(nn.Module):
         prompt = read_prompt(given, self.plan, statement, past=past, whole=True)
         if prompt is None:
             return None
-        if past and read_state(given.cache) is None:
-            refuse_unseen(self.plan, statement, past, None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past])
+        state = read_state(given.cache)
+        if unseen := past if state is None else state.unseen_among(past):
+            known = None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past]
+            refuse_unseen(self.plan, statement, unseen, known)
         root = self.plan.anatomy.root
-        asks = statement is not None or self.plan.sees
-        return GenerateScope(prompt, statement, block, past, given.guides(root), given.drafts_for(root), asks=asks)
+        sees = self.plan.sees and (prompt.ids is None or bool(prompt.spans))
+        asks = statement is not None or sees or (state is not None and state.speaks)
+        return GenerateScope(prompt, statement, block, past, asks, given.guides(root), given.drafts_for(root))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -19,7 +19,7 @@ from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import held_elsewhere, steerings_with
 from hf_steer.patching.context import OFF, SAID, GenerateScope, scope_for, statement_for
 from hf_steer.patching.runtime import Ride, begins_prompt, read_prompt
-from hf_steer.patching.state import read_state
+from hf_steer.patching.state import note_unseen, read_state
 from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
 from hf_steer.saliency import Saliency
 from hf_steer.values import Plan
@@ -52,12 +52,15 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     if not enabled:
         if scope is not None and not torch.compiler.is_compiling():
             scope.started = True  # unsteered because the caller says so
+        if given.perceives and not torch.compiler.is_compiling():
+            note_unseen(given.cache)
         return None
     state = read_state(given.cache)
     ride = Ride(backend=plan.config.attention.backend, state=state, statement=said, tokens=given.ids)
     if not torch.compiler.is_compiling():
         ride.sites = steering.gaze.sites
-    if scope is not None and said is None and (scope.prompt is None or block is scope.block):
+    belongs = scope is not None and said is None and (scope.prompt is None or block is scope.block)
+    if scope is not None and belongs and not _is_foreign(ride, scope, given, sees=plan.sees):
         ride.statement = scope.statement
         refuse_changes(steering, ride)
         return _begin_in_generate(ride, scope, given, last=last)
@@ -69,6 +72,8 @@ def begin_pass(steering: Any, given: Given, said: Saliency | None, *, last: bool
     past = past_of(given.cache)
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
+    if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):
+        refuse_unseen(plan, ride.statement, unseen)
     if _continues(ride, given, past):
         return ride
     tokens = None if ride.statement is None else ride.statement.tokens
@@ -90,6 +95,13 @@ def refuse_changes(steering: Any, ride: Ride) -> None:
         refuse_replaced(steering.gaze.places)
 
 
+def _is_foreign(ride: Ride, scope: GenerateScope, given: Given, *, sees: bool) -> bool:
+    """Whether a later pass on a cache of its own stands for itself, as it would outside: nothing was asked of this one."""
+    if scope.prompt is None or scope.asks or scope.guided or not scope.started or torch.compiler.is_compiling():
+        return False
+    return ride.state is None and not (sees and given.perceives)
+
+
 def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: bool) -> Ride | None:
     """The first pass gets the prompt, and so does every other on a fresh cache; later ones go on with what their cache carries."""
     prompt, cache = scope.prompt, given.cache
@@ -102,14 +114,17 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: 
             _refuse_virtual(given, scope)
         scope.started = True
         ride.prompt, ride.records = prompt, scope.records
+    elif ride.state is None and scope.guided and scope.steered > scope.unconditional:
+        # guidance's own pass follows each of the prompt's; what it reads may begin as the prompt does
+        scope.unconditional += last and not compiling
+        return None
     elif cache is None and scope.state is not None and begins_prompt(given, prompt):
         ride.state = scope.state
     elif ride.state is None:
         if not compiling and int(past_of(cache)) == scope.past and begins_prompt(given, prompt):
             ride.prompt, ride.records = prompt, scope.records
         elif scope.guided or not scope.asks:
-            if last and scope.guided and not compiling:
-                scope.unconditional += 1
+            scope.unconditional += last and not compiling
             return None
         else:
             raise PatchError(
@@ -118,7 +133,9 @@ def _begin_in_generate(ride: Ride, scope: GenerateScope, given: Given, *, last: 
                 "prompt nor goes on after it. Where a logits processor or stopping criterion calls the model, do it inside "
                 "disable_steering(model), or say where that call looks: model(..., saliency=...)."
             )
-    if not compiling:
+    if compiling:
+        scope.compiled = True  # a graph would be made anew for every count
+    else:
         scope.steered += 1
     return ride
 
@@ -137,7 +154,7 @@ def close_ledger(scope: GenerateScope) -> None:
             "removed, or the model's forward is called directly. Patch the model again: hf_steer.unpatch_model(model), then "
             "patch_model."
         )
-    if scope.unconditional > scope.steered > 0:
+    if scope.guided and not scope.compiled and scope.unconditional > scope.steered > 0:
         raise PatchError(
             f"{scope.unconditional} passes of a generate with guidance went unsteered beside {scope.steered} steered ones; "
             "guidance accounts for as many at most. A cache lost its saliency; please report this with the model's name."
@@ -237,7 +254,12 @@ def check_receipt(ride: Ride, decoder: nn.Module, root: nn.Module, places: tuple
 
 
 def refuse_stray(module: Any) -> None:
-    """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered."""
+    """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered.
+
+    A checkpoint that backward recomputes runs with the arguments of its pass, whatever is said around backward.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return
     own = [steering for steering in steerings_with(SAID, OFF) if module in steering.gaze.sites.values()]
     said = any(statement_for(steering) != (False, None) for steering in own)
     by_itself = not own and sees_by_itself(module.config) and not torch.is_grad_enabled()  # checkpoints are recomputed anywhere

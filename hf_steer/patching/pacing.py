@@ -126,8 +126,8 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
     )
 
 
-def gates_after(taken: Pace, attention: AttentionConfig, logits: Tensor) -> Gates | None:
-    """What rides on the cache once the pass's logits `(rows, some queries, vocabulary)` are known."""
+def gates_after(taken: Pace, attention: AttentionConfig, logits: Tensor | None) -> Gates | None:
+    """What rides on the cache once the pass's logits `(rows, some queries, vocabulary)` are known; None where nobody sees them."""
     if taken.before is None:
         return None
     states: list[GateState] = []
@@ -135,7 +135,7 @@ def gates_after(taken: Pace, attention: AttentionConfig, logits: Tensor) -> Gate
         state = states[-1] if states else taken.before
         if taken.reading is not None:
             state = state_after(state, taken.reading, column)
-        if attention.gate is not None and taken.measures:
+        if attention.gate is not None and taken.measures and logits is not None:
             state = observe(state, logits_of(taken, logits, place), attention.gate)
         states.append(state)
     return Gates(tuple(states), taken.end)

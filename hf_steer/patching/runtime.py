@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_steer.attention import SteeredCall, head_bias
 from hf_steer.config import AttentionConfig
@@ -97,7 +98,7 @@ def read_prompt(given: Given, plan: Plan, statement: Saliency | None, *, past: i
         raw=tuple(modality for modality in MODALITIES if given.pixels(modality) is not None),
         arrangements=arrangements,
         spans=_new_spans(ids, given, encoded, plan, statement, first=first, past=past, whole=whole),
-        labelled=None if labels is None else torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
+        labelled=None if labels is None or labels.shape != (batch, tokens) else F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)),
     )
 
 
@@ -121,7 +122,7 @@ def real_tokens(mask: Tensor, length: int) -> Tensor:
     if mask.ndim == 4:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = allowed.flatten(1, 2).any(1)
-    return torch.nn.functional.pad(mask[:, :length].bool(), (max(0, length - mask.shape[1]), 0), value=True)
+    return F.pad(mask[:, :length].bool(), (max(0, length - mask.shape[1]), 0), value=True)
 
 
 def resolve_state(
@@ -166,7 +167,8 @@ def resolve_state(
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
-    return CacheState(scores, spans, ride.statement, speaks=speaks).for_rows(rows)
+    unseen = None if old is None else old.unseen
+    return CacheState(scores, spans, ride.statement, speaks=speaks, unseen=unseen).for_rows(rows)
 
 
 def make_biases(

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, past_of, watch_rows, whole_keys
+from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, stamp_of, watch_rows
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
 _ATTRIBUTE, _SEEN = "hf_steer_state", "hf_steer_keys"
-"""What a cache carries: its state, and which tensor of keys that was written for."""
+"""What a cache carries: its state, and which keys that was written for."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class CacheState:
         gates: what the gates remember of these rows; None where nobody asked.
         marks: `(rows, head_dim)` of the prompt's keys, by which a row is known again; None where there are none.
         doubt: a method of the cache that may have moved its rows in a way that is not known.
+        unseen: keys in the cache when a picture or sound was first added that is not among the spans; None where all are.
     """
 
     scores: TokenScores
@@ -69,6 +70,11 @@ class CacheState:
     gates: Gates | None = None
     marks: Tensor | None = None
     doubt: str | None = None
+    unseen: int | None = None
+
+    def unseen_among(self, past: int) -> int:
+        """How many of `past` keys came with or after a picture that went by while steering was off."""
+        return 0 if self.unseen is None else max(0, past - self.unseen)
 
     @property
     def rows(self) -> int:
@@ -80,11 +86,13 @@ class CacheState:
 
     def until(self, length: int) -> CacheState:
         """The part that speaks of the first `length` keys: a cache may have been cropped or reset since."""
+        if self.unseen is not None and not self.unseen_among(length):
+            return dataclasses.replace(self, unseen=None).until(length)
         if self.length <= length:
             return self
         scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length], self.scores.groups)
         spans = tuple(span for span in self.spans if int(span.positions[-1]) < length)
-        return CacheState(scores, spans, self.statement, self.speaks)
+        return CacheState(scores, spans, self.statement, self.speaks, unseen=self.unseen)
 
     def for_rows(self, rows: int) -> CacheState:
         """Rows repeated as `generate` repeats them for beams.
@@ -94,6 +102,8 @@ class CacheState:
         """
         if rows == self.rows:
             return self
+        if rows % self.rows and not self.speaks:  # nothing was said of them, so it does not matter which they are
+            return dataclasses.replace(self.select(torch.zeros(rows, dtype=torch.long)), spans=())
         if rows % self.rows:
             raise SaliencyError(f"the cache's saliency has {self.rows} rows, this call has {rows}. Start from a fresh cache.")
         return self.select(torch.arange(self.rows, device=self.scores.values.device).repeat_interleave(rows // self.rows))
@@ -113,7 +123,7 @@ class CacheState:
         }
         gates = None if self.gates is None else self.gates.select(rows)
         marks = None if self.marks is None else self.marks[rows.to(self.marks.device)]
-        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt)
+        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt, self.unseen)
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
@@ -149,8 +159,8 @@ def read_state(cache: Any) -> CacheState | None:
     state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
     if state is None or torch.compiler.is_compiling():
         return state
-    keys = whole_keys(cache)
-    if state.speaks and (state.doubt is not None or getattr(cache, _SEEN, None) != id(keys)):
+    keys = first_keys(cache)
+    if state.speaks and (state.doubt is not None or getattr(cache, _SEEN, None) != stamp_of(keys)):
         state = _known_again(cache, keys, state)
     watch_rows(cache, follow_rows)
     return state
@@ -159,10 +169,11 @@ def read_state(cache: Any) -> CacheState | None:
 def write_state(cache: Any, state: CacheState) -> CacheState:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
     if not torch.compiler.is_compiling():
-        keys = whole_keys(cache)
-        if state.marks is None and state.speaks and keys is not None and int(past_of(cache)) >= state.length:
+        keys = first_keys(cache)
+        unmarked = state.marks is None and state.speaks
+        if unmarked and keys is not None and keys.shape[2] >= state.length and _shows_prompt(cache, keys, state.length):
             state = dataclasses.replace(state, marks=_marks(keys, state.length))
-        setattr(cache, _SEEN, id(keys))
+        setattr(cache, _SEEN, stamp_of(keys))
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)
     return state
@@ -175,6 +186,18 @@ def trust_rows(cache: Any) -> None:
         setattr(cache, _ATTRIBUTE, dataclasses.replace(state, marks=None, doubt=None))
 
 
+def note_unseen(cache: Any) -> None:
+    """A picture or sound goes into a cache that carries saliency, and steering is off: from here on not all is known."""
+    state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
+    if state is not None and not state.unseen_among(past := int(past_of(cache))):
+        setattr(cache, _ATTRIBUTE, dataclasses.replace(state, unseen=past))
+
+
+def _shows_prompt(cache: Any, keys: Tensor, length: int) -> bool:
+    """Whether the whole prompt is in the cache, and none of it has left these keys."""
+    return int(past_of(cache)) >= length and begins_with_first(cache, keys)
+
+
 def _marks(keys: Tensor | None, length: int) -> Tensor | None:
     """What rows are known by; without asking the device for anything."""
     return None if keys is None or keys.shape[2] < length else keys[:, 0, :length].detach().float().mean(1)
@@ -182,7 +205,8 @@ def _marks(keys: Tensor | None, length: int) -> Tensor | None:
 
 def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheState:
     """The state, where the rows are still those that it speaks of."""
-    marks = None if state.marks is None else _marks(keys, state.length)
+    known = state.marks is not None and keys is not None and begins_with_first(cache, keys)
+    marks = _marks(keys, state.length) if known else None
     same = marks is not None and state.marks is not None and marks.shape == state.marks.shape and torch.equal(marks, state.marks)
     if not same and (marks is not None or state.doubt is not None):
         how = "its keys were exchanged" if state.doubt is None else f"{type(cache).__name__}.{state.doubt}() was called"
@@ -194,7 +218,7 @@ def _known_again(cache: Any, keys: Tensor | None, state: CacheState) -> CacheSta
         )
     state = dataclasses.replace(state, doubt=None)
     setattr(cache, _ATTRIBUTE, state)
-    setattr(cache, _SEEN, id(keys))
+    setattr(cache, _SEEN, stamp_of(keys))
     return state
 
 
@@ -214,7 +238,7 @@ def follow_rows(cache: Any, method: str, argument: Any) -> None:
     else:
         moved = dataclasses.replace(state, doubt=method)
     setattr(cache, _ATTRIBUTE, moved)
-    setattr(cache, _SEEN, id(whole_keys(cache)))
+    setattr(cache, _SEEN, stamp_of(first_keys(cache)))
 
 
 def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from kit.asking import logits, prompt, right_or_refused, steered, with_cache
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from hf_steer import Saliency
 
@@ -22,11 +22,11 @@ class Shuffling(DynamicCache):
             layer.keys, layer.values = layer.keys[index], layer.values[index]
 
 
-def filled(kind=DynamicCache):
+def filled(kind=DynamicCache, family="qwen2", tokens=9, **kwargs):
     """A steered model and a cache of two rows of which other things are said."""
-    model, inputs = steered("qwen2"), prompt("qwen2", rows=2)
-    cache = kind(config=model.config)
-    logits(model, inputs, Saliency.from_tokens(torch.randn(2, 9)), **with_cache(model, cache))
+    model, inputs = steered(family), prompt(family, rows=2, tokens=tokens)
+    cache = kind(config=model.config, **kwargs)
+    logits(model, inputs, Saliency.from_tokens(torch.randn(2, tokens)), **with_cache(model, cache))
     return model, cache
 
 
@@ -56,16 +56,37 @@ def test_an_unknown_method_that_moves_nothing_may_be_there():
     assert torch.equal(follow(model, copy.deepcopy(cache)), follow(model, cache))
 
 
-def test_layers_whose_rows_were_moved_by_hand_are_followed_or_it_is_said():
-    model, cache = filled()
+def exchange(layer):
+    layer.keys, layer.values = layer.keys.flip(0), layer.values.flip(0)
+
+
+def overwrite(layer):
+    layer.keys.copy_(layer.keys.flip(0))
+    layer.values.copy_(layer.values.flip(0))
+
+
+@pytest.mark.parametrize("move", [exchange, overwrite])
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])  # mistral's window is seven keys wide, and every layer has one
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_whose_rows_were_moved_by_hand_are_followed_or_it_is_said(move, family, static):
+    model, cache = filled(StaticCache, family, 5, max_cache_len=12) if static else filled(DynamicCache, family, 5)
     expected = straight(model, cache).flip(0)
 
     def moved():
         for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.flip(0), layer.values.flip(0)
+            move(layer)
         return follow(model, cache)
 
     right_or_refused(moved, expected, "rows|cache")
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 6, 7, 9])
+def test_a_window_that_fills_up_is_no_move(tokens):
+    model, cache = filled(family="mistral", tokens=tokens)
+    twin = copy.deepcopy(cache)
+    for _ in range(6):
+        assert torch.equal(follow(model, cache), follow(model, twin))
+        twin = copy.deepcopy(twin)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])

@@ -52,7 +52,12 @@ def whole_keys(cache: Any) -> Tensor | None:
 
 
 def first_keys(cache: Any) -> Tensor | None:
-    """Keys by which rows are known: of a layer that keeps all, or else of the first sliding one."""
+    """Keys by which rows are known: of a layer that keeps all, or else of the first sliding one; None while they come and go.
+
+    An offloading cache copies its layers between devices while other code runs, so they may be read half moved.
+    """
+    if getattr(cache, "offloading", False):
+        return None
     keys = whole_keys(cache)
     if keys is None:
         held = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", None) or ())

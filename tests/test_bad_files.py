@@ -67,7 +67,9 @@ CONTENTS = {
     "shallow nesting": (nested(900), "attention must be a mapping; got list"),
     "a number of many digits": (b'{"schema_version": ' + b"1" * 900_000 + b"}", "a whole number of 900000 digits"),
     "a number beyond all": (b'{"schema_version": 1, "attention": {"strength": 1e999}}', "1e999 is larger than any number"),
-    "a number beyond float32": (config_with(strength=1e300), r"strength must be a finite number in float32, at most 3\.4e\+38 in size; got 1e\+300"),
+    "a number beyond float32": (
+        config_with(strength=1e300), r"strength must be a finite number in float32, at most 3\.4e\+38 in size; got 1e\+300"
+    ),
     "a large layer": (config_with(heads={"9" * 30: [0]}), "keys must be layer or head numbers"),
     "a large head": (config_with(heads={"1": [10**25]}), "integers of 32 bits"),
     "NaN": (b'{"schema_version": 1, "attention": {"strength": NaN}}', "NaN is no number of JSON"),

@@ -34,7 +34,7 @@ class SteeredCall:
         read: is handed what the layers of a first pass attend with; None in a pass that is steered.
         sites: layer -> attention module, of the steered layers.
         signed: the receipt: layers that have added their bias.
-        chosen: what was decided for the pass's first layer holds for the others.
+        chosen: what was decided for one layer of the pass holds for those that are called alike.
     """
 
     biases: Mapping[int, HeadBias] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def steered_attention(
     bias = on_device(bias, key.device)
     call = AttentionCall(module, inner, implementation, query, key, value, mask, bias, options)
     # in which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with
-    alike = mask is None, key.device, torch.is_grad_enabled()
+    alike = mask is None, key.device, torch.is_grad_enabled(), call.alters
     attend = hf_steer.chosen.get(alike)
     if attend is None:
         attend = hf_steer.chosen[alike] = BACKENDS[choose_backend(hf_steer.backend, call)].attend

@@ -106,6 +106,11 @@ class AttentionCall:
         """Arguments in use whose effect on the logits is not known."""
         return tuple(name for name in declared_unknown(self.inner) if self.options.get(name) is not None)
 
+    @property
+    def alters(self) -> tuple[Any, ...]:
+        """What else changes its logits or weights, in so far as it decides how a bias can be carried."""
+        return self.unknown, self.cap is None, self.sinks, self.added is None, self.dropped > 0
+
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float | None = None, causal: bool | None = None
     ) -> tuple[Tensor, Any]:

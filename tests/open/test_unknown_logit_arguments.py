@@ -7,6 +7,8 @@ import torch
 from kit.asking import TOLERANCE, answer_or_refusal, generate, logits, look, plain_logits, prompt, steered
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_steer import SteerError
+
 CAP = 1.5
 
 
@@ -30,9 +32,9 @@ def capped(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
 
 
-def cap(model, value):
-    """Layers that hand the argument to their attention."""
-    for layer in model.get_decoder().layers:
+def cap(model, value, *, first=0):
+    """Layers, from the first of them on, that hand the argument to their attention."""
+    for layer in model.get_decoder().layers[first:]:
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "logit_cap": value}), with_kwargs=True
         )
@@ -55,6 +57,13 @@ def test_one_that_is_given_is_refused_by_its_name_or_heeded(capped, backend):
             expected = plain_logits(model, {**inputs, "attention_mask": mask})
             torch.testing.assert_close(found, expected, **TOLERANCE)
             assert not torch.allclose(expected, plain, atol=1e-2)
+
+
+def test_one_that_a_later_layer_alone_gives_is_refused(capped):
+    inputs = prompt("qwen2")
+    model = cap(steered("qwen2"), CAP, first=1)
+    with pytest.raises(SteerError, match="layer 1 calls its attention with logit_cap"):
+        logits(model, inputs, look(inputs))
 
 
 @pytest.mark.parametrize("backend", ["auto", "folded", "mask"])

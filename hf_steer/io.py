@@ -131,12 +131,13 @@ def _wanted(
 
 def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Tensor]:
     """Trained weights beside the model for the parts that the plan has, too; a warning names those that it has not."""
-    try:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            find_file(id_or_dir, name, **hub)
-    except FileError:
+    if not _is_there(id_or_dir, CONFIG_NAME, hub):
         return {}  # nothing to keep
     try:
+        if not _is_there(id_or_dir, WEIGHTS_NAME, hub):
+            noted = read_config(id_or_dir, **hub)[1]
+            if noted is None or noted.weights is None:
+                return {}  # a configuration by itself
         saved, record, weights = read_save(id_or_dir, **hub)
         if is_stale(record, id_or_dir, **hub):
             raise FileError(_STALE.format(place=os.fspath(id_or_dir), name=CONFIG_NAME))
@@ -154,6 +155,14 @@ def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike
     if others:
         _warn_of_others(id_or_dir, ", ".join(others))
     return kept
+
+
+def _is_there(id_or_dir: Place, name: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        find_file(id_or_dir, name, **hub)
+    except FileError:
+        return False
+    return True
 
 
 def _parts(config: SteerConfig) -> dict[tuple[str, Any], str]:

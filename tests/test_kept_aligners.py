@@ -99,21 +99,26 @@ def test_trained_projectors_and_strengths_are_kept_as_aligners_are(tmp_path):
     assert torch.equal(other.hf_steer.aligners[0].router.weight, model.hf_steer.aligners[0].router.weight)
 
 
-@pytest.mark.parametrize("spoil", ["weights", "stale"])
+@pytest.mark.parametrize("spoil", ["weights", "gone", "stale"])
 def test_trained_weights_that_cannot_be_used_are_said(spoil, tmp_path):
     model = llava(EYE)
     model.save_pretrained(tmp_path)
     if spoil == "stale":
         unpatch_model(model).save_pretrained(tmp_path)
+    elif spoil == "gone":
+        (tmp_path / "hf_steer" / "steer_model.safetensors").unlink()
     else:
         (tmp_path / "hf_steer" / "steer_model.safetensors").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match=r"holds trained weights \(.*(is stale|cannot be read)"):
+    with pytest.warns(UserWarning, match=r"holds trained weights \(.*(is stale|cannot be read|has no hf_steer/steer_model)"):
         loaded = hf_steer.from_pretrained(tmp_path, steer_config=SteerConfig(aligners=(EYE,)))
     assert torch.equal(outputs(loaded), outputs(make_encoder_model("llava")))
 
 
-def test_a_folder_without_trained_aligners_says_nothing(tmp_path):
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_folder_without_trained_aligners_says_nothing(configured, tmp_path):
     make_encoder_model("llava").save_pretrained(tmp_path)
+    if configured:
+        SteerConfig(aligners=(EYE,)).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hf_steer.from_pretrained(tmp_path, steer_config=SteerConfig(aligners=(EYE,)))

@@ -26,7 +26,7 @@ SETS = {
 
 TESTS = {
     "contract": ["test_contract*.py", "test_gaze*.py"],
-    "files": ["test_files*.py", "test_saves*.py"],
+    "files": ["test_*files*.py", "test_save*.py", "test_kept*.py"],
     "conversations": ["test_conversations*.py"],
     "ground": ["ground/**/test_*.py"],
     "applied or an error": ["open/test_*.py"],

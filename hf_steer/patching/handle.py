@@ -232,7 +232,6 @@ class Steering(nn.Module):
         return self.overridden[name] or getattr(type(root), name).__get__(root)
 
 
-
 def note_in_force(steering: Steering) -> None:
     """Patching is done."""
     _LIVE.add(steering)

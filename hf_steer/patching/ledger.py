@@ -252,7 +252,6 @@ def check_receipt(ride: Ride, decoder: nn.Module, root: nn.Module, places: tuple
         )
 
 
-
 def refuse_stray(module: Any) -> None:
     """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered.
 

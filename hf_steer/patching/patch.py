@@ -146,5 +146,3 @@ def _trainable(plan: Plan, *, freeze: bool) -> Iterator[tuple[nn.Parameter, bool
             yield parameter, True
         elif freeze and id(parameter) not in kept:
             yield parameter, False
-
-

@@ -20,6 +20,8 @@ from hf_steer.values import HeadBias
 STEERABLE = tuple(PREFERRED)
 """Implementations that these functions can wrap."""
 Reader = Callable[[AttentionCall], None]
+Stray = Callable[[Any, Mapping[str, Any]], None]
+"""Judges a module and its options in a call outside of every pass."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def steered_attention(
     *,
     inner: Callable[..., Any],
     implementation: str,
-    stray: Callable[[Any], None] | None = None,
+    stray: Stray | None = None,
     hf_steer: SteeredCall | None = None,
     **options: Any,
 ) -> Any:
@@ -82,7 +84,7 @@ def steered_attention(
         SteerError: no backend can carry it, or the layer sees other keys than the saliency covers.
     """
     if hf_steer is None:
-        _refuse_lost(module, stray)
+        _refuse_lost(module, options, stray)
         return inner(module, query, key, value, mask, **options)
     layer = layer_of(module)
     bias = hf_steer.biases.get(layer)
@@ -106,14 +108,14 @@ def steered_attention(
     return attend(call, bias)
 
 
-def _refuse_lost(module: Any, stray: Callable[[Any], None] | None) -> None:
+def _refuse_lost(module: Any, options: Mapping[str, Any], stray: Stray | None) -> None:
     """A call without the keyword is right where nothing is steered; where something is, somebody dropped it."""
     if torch.compiler.is_compiling():
         return
     current = _CURRENT.get()
     if current is None:
         if stray is not None:
-            stray(module)
+            stray(module, options)
         return
     layer = layer_of(module)
     if layer in current.biases and current.sites.get(layer) is module:

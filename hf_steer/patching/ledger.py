@@ -7,6 +7,7 @@ which are unsteered by design. What is neither raises.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hf_steer.ground.arguments import Given
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import held_elsewhere, steerings_with
-from hf_steer.patching.context import OFF, SAID, GenerateScope, scope_for, statement_for
+from hf_steer.patching.context import OFF, SAID, STATEMENT, GenerateScope, scope_for, statement_for
 from hf_steer.patching.runtime import Ride, begins_prompt, read_prompt
 from hf_steer.patching.state import note_unseen, read_state
 from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
@@ -252,15 +253,19 @@ def check_receipt(ride: Ride, decoder: nn.Module, root: nn.Module, places: tuple
         )
 
 
-def refuse_stray(module: Any) -> None:
+def refuse_stray(module: Any, options: Mapping[str, Any]) -> None:
     """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered.
 
     A checkpoint that backward recomputes runs with the arguments of its pass, whatever is said around backward.
+
+    Args:
+        module: of the layer.
+        options: that it is called with; what the call itself says is among them where no hook has taken it.
     """
     if torch._C._current_graph_task_id() != -1:
         return
     own = [steering for steering in steerings_with(SAID, OFF) if module in steering.gaze.sites.values()]
-    said = any(statement_for(steering) != (False, None) for steering in own)
+    said = options.get(STATEMENT) is not None or any(statement_for(steering) != (False, None) for steering in own)
     by_itself = not own and sees_by_itself(module.config) and not torch.is_grad_enabled()  # checkpoints are recomputed anywhere
     if said or by_itself:
         raise PatchError(

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from kit.asking import generate, logits, plain_logits, prompt, right_or_refused, saying, steer, steered
+from kit.asking import generate, logits, look, plain_logits, prompt, right_or_refused, saying, steer, steered
 from tiny import make_model
 from transformers import StoppingCriteria
 
@@ -74,6 +74,15 @@ def test_what_was_changed_is_said_or_does_not_matter(family, call, change):
     change(model)
     right_or_refused(lambda: call(model, inputs, said), expected, REMEDY)
     assert not torch.equal(expected, plain)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_statement_per_call_is_heeded_or_refused_by_a_changed_model(change):
+    model, inputs = steered(), prompt()
+    said = look(inputs)
+    expected = logits(model, inputs, said)
+    change(model)
+    right_or_refused(lambda: logits(model, {**inputs, "saliency": said}), expected, REMEDY)
 
 
 @families

@@ -24,6 +24,9 @@ SETS = {
 }
 """Name -> requirements. No other file names a version to test on."""
 
+NEEDS_PYTHON = {"old-cache-name": (3, 11)}
+"""Name -> the first Python that pip finds its packages for, where that is a later one than ours: transformers 5.21 began it."""
+
 TESTS = {
     "contract": ["test_contract*.py", "test_gaze*.py"],
     "files": ["test_*files*.py", "test_save*.py", "test_kept*.py"],
@@ -53,7 +56,10 @@ def main(names: list[str]) -> None:
     if not PYTHON.exists():
         sys.exit("no .venv here: the README's test command makes it; .ci/run runs that first")
     run_pip("install", "--quiet", "pip>=22.2")  # the first with --dry-run; Ubuntu 22.04 has an older one
-    failed = [name for name in names or SETS if not passes(name)]
+    there = [name for name in names or SETS if NEEDS_PYTHON.get(name, (3,)) <= sys.version_info]
+    for name in set(names or SETS) - set(there):
+        print(f"+ {name}: passed over, its packages need Python {'.'.join(map(str, NEEDS_PYTHON[name]))}", flush=True)
+    failed = [name for name in there if not passes(name)]
     if failed:
         sys.exit(f"tests failed on these sets of versions: {failed}")
 

@@ -74,6 +74,19 @@ def test_a_failing_set_fails_the_run_after_the_others_have_run(matrix, monkeypat
     assert ran == list(matrix.SETS)
 
 
+def test_a_set_that_pip_does_not_find_for_an_old_python_is_passed_over_and_said(matrix, monkeypatch, tmp_path, capsys):
+    ran = []
+    monkeypatch.setattr(matrix, "PYTHON", tmp_path)
+    monkeypatch.setattr(matrix, "run_pip", lambda *arguments: "")
+    monkeypatch.setattr(matrix, "passes", lambda name: ran.append(name) or True)
+    monkeypatch.setattr(matrix.sys, "version_info", (3, 10, 12))
+    matrix.main([])
+    assert ran == [name for name in matrix.SETS if name not in matrix.NEEDS_PYTHON]
+    assert ran[0] == "oldest"
+    for name in matrix.NEEDS_PYTHON:
+        assert f"+ {name}: passed over, its packages need Python 3.11" in capsys.readouterr().out
+
+
 def test_the_workflow_runs_the_same_script_weekly_on_the_oldest_and_the_newest_python():
     workflow = (ROOT / ".github" / "workflows" / "matrix.yml").read_text()
     oldest = re.search(r'requires-python = ">=([\d.]+)"', PROJECT).group(1)

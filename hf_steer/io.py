@@ -226,11 +226,19 @@ def read_base_model(model_class: type[PreTrainedModel], id_or_dir: str | os.Path
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The model without its weights: every module is there, no memory is taken."""
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class_of(config)._from_config(
-            copy.deepcopy(config), attn_implementation=attn_implementation
-        )
+    """The model without its weights: every module is there, no memory is taken.
+
+    Raises:
+        FileError: a configuration of sizes that no tensor can have.
+    """
+    model: PreTrainedModel
+    try:
+        with torch.device("meta"):
+            model = model_class_of(config)._from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise FileError(f"config.json asks for a model that cannot be made ({error}). Save or download it again.") from error
     return model
 
 

@@ -180,6 +180,14 @@ def test_a_base_whose_config_is_bad_is_our_error(folder):
             hf_steer.from_pretrained(folder)
 
 
+def test_a_base_of_sizes_that_no_tensor_has_is_our_error(folder):
+    values = json.loads((folder / "config.json").read_text())
+    sizes = values.get("text_config", values)
+    sizes["intermediate_size" if "intermediate_size" in sizes else "d_model"] = 10**18
+    (folder / "config.json").write_text(json.dumps(values))
+    refused_at_once(hf_steer.from_pretrained, folder, r"config\.json asks for a model that cannot be made \(.*overflow", FileError)
+
+
 @pytest.mark.parametrize(("integer", "floating"), [(np.int64, np.float32), (np.uint8, np.float64), (torch.tensor, torch.tensor)])
 def test_scalars_of_numpy_and_torch_are_numbers_in_a_configuration(integer, floating):
     whole, real = integer(3), floating(0.5)

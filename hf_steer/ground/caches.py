@@ -43,8 +43,11 @@ def keys_seen(cache: Any, queries: int, layer: int) -> tuple[int, int]:
 
 
 def whole_keys(cache: Any) -> Tensor | None:
-    """Keys `(rows, heads, keys, head_dim)` of the first layer that keeps all of them; None where no layer shows them."""
-    for layer in getattr(cache, "layers", None) or ():
+    """Keys `(rows, heads, keys, head_dim)` of the last layer that keeps all of them; None where no layer shows them.
+
+    The last, since what steers the layers before it shows in its keys: equal prompts that look elsewhere are told apart by them.
+    """
+    for layer in reversed(getattr(cache, "layers", None) or ()):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.ndim == 4 and not getattr(layer, "is_sliding", False):
             return keys

@@ -51,6 +51,20 @@ def test_rows_that_an_unknown_method_moved_take_their_saliency_along_or_it_is_sa
     right_or_refused(moved, expected, "shuffle_rows|rows")
 
 
+def test_rows_of_one_prompt_that_look_elsewhere_are_told_apart():
+    """Keys of the first layer are alike in all of them."""
+    model, inputs, cache = steered(), {name: own.repeat(2, 1) for name, own in prompt().items()}, Shuffling()
+    logits(model, inputs, Saliency.from_tokens(torch.randn(2, 9)), **with_cache(model, cache))
+    assert torch.equal(*cache.layers[0].keys)
+    expected = straight(model, cache).flip(0)
+
+    def moved():
+        cache.shuffle_rows(torch.tensor([1, 0]))
+        return follow(model, cache)
+
+    right_or_refused(moved, expected, "shuffle_rows|rows")
+
+
 def test_an_unknown_method_that_moves_nothing_may_be_there():
     model, cache = filled(Shuffling)
     assert torch.equal(follow(model, copy.deepcopy(cache)), follow(model, cache))

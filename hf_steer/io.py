@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_steer.config import CONFIG_NAME, SteerConfig
+from hf_steer.config import CONFIG_NAME, AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.config.record import Record
 from hf_steer.config.steer import read_config
 from hf_steer.errors import FileError, PatchError, SteerError
@@ -138,7 +139,11 @@ def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike
             noted = read_config(id_or_dir, **hub)[1]
             if noted is None or noted.weights is None:
                 return {}  # a configuration by itself
-        saved, record, weights = read_save(id_or_dir, **hub)
+        saved = read_config(id_or_dir, **hub)[0]
+        if saved.base_model_type not in (None, plan.config.base_model_type):
+            _warn_of_others(id_or_dir, ", ".join(part for part, _ in _parts(saved)))
+            return {}
+        saved, record, weights = read_save(id_or_dir, _weights_on_meta(plan, saved), **hub)
         if is_stale(record, id_or_dir, **hub):
             raise FileError(_STALE.format(place=os.fspath(id_or_dir), name=CONFIG_NAME))
     except SteerError as error:
@@ -146,7 +151,7 @@ def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike
         return {}
     kept, others = {}, []
     for (part, wanted), prefix in _parts(saved).items():
-        target = _parts(plan.config).get((part, wanted)) if saved.base_model_type in (None, plan.config.base_model_type) else None
+        target = _parts(plan.config).get((part, wanted))
         own = {f"{target}{name.removeprefix(prefix)}": value for name, value in weights.items() if name.startswith(prefix)}
         if target is None or any(name not in needed or needed[name].shape != value.shape for name, value in own.items()):
             others.append(part)
@@ -155,6 +160,15 @@ def _kept(plan: Plan, needed: Mapping[str, Tensor], id_or_dir: str | os.PathLike
     if others:
         _warn_of_others(id_or_dir, ", ".join(others))
     return kept
+
+
+def _weights_on_meta(plan: Plan, saved: SteerConfig) -> dict[str, Tensor]:
+    """What a saved configuration has weights for, without any: shapes are compared before a large foreign file is read."""
+    learned = None
+    if saved.attention is not None and saved.learns_strength:  # tags and phrases, which need a tokenizer, have no weights
+        learned = AttentionConfig(heads=saved.attention.heads, strength="trainable", saliency=SaliencyConfig(source=None))
+    with torch.device("meta"):
+        return own_weights(Steering(make_plan(plan.anatomy.root, dataclasses.replace(saved, attention=learned))))
 
 
 def _is_there(id_or_dir: Place, name: str, hub: Mapping[str, Any]) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from test_insertion import align, logits, stir
 from tiny_encoders import make_encoder_inputs, make_encoder_model
@@ -216,3 +219,19 @@ def test_the_same_aligners_for_another_family_are_not_taken(tmp_path):
     with hf_steer.disable_steering(loaded):
         plain = logits(loaded, make_encoder_inputs("hubert"))
     assert torch.equal(logits(loaded, make_encoder_inputs("hubert")), plain)  # it started fresh
+
+
+def test_a_large_foreign_file_beside_the_model_is_not_read(tmp_path, monkeypatch):
+    """Shapes stand in its first bytes."""
+    llava(EYE).save_pretrained(tmp_path)
+    path = tmp_path / "hf_steer" / "steer_model.safetensors"
+    held = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: torch.zeros(2, *value.shape) for name, value in held.items()}, path)
+    edit = json.loads((tmp_path / "steer_config.json").read_text())
+    edit["saved"]["weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "steer_config.json").write_text(json.dumps(edit))
+    read = []
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: read.append(content))
+    with pytest.warns(UserWarning, match=r"holds trained weights .*shape"):
+        hf_steer.from_pretrained(tmp_path, steer_config=SteerConfig(attention=GAZE, aligners=(EYE,)))
+    assert not read

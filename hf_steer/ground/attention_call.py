@@ -19,6 +19,8 @@ UNDERSTOOD = frozenset(
     {"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_bias", "sliding_window", "cache", *HARMLESS}
 )
 """Arguments whose effect on the logits is known here; any other that a function declares is refused once it is used."""
+SEGMENTS = "cu_seq_lens_q"
+"""Where flash is told which pictures of a call lie in its one row."""
 _TENSORS = 5
 """Every attention function takes module, query, key, value and mask first."""
 
@@ -149,7 +151,7 @@ def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def segments_of(options: Mapping[str, Any], tokens: int) -> list[int]:
     """Lengths of the pictures of a tower's call that come in one row, as flash gets them; one row alone otherwise."""
-    starts = options.get("cu_seq_lens_q")
+    starts = options.get(SEGMENTS)
     return [tokens] if starts is None else starts.diff().tolist()
 
 

@@ -6,12 +6,14 @@ through the table.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hf_steer.errors import GroundError
 from hf_steer.ground.arguments import PERCEIVED, spelling_in
+from hf_steer.ground.attention_call import SEGMENTS
 from hf_steer.ground.caches import ROW_MOVES, unknown_moves
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING, function_of, implementation_of, unknown_batching
 from hf_steer.ground.proof import prove_keyword, takes_keywords
@@ -110,6 +112,14 @@ def _batches(plan: Plan) -> str | None:
     return f"{root.__name__} has {', '.join(unknown)} beside {', '.join(CONTINUOUS_BATCHING)}" if unknown else None
 
 
+def _tells_pictures(plan: Plan) -> str | None:
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    if plan.anatomy.arrangement is not None or SEGMENTS in inspect.signature(_flash_attention_forward).parameters:
+        return None
+    return f"flash attention takes no {SEGMENTS}"
+
+
 def _perceives(plan: Plan) -> str | None:
     root = plan.anatomy.root
     if any(spelling_in(root, word) is not None for word in PERCEIVED):
@@ -132,6 +142,8 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
     Assumption("continuous_batching", "continuous batching begins in methods that are known", "gaze", _batches),
     Assumption("tower_arguments", "a vision tower is told the grids of its pictures", "eyes",
                lambda plan: None if plan.anatomy.arrangement is not None else _takes("tower", "grids")(plan)),
+    Assumption("picture_segments", "flash attention is told where the pictures of a call begin in its one row", "eyes",
+               _tells_pictures),
     Assumption("perceived_arguments", "pictures and sounds come under names that are known", "aligners", _perceives),
 )  # fmt: skip
 """What patching relies on; `tests/ground/test_survey.py` holds each row on every version."""

@@ -141,6 +141,10 @@ def batches_otherwise(model, monkeypatch):
     reclass(model, generate_batch_v2=lambda self, inputs: None)
 
 
+def tells_flash_nothing_of_pictures(model, monkeypatch):
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils._flash_attention_forward", lambda query, key, value: None)
+
+
 BREAKS = [  # of a fact, the part of the table that needs it, a family that has it, how it breaks
     ("decoder_arguments", "gaze", "qwen2", rename(decoder, CACHE, "kv", annotation=inspect.Parameter.empty)),
     ("decoder_arguments", "gaze", "qwen2_vl", rename(decoder, "inputs_embeds", "embeddings")),
@@ -156,6 +160,7 @@ BREAKS = [  # of a fact, the part of the table that needs it, a family that has 
     ("steered_pass", "gaze", "qwen2", calls_no_attention_function),
     ("continuous_batching", "gaze", "qwen2", batches_otherwise),
     ("tower_arguments", "eyes", "qwen2_vl", rename(tower, "grid_thw", "sizes_of_pictures")),
+    ("picture_segments", "eyes", "qwen2_vl", tells_flash_nothing_of_pictures),
     ("perceived_arguments", "aligners", "wav2vec2", rename(root, "input_values", "sound")),
 ]
 

@@ -120,6 +120,8 @@ class Steering(nn.Module):
         `saliency=` says where to look in this call, whatever thread or pool it runs in.
         """
         said, kwargs = take_statement(self, kwargs)
+        if not (self.plan.strengths or self.aligners.reads_text):
+            return self._original("generate")(*args, **kwargs)
         given = read_generate(args, kwargs)
         mask = given.mask if given.mask is not None else inferred_mask(given, self.plan.anatomy.root)
         with whole_prompt(self.aligners, given.ids, mask) if self.aligners.reads_text and given.ids is not None else nullcontext():

@@ -34,7 +34,7 @@ def test_the_quickstart_runs_as_pasted_and_prints_what_the_readme_shows(tmp_path
 
 def test_the_readme_and_the_package_name_the_tested_releases():
     oldest, newest = (f"{major}.{minor}" for major, minor in (versions.OLDEST, versions.NEWEST))
-    assert f"transformers {oldest} to {newest}." in README
+    assert f"transformers {oldest} to {newest}" in README
     assert f'"transformers>={oldest},<6"' in (ROOT / "pyproject.toml").read_text()
 
 

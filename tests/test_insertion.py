@@ -807,7 +807,8 @@ def test_broken_or_missing_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(FileError, match="describes trained parts.*To start with fresh ones, give the configuration itself"):
         hf_steer.from_pretrained(tmp_path)
-    fresh = hf_steer.from_pretrained(tmp_path, steer_config=SteerConfig.from_pretrained(tmp_path)).eval()
+    with pytest.warns(UserWarning, match=r"holds trained weights .* has no .*starts fresh"):
+        fresh = hf_steer.from_pretrained(tmp_path, steer_config=SteerConfig.from_pretrained(tmp_path)).eval()
     inputs = make_encoder_inputs("whisper")
     with disable_steering(model):
         assert torch.equal(logits(fresh, inputs), logits(model, inputs))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from hf_steer.ground.implementations import is_their_own
 from hf_steer.values import HeadBias
 
-HARMLESS = frozenset({"output_attentions", "position_ids", "use_cache", "cache_position", "head_dim", "training"})
+HARMLESS = frozenset({"kernel_options", "output_attentions", "position_ids", "use_cache", "cache_position", "head_dim", "training"})
 """Arguments that attention functions declare and that change no logit."""
 UNDERSTOOD = frozenset(
     {"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_bias", "sliding_window", "cache", *HARMLESS}
@@ -136,7 +137,10 @@ _DECLARED: dict[Callable[..., Any], tuple[str, ...]] = {}
 
 
 def declared_unknown(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What an attention function declares by name that is not understood here; looked up once."""
+    """What an attention function declares, or reads out of further arguments, by a name that is not understood here.
+
+    Looked up once, when the model is patched: a compiled graph could not.
+    """
     if function not in _DECLARED:
         _DECLARED[function] = _look_up_declared(function)
     return _DECLARED[function]
@@ -145,8 +149,18 @@ def declared_unknown(function: Callable[..., Any]) -> tuple[str, ...]:
 def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
     inner = function.keywords.get("flash", function) if isinstance(function, functools.partial) else function
     declared = list(inspect.signature(inspect.unwrap(inner)).parameters.values())[_TENSORS:]
-    named = (own.name for own in declared if own.kind is not inspect.Parameter.VAR_KEYWORD)
-    return tuple(name for name in named if name not in UNDERSTOOD)
+    named = [own.name for own in declared if own.kind is not inspect.Parameter.VAR_KEYWORD]
+    named += _strings_of(getattr(inspect.unwrap(inner), "__code__", None))
+    return tuple(dict.fromkeys(name for name in named if name not in UNDERSTOOD))
+
+
+def _strings_of(code: CodeType | None) -> Iterator[str]:
+    """Words that a function's code mentions: whoever reads an argument out of `**kwargs` names it so."""
+    for constant in () if code is None else code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _strings_of(constant)
 
 
 def segments_of(options: Mapping[str, Any], tokens: int) -> list[int]:

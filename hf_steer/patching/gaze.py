@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_steer.attention import UNSTEERED, enter_pass, recording_attention, registered_name, steered_attention
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, read_call
+from hf_steer.ground.attention_call import declared_unknown
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import skips_layers
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
@@ -69,6 +70,7 @@ class Gaze(nn.Module):
         if self.files[0] is not None:
             implementation = str(self.implementations[0])
             inner = function_of(implementation, self.files[0])
+            declared_unknown(inner)  # looked up before anything is compiled
             steer = partial(steered_attention, inner=inner, implementation=implementation, stray=refuse_stray)
             register_function(self.function, steer)
         if self.files[1] is not None:

@@ -79,3 +79,17 @@ def test_an_unsteered_call_is_let_pass(capped):
     bare, model = cap(steered("qwen2"), CAP), cap(steered("qwen2"), CAP)
     assert torch.equal(logits(model, inputs), plain_logits(bare, inputs))
     assert not torch.allclose(logits(model, inputs), logits(steered("qwen2"), inputs), atol=1e-2)  # the cap is on
+
+
+def test_one_that_is_read_out_of_further_arguments_is_refused(monkeypatch):
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        cap = kwargs.pop("logit_cap", None)
+        return plain(module, query if cap is None else query / cap, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+    inputs = prompt("qwen2")
+    with pytest.raises(SteerError, match="calls its attention with logit_cap"):
+        logits(cap(steered("qwen2"), CAP), inputs, look(inputs))
+    assert torch.isfinite(logits(cap(steered("qwen2"), None), inputs, look(inputs))).all()

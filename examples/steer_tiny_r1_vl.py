@@ -33,10 +33,12 @@ from transformers.utils import logging
 
 import hf_steer
 from hf_steer import AttentionConfig, GateConfig, SaliencyConfig, SteerConfig
-from hf_steer.analysis import digits, find_grounding_heads
-from hf_steer.analysis.heads.scenes import digit_examples
+from hf_steer.analysis import find_grounding_heads
 from hf_steer.analysis.plots.canvas import AFTER, BEFORE, CONTROLS, save, subplots
-from hf_steer.analysis.pointing import ANSWER, Pointing, embedded_model_dir, wilson_interval
+from hf_steer.embedded import embedded_model_dir
+from hf_steer.evidence import digits
+from hf_steer.evidence.pointing import ANSWER, Pointing, wilson_interval
+from hf_steer.evidence.scenes import digit_examples
 from hf_steer.files import write_whole
 
 HERE = Path(__file__).parent

@@ -30,7 +30,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from hf_steer.analysis import digits as world
+from hf_steer.evidence import digits as world
 
 HERE = Path(__file__).parent
 PATCH_PX, TEMPORAL, MERGE = 14, 2, 2

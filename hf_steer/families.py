@@ -1,6 +1,6 @@
 """Where things are in each model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
 
-To add a family, add a row here and a tiny configuration of it to `tests/tiny.py`; the contract test does the rest.
+To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest.
 """
 
 from __future__ import annotations

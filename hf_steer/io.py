@@ -22,9 +22,9 @@ from hf_steer.errors import FileError, PatchError, SteerError
 from hf_steer.families import family_of
 from hf_steer.files import find_file
 from hf_steer.patching import make_plan, patch_model
-from hf_steer.patching.context import steering_of
 from hf_steer.patching.handle import Steering
 from hf_steer.patching.saves import WEIGHTS_NAME, is_stale, load_save, read_save
+from hf_steer.patching.scopes import steering_of
 from hf_steer.patching.weights import load_weights, own_weights
 from hf_steer.saving import finish_save
 from hf_steer.values import Plan

@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 
 from hf_steer.errors import PatchError
 from hf_steer.io import load_steering, save_steering
+from hf_steer.patching.aligning.passes import BALANCE, Balance, Listener, record_routing
 from hf_steer.patching.blocks import Block
-from hf_steer.patching.context import find_steering, steering_of
-from hf_steer.patching.passes import BALANCE, Balance, Listener, record_routing
+from hf_steer.patching.scopes import find_steering, steering_of
 from hf_steer.patching.weights import trains_alone
 
 __all__ = [

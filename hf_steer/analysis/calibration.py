@@ -19,7 +19,7 @@ from hf_steer.checks import Strength, check_number, check_strength
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import ConfigError
 from hf_steer.patching import use_strength
-from hf_steer.patching.context import steering_of
+from hf_steer.patching.scopes import steering_of
 from hf_steer.saliency import Saliency
 
 _FIRST = 1.0

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_steer.analysis.pointing import embedded_model_dir
 from hf_steer.config import PROMPT_SOURCES, SaliencyConfig
+from hf_steer.embedded import embedded_model_dir
 from hf_steer.errors import ConfigError, FileError
 from hf_steer.files import write_whole
 from hf_steer.ground.arguments import Given

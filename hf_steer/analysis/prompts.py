@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from torch import Tensor
 from hf_steer.errors import ConfigError, SaliencyError
 from hf_steer.ground.arguments import Given, name_of
 from hf_steer.patching import get_steer_status, use_saliency, use_strength
-from hf_steer.patching.runtime import real_tokens
+from hf_steer.patching.gaze.runtime import real_tokens
 from hf_steer.saliency import Saliency
 from hf_steer.values import Anatomy
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Inputs: TypeAlias = Mapping[str, Any]
 Span: TypeAlias = str | Tensor | None
@@ -160,3 +163,8 @@ def _marked(name: str, values: Tensor, real: Tensor) -> Tensor:
         got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise SaliencyError(f"{name} must be a bool tensor {tuple(real.shape)}, the shape of {name_of('ids')}; got {got}.")
     return values.cpu()
+
+
+def messages_for(image: Image.Image, question: str) -> list[dict[str, Any]]:
+    """One user turn, as `processor.apply_chat_template` and `qwen_vl_utils.process_vision_info` take it."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]

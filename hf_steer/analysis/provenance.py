@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from hf_steer.analysis.prompts import Batch
-from hf_steer.patching.context import statement_for, steering_of
+from hf_steer.patching.scopes import statement_for, steering_of
 
 _DIGITS = 16
 """Hexadecimal digits of a hash: 64 bits."""

@@ -23,7 +23,7 @@ from hf_steer.errors import ConfigError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.settings import end_tokens
 from hf_steer.patching import anatomy_of, disable_steering
-from hf_steer.patching.context import steering_of
+from hf_steer.patching.scopes import steering_of
 from hf_steer.saliency import Saliency
 
 _OURS = (

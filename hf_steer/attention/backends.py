@@ -1,7 +1,7 @@
 """The ways to carry a bias, one row each, and which one to take when.
 
 To add one, write a file with a function that attends and one that says when it cannot, and add a row here; the tests of
-`tests/test_attention.py` hold it to the oracle.
+`tests/attention/test_attention.py` hold it to the oracle.
 """
 
 from __future__ import annotations

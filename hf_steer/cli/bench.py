@@ -14,7 +14,7 @@ from hf_steer.errors import ConfigError, FileError
 from hf_steer.files import write_whole
 
 if TYPE_CHECKING:
-    from hf_steer.analysis.bench import Bench
+    from hf_steer.evidence.bench import Bench
 
 _SECONDS = {"cpu": 2.0, "cuda": 1.0}
 DESCRIPTION = """\
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from hf_steer.analysis.plots import plot_bench
+    from hf_steer.evidence.plots import plot_bench
 
     started = time.perf_counter()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which measures memory, logs every start and stop
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = {"rows": bench.rows, "wrong": bench.wrong, "left_out": bench.left_out, "files": [str(path) for path in files]}
         print(json.dumps({**report, "seconds": round(seconds, 1)}))
     else:
-        from hf_steer.analysis.bench.table import summary
+        from hf_steer.evidence.bench.table import summary
 
         print(f"\n{summary(bench.rows)}")
         for line in bench.left_out:
@@ -113,9 +113,9 @@ def _measure(arguments: argparse.Namespace, table: Path) -> Bench:
     """Run it; the table is written anew after each cell."""
     from tqdm.auto import tqdm
 
-    from hf_steer.analysis.bench import choose_contenders, list_cells, run_bench
     from hf_steer.analysis.tables import as_csv
     from hf_steer.attention import BACKENDS
+    from hf_steer.evidence.bench import choose_contenders, list_cells, run_bench
 
     quick = arguments.quick
     cells = list_cells(

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from hf_steer.analysis.plots import plot_examples, plot_strength
-    from hf_steer.analysis.pointing import run_pointing
+    from hf_steer.evidence.plots import plot_examples, plot_strength
+    from hf_steer.evidence.pointing import run_pointing
 
     logging.disable_progress_bar()  # of weight loading; the demo's own bars say what is going on
     started = time.perf_counter()

@@ -103,8 +103,8 @@ def _find(arguments: argparse.Namespace) -> HeadResult:
 def _embedded(arguments: argparse.Namespace) -> tuple[Any, list[HeadExample], list[HeadExample]]:
     from transformers import AutoModelForImageTextToText
 
-    from hf_steer.analysis.heads.scenes import digit_examples
-    from hf_steer.analysis.pointing import embedded_model_dir
+    from hf_steer.embedded import embedded_model_dir
+    from hf_steer.evidence.scenes import digit_examples
 
     if arguments.model is not None:
         raise ConfigError("--model needs --examples-file: what your model is to look at, and where.")
@@ -118,7 +118,7 @@ def _own(arguments: argparse.Namespace) -> tuple[Any, list[HeadExample], None]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from hf_steer.analysis.heads.jsonl import read_jsonl
-    from hf_steer.analysis.pointing import embedded_model_dir
+    from hf_steer.embedded import embedded_model_dir
 
     name = arguments.model or embedded_model_dir()
     examples = read_jsonl(arguments.examples_file, AutoProcessor.from_pretrained(name))

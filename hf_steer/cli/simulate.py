@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from hf_steer.analysis.plots import plot_steerability, plot_tradeoff
-    from hf_steer.analysis.simulation import STRENGTHS, simulate
+    from hf_steer.evidence.plots import plot_steerability, plot_tradeoff
+    from hf_steer.evidence.simulation import STRENGTHS, simulate
 
     started = time.perf_counter()
     strengths = STRENGTHS if arguments.strengths is None else arguments.strengths

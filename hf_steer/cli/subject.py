@@ -15,7 +15,7 @@ from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
-    from hf_steer.analysis.pointing import Pointing
+    from hf_steer.evidence.pointing import Pointing
     from hf_steer.saliency import Saliency
 
 DESCRIPTION = """\
@@ -98,8 +98,9 @@ def read_heads(text: str) -> Any:
 
 
 def _scenes(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
-    from hf_steer.analysis.digits import load_digits, sample_scenes
-    from hf_steer.analysis.pointing import Pointing, embedded_model_dir
+    from hf_steer.embedded import embedded_model_dir
+    from hf_steer.evidence.digits import load_digits, sample_scenes
+    from hf_steer.evidence.pointing import Pointing
     from hf_steer.patching import patch_model, unpatch_model
 
     scenes = sample_scenes(load_digits("held-out"), arguments.scenes, seed=arguments.seed)
@@ -118,7 +119,7 @@ def _scenes(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any])
 
 
 def _names_the_cell(pointing: Pointing, number: int, answer: str) -> float:
-    from hf_steer.analysis.pointing import ANSWER
+    from hf_steer.evidence.pointing import ANSWER
 
     found = ANSWER.search(answer)
     return float(found is not None and int(found.group(1)) == pointing.scenes[number].labels[pointing.cells[number]])
@@ -128,8 +129,8 @@ def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
     from PIL import Image, UnidentifiedImageError
     from transformers import AutoProcessor
 
-    from hf_steer.analysis.digits import messages_for
-    from hf_steer.analysis.pointing import embedded_model_dir
+    from hf_steer.analysis.prompts import messages_for
+    from hf_steer.embedded import embedded_model_dir
     from hf_steer.io import from_pretrained
     from hf_steer.saliency import Saliency
 

@@ -24,7 +24,7 @@ from hf_steer.families import FAMILIES
 from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.settings import generate_like
 from hf_steer.patching import patch_model
-from hf_steer.patching.context import find_steering
+from hf_steer.patching.scopes import find_steering
 
 
 def compose(

@@ -15,16 +15,16 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, read_generate
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING
-from hf_steer.patching.context import STEERING, GenerateScope, generate_scope, scope_for, statement_for, take_statement
+from hf_steer.patching.aligning.hooks import Aligners
+from hf_steer.patching.aligning.passes import whole_prompt
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
-from hf_steer.patching.gaze import Gaze
-from hf_steer.patching.insertion import Aligners
-from hf_steer.patching.learned import LearnedStrengths
-from hf_steer.patching.ledger import close_ledger, refuse_unseen, warn_of_others
-from hf_steer.patching.passes import whole_prompt
-from hf_steer.patching.runtime import read_prompt
+from hf_steer.patching.gaze.hooks import Gaze
+from hf_steer.patching.gaze.learned import LearnedStrengths
+from hf_steer.patching.gaze.ledger import close_ledger, refuse_unseen, warn_of_others
+from hf_steer.patching.gaze.memory import read_state
+from hf_steer.patching.gaze.runtime import read_prompt
 from hf_steer.patching.saves import CHECKPOINT_WEIGHTS_NAME, as_safetensors, write_steering
-from hf_steer.patching.state import read_state
+from hf_steer.patching.scopes import STEERING, GenerateScope, generate_scope, scope_for, statement_for, take_statement
 from hf_steer.patching.weights import (
     check_loaded,
     check_shapes,

@@ -12,10 +12,10 @@ from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.ground.implementations import implementation_of, is_ours
 from hf_steer.ground.survey import survey
-from hf_steer.patching.context import STEERING, find_steering, steering_of
 from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.handle import Steering, note_in_force, owner_of
 from hf_steer.patching.plan import make_plan
+from hf_steer.patching.scopes import STEERING, find_steering, steering_of
 from hf_steer.patching.unchanged import refuse_running
 from hf_steer.patching.weights import adapter_parameters
 from hf_steer.values import Plan

@@ -12,8 +12,8 @@ from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.ground.settings import name_of_setting
-from hf_steer.patching.patterns import read_patterns
-from hf_steer.patching.plan_aligners import plan_aligners, plan_projectors
+from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
+from hf_steer.patching.gaze.phrases import read_patterns
 from hf_steer.values import Anatomy, Plan, Site
 
 

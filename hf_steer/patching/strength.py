@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_steer.checks import Heads, Strength, check_strength
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.patching.blocks import Block, held
-from hf_steer.patching.context import steering_of
 from hf_steer.patching.plan import resolve_strengths
+from hf_steer.patching.scopes import steering_of
 from hf_steer.values import Plan
 
 Strengths = Mapping[int, tuple[float, ...] | Tensor]

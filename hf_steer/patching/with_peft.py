@@ -19,8 +19,8 @@ from torch import Tensor
 from hf_steer.config import CONFIG_NAME
 from hf_steer.errors import FileError
 from hf_steer.files import find_file
-from hf_steer.patching.context import find_steering
 from hf_steer.patching.saves import read_for, write_steering
+from hf_steer.patching.scopes import find_steering
 from hf_steer.patching.weights import gather_weights, is_first, load_weights, own_weights, root_names
 from hf_steer.saving import finish_save, whole_save
 

@@ -7,10 +7,10 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 import transformers
-from tiny_encoders import PLACEHOLDER, VIDEO, make_encoder_config, make_encoder_model
+from kit import tiny
+from kit.tiny_encoders import PLACEHOLDER, VIDEO, make_encoder_config, make_encoder_model
 
 from hf_steer import PatchError, SaliencyError
 from hf_steer.families import FAMILIES, resolve

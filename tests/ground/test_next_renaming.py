@@ -9,9 +9,9 @@ import pytest
 import torch
 from kit.asking import cache_for, look, looking, prompt, steer
 from kit.broken import declared, reclass, renamed
-from tiny import make_model
+from kit.tiny import make_model
+from kit.versions import CACHE
 from transformers import Cache, DynamicCache
-from versions import CACHE
 
 import hf_steer
 from hf_steer import disable_steering, patch_model

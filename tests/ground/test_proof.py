@@ -7,9 +7,9 @@ import torch
 from kit.allocations import Allocations
 from kit.asking import steer
 from kit.broken import reclass, state_of
-from tiny import make_model, make_prompt
+from kit.tiny import make_model, make_prompt
+from kit.versions import CACHE
 from transformers.models.qwen2 import modeling_qwen2
-from versions import CACHE
 
 from hf_steer import patch_model, unpatch_model
 from hf_steer.ground import proof

@@ -6,14 +6,14 @@ import functools
 import inspect
 
 import pytest
-import tiny
 import transformers
+from kit import tiny
 from kit.asking import look, prompt, steer
 from kit.broken import declared, reclass, renamed, state_of
-from tiny_encoders import ENCODING, make_encoder_model, modality_of
+from kit.tiny_encoders import ENCODING, make_encoder_model, modality_of
+from kit.versions import CACHE
 from transformers import DynamicCache
 from transformers.models.qwen2 import modeling_qwen2
-from versions import CACHE
 
 from hf_steer import AlignerConfig, SteerConfig, get_steer_status, patch_model, use_saliency
 from hf_steer.errors import GroundError

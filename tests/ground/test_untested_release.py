@@ -7,7 +7,7 @@ import warnings
 import pytest
 from kit.asking import generate, look, plain_generate, prompt, steer, steered
 from kit.broken import reclass, state_of
-from tiny import make_model
+from kit.tiny import make_model
 
 from hf_steer import patch_model, unpatch_model
 from hf_steer.errors import GroundError

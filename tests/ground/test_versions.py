@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract import TOLERANCE, generate, logits, prompt_for
-from tiny import SEEING, make_model
-from tiny_encoders import PLACEHOLDER, make_encoder_inputs, make_encoder_model
+from kit.gazing import TOLERANCE, generate, logits, prompt_for
+from kit.tiny import SEEING, make_model
+from kit.tiny_encoders import PLACEHOLDER, make_encoder_inputs, make_encoder_model
+from kit.versions import CHUNKS_PICTURES, ENCODES_FIRST, cache_of, cached, generates_from_embeds, repeats_pictures
 from transformers import DynamicCache
-from versions import CHUNKS_PICTURES, ENCODES_FIRST, cache_of, cached, generates_from_embeds, repeats_pictures
 
 LLAVA = ("llava", "llava_onevision")
 EARS = ("qwen2_audio", "voxtral")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tiny import SEEING, make_model, make_prompt
+from kit.tiny import SEEING, make_model, make_prompt
 from transformers import DynamicCache
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, disable_steering, patch_model, use_saliency

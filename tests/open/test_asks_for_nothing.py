@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import cache_for, generate, logits, look, prompt, steered, with_cache
-from tiny import make_model, make_prompt
-from tiny_encoders import make_encoder_inputs, make_encoder_model, modality_of
+from kit.tiny import make_model, make_prompt
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model, modality_of
 
 from hf_steer import AlignerConfig, Saliency, SteerConfig, patch_model, use_saliency, use_strength
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kit.asking import generate, right_or_refused
 from kit.blocks import BLOCKS, Subject
-from tiny_encoders import make_encoder_inputs, make_encoder_model
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 
 from hf_steer import AlignerConfig, SteerConfig, get_steer_status, patch_model, trace_steering
 from hf_steer.training import record_routing

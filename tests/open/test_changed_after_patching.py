@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from kit.asking import generate, logits, look, plain_logits, prompt, right_or_refused, saying, steer, steered
-from tiny import make_model
+from kit.tiny import make_model
 from transformers import StoppingCriteria
 
 from hf_steer import PatchError, get_steer_status, patch_model, unpatch_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kit.asking import prompt, steered
-from tiny import make_model
+from kit.tiny import make_model
 
 from hf_steer import PatchError, patch_model, unpatch_model
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 from kit import visitor
 from kit.asking import generate, logits, look, plain_logits, prompt, saying, steer, steered
-from tiny import make_model
+from kit.tiny import make_model
 from torch import nn
 
 from hf_steer import PatchError, disable_steering, get_steer_status, patch_model, unpatch_model

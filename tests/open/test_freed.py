@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 from kit.asking import cache_for, generate, logits, look, prompt, saying, steer, steered, with_cache
-from tiny import make_model
-from tiny_encoders import make_encoder_inputs, make_encoder_model
+from kit.tiny import make_model
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 from transformers import StaticCache
 
 from hf_steer import AlignerConfig, SteerConfig, patch_model, trace_steering, unpatch_model, use_saliency, use_strength

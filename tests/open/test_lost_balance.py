@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import answer_or_refusal
-from tiny_encoders import labels_for, make_encoder_inputs, make_encoder_model
+from kit.tiny_encoders import labels_for, make_encoder_inputs, make_encoder_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 

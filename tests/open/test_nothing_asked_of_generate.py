@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from kit.asking import cache_for, generate, plain_generate, prompt, steer, steered, with_cache
-from tiny import make_config, make_prompt
+from kit.tiny import make_config, make_prompt
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_steer import patch_model

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from kit.asking import logits, right_or_refused
-from tiny_encoders import make_encoder_inputs, make_encoder_model, modality_of
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model, modality_of
 
 from hf_steer import AlignerConfig, SteerConfig, disable_steering, patch_model
 

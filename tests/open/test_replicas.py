@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import logits, look, prompt, saying, steered
-from tiny_encoders import make_encoder_inputs, make_encoder_model
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 from torch import nn
 
 from hf_steer import AlignerConfig, PatchError, SteerConfig, disable_steering, patch_model, use_saliency

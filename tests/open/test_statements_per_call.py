@@ -20,9 +20,9 @@ from kit.asking import (
     steered,
     with_cache,
 )
+from kit.tiny import make_model, make_prompt
+from kit.tiny_encoders import make_encoder_model
 from kit.words import make_tokenizer
-from tiny import make_model, make_prompt
-from tiny_encoders import make_encoder_model
 from transformers import TextIteratorStreamer
 
 from hf_steer import (

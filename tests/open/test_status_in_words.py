@@ -6,8 +6,8 @@ import threading
 
 import pytest
 from kit.asking import look, prompt, steer, steered
-from tiny import make_model
-from tiny_encoders import make_encoder_model
+from kit.tiny import make_model
+from kit.tiny_encoders import make_encoder_model
 
 from hf_steer import (
     AlignerConfig,

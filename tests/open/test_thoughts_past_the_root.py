@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import look, plain_logits, prompt, with_cache
+from kit.gates import OPEN, Words, gated
+from kit.tiny import make_model
 from peft import LoraConfig, get_peft_model
-from test_gates import OPEN, Words, gated
-from tiny import make_model
 
 from hf_steer import patch_model, use_saliency
 

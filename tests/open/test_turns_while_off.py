@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import answer_or_refusal, cache_for, generate, steered, with_cache
-from tiny import make_prompt
+from kit.tiny import make_prompt
 
 from hf_steer import Saliency, disable_steering
 from hf_steer.errors import SaliencyError

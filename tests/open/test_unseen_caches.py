@@ -14,7 +14,7 @@ from kit.asking import (
     steered,
     with_cache,
 )
-from tiny import make_model, make_prompt
+from kit.tiny import make_model, make_prompt
 
 from hf_steer import Saliency, SteerError, disable_steering, get_steer_status, patch_model, unpatch_model, use_saliency
 

@@ -17,7 +17,7 @@ from kit.asking import (
     right_or_refused,
     steered,
 )
-from tiny import make_model
+from kit.tiny import make_model
 
 from hf_steer import Saliency, disable_steering
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from kit.asking import TOLERANCE, cache_for, generate, logits, look, plain_logits, prompt, steered, with_cache
-from tiny import make_prompt
+from kit.tiny import make_prompt
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_steer import Saliency, use_saliency

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_steer.analysis.digits import messages_for
 from hf_steer.analysis.heads.examples import HeadExample
+from hf_steer.analysis.prompts import messages_for
 from hf_steer.errors import FileError, SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.saliency import Saliency

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.analysis.plots.canvas import save, subplots
+from hf_steer.saliency import Saliency
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +36,23 @@ def overlay_map(image: Image.Image, scores: Tensor, *, smooth: bool = False) -> 
     spread = float(shades.max() - shades.min())
     weight = 0.6 * ((shades - shades.min()) / spread if spread > 0 else np.zeros_like(shades))[..., None]
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    return pixels * (1 - weight) + RED * weight
+
+
+def overlay_saliency(image: Image.Image, saliency: Saliency, *, grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The picture with the first region's token scores laid over it in red: `(height, width, 3)` in [0, 1].
+
+    Args:
+        image: the original picture.
+        saliency: with at least one region.
+        grid: height and width in tokens.
+    """
+    paint: Any = saliency.regions[0].paint
+    scores = paint.on_grid(*grid)
+    shades = torch.nn.functional.interpolate(scores[None, None], size=image.size[::-1], mode="nearest")[0, 0].numpy()
+    shades = shades / max(float(shades.max()), 1e-12)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    weight = 0.45 * shades[..., None]
     return pixels * (1 - weight) + RED * weight
 
 

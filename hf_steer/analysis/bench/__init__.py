@@ -1,7 +1,0 @@
-"""`hf-steer bench`: every way to steer attention, verified against float64 and timed beside the plain model."""
-
-from hf_steer.analysis.bench.cells import list_cells
-from hf_steer.analysis.bench.contenders import choose_contenders
-from hf_steer.analysis.bench.run import Bench, run_bench
-
-__all__ = ["Bench", "choose_contenders", "list_cells", "run_bench"]

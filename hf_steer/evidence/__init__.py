@@ -1,0 +1,1 @@
+"""What stands behind the README: digits to point at, the simulation, the benchmark, and their plots."""

@@ -1,0 +1,96 @@
+"""Look at the attention of decoder layers while a model runs, patched or not. What it computes stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hf_steer.attention import AttentionCall, Reader, SteeredCall
+from hf_steer.errors import PatchError
+from hf_steer.families import resolve
+from hf_steer.ground.attention_call import layer_of
+from hf_steer.ground.implementations import function_of, implementation_of, register_function
+from hf_steer.patching.edits import SetAttentionFunction
+from hf_steer.patching.plan import refuse_implementation
+from hf_steer.patching.scopes import STEERING, find_steering
+from hf_steer.values import Anatomy
+
+_READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """Where things are in a model, patched (inside wrappers, too) or not.
+
+    Raises:
+        PatchError: not a model of a known family with a decoder.
+    """
+    steering = find_steering(model)
+    anatomy: Anatomy = resolve(model) if steering is None else steering.plan.anatomy
+    if anatomy.decoder is None:
+        raise PatchError(f"{anatomy.family!r} has no language model that reads a prompt, so there is no attention to look at.")
+    return anatomy
+
+
+@contextmanager
+def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = None) -> Iterator[None]:
+    """Hand what each decoder layer is about to attend with to `read`, in this thread, for the calls inside the block.
+
+    The layers' attention functions are wrapped meanwhile: do not enter or leave it while other threads run the model.
+
+    Args:
+        model: a transformers model, patched or not.
+        read: called once per layer and forward pass; must not change the tensors.
+        layers: which; all when None.
+
+    Raises:
+        PatchError: unknown family, or an attention implementation that cannot be wrapped.
+    """
+    anatomy = anatomy_of(model)
+    refuse_implementation(anatomy.decoder.config, "decoder")
+    chosen = set(range(len(anatomy.layers)) if layers is None else layers)
+    token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
+    try:
+        with ExitStack() as edits:
+            for site in anatomy.layers:
+                if site.index in chosen:
+                    edits.enter_context(SetAttentionFunction(site.module, _register(site.module, anatomy.decoder)))
+            yield
+    finally:
+        _READERS.reset(token)
+
+
+def _register(module: Any, decoder: Any) -> str:
+    """Wrap the function that a module calls now, under a name of its own."""
+    current, file = implementation_of(module.config), type(module).__module__
+    inner = function_of(current, file)
+    name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{file.rpartition('.')[2]}" if current == "eager" else "")
+    how: dict[str, Any] = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
+    register_function(name, partial(probing_attention, **how))
+    return name
+
+
+def probing_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *,
+    inner: Callable[..., Any],
+    decoder: int,
+    implementation: str,
+    **options: Any,
+) -> Any:
+    """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
+    read = _READERS.get().get(decoder)
+    if read is not None:
+        ride: SteeredCall | None = options.get(STEERING)
+        bias = None if ride is None else ride.biases.get(layer_of(module))
+        own = {name: value for name, value in options.items() if name != STEERING}
+        read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
+    return inner(module, query, key, value, mask, **options)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from hf_steer.errors import PatchError
 from hf_steer.ground.anatomy import model_type_of, resolve_row
-from hf_steer.values import MODALITIES, Anatomy
+from hf_steer.ground.parts import Anatomy
+from hf_steer.values import MODALITIES
 
 _NO_ENCODER: Mapping[str, EncoderRow] = MappingProxyType({})
 

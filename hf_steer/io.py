@@ -23,11 +23,11 @@ from hf_steer.families import family_of
 from hf_steer.files import find_file
 from hf_steer.patching import make_plan, patch_model
 from hf_steer.patching.handle import Steering
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.saves import WEIGHTS_NAME, is_stale, load_save, read_save
 from hf_steer.patching.scopes import steering_of
 from hf_steer.patching.weights import load_weights, own_weights
 from hf_steer.saving import finish_save
-from hf_steer.values import Plan
 
 _ANYWHERE_KEYS = ("token", "cache_dir", "local_files_only")
 _HUB_KEYS = (*_ANYWHERE_KEYS, "revision", "subfolder")

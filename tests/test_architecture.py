@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hf_steer"
 ORDER = [
-    {"errors"}, {"values", "saving"}, {"checks", "files", "embedded"}, {"config"}, {"ground"}, {"families"},
+    {"errors"}, {"values", "saving"}, {"files", "embedded"}, {"config"}, {"ground"}, {"families"},
     {"saliency", "aligners", "gating"}, {"attention"}, {"patching"}, {"io", "provider"}, {"compose", "training"}, {"analysis"},
     {"evidence"}, {"cli"},
 ]

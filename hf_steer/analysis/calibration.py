@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from hf_steer.analysis.prompts import Inputs, as_batches, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.retention import continue_unsteered, divergence
-from hf_steer.checks import Strength, check_number, check_strength
 from hf_steer.config import AttentionConfig
+from hf_steer.config.checks import Strength, check_number, check_strength
 from hf_steer.errors import ConfigError
 from hf_steer.patching import use_strength
 from hf_steer.patching.scopes import steering_of

@@ -10,9 +10,9 @@ from typing import Any
 from hf_steer.config import SteerConfig
 from hf_steer.errors import FileError, SteerError
 from hf_steer.families import resolve
+from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.io import build_on_meta, read_base_config
 from hf_steer.patching import make_plan
-from hf_steer.values import Anatomy, Site
 
 
 @dataclass(frozen=True)

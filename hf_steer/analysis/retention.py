@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_steer.analysis.distributions import kl_nats
 from hf_steer.analysis.prompts import Batch, Inputs, as_batches
-from hf_steer.checks import check_count
+from hf_steer.config.checks import check_count
 from hf_steer.errors import ConfigError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.settings import end_tokens

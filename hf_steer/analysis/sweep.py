@@ -17,7 +17,7 @@ from hf_steer.analysis.prompts import Batch, Inputs, Span, as_batches, last_quer
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.retention import Continuation, continue_greedily, continue_unsteered, divergence
 from hf_steer.analysis.sweep_table import Sweep, SweepRow, read_finished
-from hf_steer.checks import check_number
+from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
 from hf_steer.patching import get_steer_status, use_strength

@@ -23,8 +23,8 @@ from hf_steer.analysis.metrics_table import AttentionMetrics
 from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, shape_of, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.attention import AttentionCall
-from hf_steer.checks import check_number
 from hf_steer.config import AttentionConfig
+from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError, SaliencyError
 from hf_steer.patching import disable_steering, use_strength
 from hf_steer.saliency import Saliency

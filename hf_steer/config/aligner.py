@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_steer.checks import check_choice, check_count, check_indices, check_number
+from hf_steer.config.checks import check_choice, check_count, check_indices, check_number
+from hf_steer.config.frozen import FrozenMap
 from hf_steer.errors import ConfigError
-from hf_steer.values import FrozenMap
 
 Kind = Literal[
     "simple", "hierarchical", "progressive", "layer_wise", "cross_modal_features", "modality_specific", "cross_modal_adapter"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_steer.checks import (
+from hf_steer.config.checks import (
     Heads,
     Strength,
     check_choice,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from hf_steer.checks import check_choice, check_count, check_flag, check_number, shown
+from hf_steer.config.checks import check_choice, check_count, check_flag, check_number, shown
 from hf_steer.errors import ConfigError
 
 GateKind = Literal["entropy", "margin", "self_report"]

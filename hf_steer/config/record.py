@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_steer.checks import shown
+from hf_steer.config.checks import shown
 from hf_steer.errors import FileError
 
 RECORD = "saved"

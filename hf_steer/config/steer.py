@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hf_steer.checks import check_flag, shown
 from hf_steer.config.aligner import AlignerConfig
 from hf_steer.config.attention import TRAINABLE, AttentionConfig, SaliencyConfig
+from hf_steer.config.checks import check_flag, shown
 from hf_steer.config.gate import GateConfig
 from hf_steer.config.record import RECORD, Record
 from hf_steer.errors import ConfigError, FileError

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_steer.attention import BACKENDS, AttentionCall
-from hf_steer.checks import check_count, check_indices, check_number
+from hf_steer.config.checks import check_count, check_indices, check_number
 from hf_steer.errors import ConfigError
 from hf_steer.ground.attention_call import options_of
 from hf_steer.ground.implementations import function_of

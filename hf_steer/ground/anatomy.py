@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import ARGUMENTS, spelling_in
+from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
 from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
-from hf_steer.values import Anatomy, Encoder, Site
 
 if TYPE_CHECKING:
     from hf_steer.families import EncoderRow, Family

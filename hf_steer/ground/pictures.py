@@ -14,8 +14,8 @@ from transformers.vision_utils import get_vision_window_index
 from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given, name_of
 from hf_steer.ground.outputs import pooled_in
+from hf_steer.ground.parts import Anatomy
 from hf_steer.ground.settings import setting
-from hf_steer.values import Anatomy
 
 CLASS_TOKENS: Mapping[str, int] = MappingProxyType({"clip_vision_model": 1, "siglip_vision_model": 0})
 """Towers on a fixed square, whose attention can be read, and how many tokens they put before the patches."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_steer.ground.parts import Anatomy
 from hf_steer.ground.settings import setting
-from hf_steer.values import Anatomy
 
 
 def count_tokens(anatomy: Anatomy, frames: Tensor) -> list[int]:

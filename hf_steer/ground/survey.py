@@ -7,18 +7,34 @@ through the table.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hf_steer.errors import GroundError
 from hf_steer.ground.arguments import PERCEIVED, spelling_in
 from hf_steer.ground.attention_call import SEGMENTS
 from hf_steer.ground.caches import ROW_MOVES, unknown_moves
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING, function_of, implementation_of, unknown_batching
+from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.proof import prove_keyword, takes_keywords
 from hf_steer.ground.versions import tested_range, warn_untested
-from hf_steer.values import Plan
+
+
+class Planned(Protocol):
+    """What is to be patched, as far as it is looked at here."""
+
+    @property
+    def anatomy(self) -> Anatomy: ...
+
+    @property
+    def strengths(self) -> Sized: ...
+
+    @property
+    def eyes(self) -> tuple[Site, ...]: ...
+
+    @property
+    def aligners(self) -> Sized: ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +51,13 @@ class Assumption:
     name: str
     says: str
     needed_by: str
-    find: Callable[[Plan], str | None]
+    find: Callable[[Planned], str | None]
 
 
-def _takes(part: str, *words: str) -> Callable[[Plan], str | None]:
+def _takes(part: str, *words: str) -> Callable[[Planned], str | None]:
     """The decoder, tower or root takes arguments under known names."""
 
-    def find(plan: Plan) -> str | None:
+    def find(plan: Planned) -> str | None:
         module: Any = getattr(plan.anatomy, part)
         if module is None:
             return None
@@ -51,12 +67,12 @@ def _takes(part: str, *words: str) -> Callable[[Plan], str | None]:
     return find
 
 
-def _hands_on(plan: Plan) -> str | None:
+def _hands_on(plan: Planned) -> str | None:
     decoder = plan.anatomy.decoder
     return None if takes_keywords(type(decoder).forward) else f"{type(decoder).__name__}.forward takes no further keyword arguments"
 
 
-def _names_its_function(plan: Plan) -> str | None:
+def _names_its_function(plan: Planned) -> str | None:
     for site in plan.anatomy.layers:
         module: Any = site.module
         if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
@@ -64,7 +80,7 @@ def _names_its_function(plan: Plan) -> str | None:
     return None
 
 
-def _finds_functions(plan: Plan) -> str | None:
+def _finds_functions(plan: Planned) -> str | None:
     for part, sites in ((plan.anatomy.decoder, plan.anatomy.layers[:1]), (plan.anatomy.tower, plan.eyes[:1])):
         for site in sites:
             name = implementation_of(part.config)
@@ -75,7 +91,7 @@ def _finds_functions(plan: Plan) -> str | None:
     return None
 
 
-def _moves_rows(plan: Plan) -> str | None:
+def _moves_rows(plan: Planned) -> str | None:
     from transformers import DynamicCache, StaticCache
 
     for kind in (DynamicCache, StaticCache):
@@ -87,7 +103,7 @@ def _moves_rows(plan: Plan) -> str | None:
     return None
 
 
-def _arrives(plan: Plan) -> str | None:
+def _arrives(plan: Planned) -> str | None:
     """Once per class of decoder and place of its attention: the likeness is the same."""
     decoder = plan.anatomy.decoder
     names = {module: name for name, module in decoder.named_modules()}
@@ -106,13 +122,13 @@ def _arrives(plan: Plan) -> str | None:
 _PROVEN: set[tuple[type, str]] = set()
 
 
-def _batches(plan: Plan) -> str | None:
+def _batches(plan: Planned) -> str | None:
     root = type(plan.anatomy.root)
     unknown = unknown_batching(root)
     return f"{root.__name__} has {', '.join(unknown)} beside {', '.join(CONTINUOUS_BATCHING)}" if unknown else None
 
 
-def _tells_pictures(plan: Plan) -> str | None:
+def _tells_pictures(plan: Planned) -> str | None:
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
     if plan.anatomy.arrangement is not None or SEGMENTS in inspect.signature(_flash_attention_forward).parameters:
@@ -120,7 +136,7 @@ def _tells_pictures(plan: Plan) -> str | None:
     return f"flash attention takes no {SEGMENTS}"
 
 
-def _perceives(plan: Plan) -> str | None:
+def _perceives(plan: Planned) -> str | None:
     root = plan.anatomy.root
     if any(spelling_in(root, word) is not None for word in PERCEIVED):
         return None
@@ -149,13 +165,13 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
 """What patching relies on; `tests/ground/test_survey.py` holds each row on every version."""
 
 
-def needs(plan: Plan) -> tuple[str, ...]:
+def needs(plan: Planned) -> tuple[str, ...]:
     """Which parts of the table a plan relies on."""
     parts = {"gaze": bool(plan.strengths), "eyes": bool(plan.eyes), "aligners": bool(plan.aligners)}
     return tuple(name for name, wanted in parts.items() if wanted)
 
 
-def survey(plan: Plan) -> None:
+def survey(plan: Planned) -> None:
     """Look up everything that a plan relies on, before anything is touched.
 
     Raises:

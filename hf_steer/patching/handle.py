@@ -23,6 +23,7 @@ from hf_steer.patching.gaze.learned import LearnedStrengths
 from hf_steer.patching.gaze.ledger import close_ledger, refuse_unseen, warn_of_others
 from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.runtime import read_prompt
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.saves import CHECKPOINT_WEIGHTS_NAME, as_safetensors, write_steering
 from hf_steer.patching.scopes import STEERING, GenerateScope, generate_scope, scope_for, statement_for, take_statement
 from hf_steer.patching.weights import (
@@ -37,7 +38,6 @@ from hf_steer.patching.weights import (
 from hf_steer.patching.with_peft import teach_peft
 from hf_steer.saliency import Saliency
 from hf_steer.saving import whole_save
-from hf_steer.values import Plan
 
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
 """The steerings of this process that are in force."""

@@ -15,10 +15,10 @@ from hf_steer.ground.survey import survey
 from hf_steer.patching.edits import SetTrainable
 from hf_steer.patching.handle import Steering, note_in_force, owner_of
 from hf_steer.patching.plan import make_plan
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import STEERING, find_steering, steering_of
 from hf_steer.patching.unchanged import refuse_running
 from hf_steer.patching.weights import adapter_parameters
-from hf_steer.values import Plan
 
 Model = TypeVar("Model")
 

@@ -11,10 +11,11 @@ from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerCon
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground.implementations import SWITCH, implementation_of
+from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
 from hf_steer.patching.gaze.phrases import read_patterns
-from hf_steer.values import Anatomy, Plan, Site
+from hf_steer.patching.planned import Plan
 
 
 def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:

@@ -7,9 +7,9 @@ from typing import Any
 
 from hf_steer.config import TRAINABLE, SteerConfig
 from hf_steer.patching.blocks import held
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import find_steering, statement_for
 from hf_steer.patching.strength import STRENGTH
-from hf_steer.values import Plan
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.checks import Heads, Strength, check_strength
+from hf_steer.config.checks import Heads, Strength, check_strength
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.patching.blocks import Block, held
 from hf_steer.patching.plan import resolve_strengths
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import steering_of
-from hf_steer.values import Plan
 
 Strengths = Mapping[int, tuple[float, ...] | Tensor]
 """Layer -> λ per query head: numbers, or a tensor where they are learned."""

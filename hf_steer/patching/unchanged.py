@@ -13,7 +13,8 @@ from torch import nn
 
 from hf_steer.errors import PatchError
 from hf_steer.ground.implementations import SWITCH, implementation_of, is_ours
-from hf_steer.values import Plan, Site
+from hf_steer.ground.parts import Site
+from hf_steer.patching.planned import Plan
 
 AGAIN = "Take the steering back first, change the model, and patch it again: hf_steer.unpatch_model(model), then patch_model."
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_steer.errors import FileError
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import STEERING
-from hf_steer.values import Plan
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 

@@ -15,10 +15,11 @@ import torch
 from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
+from hf_steer.ground.parts import Anatomy
 from hf_steer.saliency.anyres import anyres_layout, padded_layout, patch_cells, pooled_layout
 from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
-from hf_steer.values import Anatomy, Layout
+from hf_steer.values import Layout
 
 Layouts: TypeAlias = dict[str, list[Layout]]
 """Modality -> the layouts of all its pictures, videos or sound windows in the batch, row by row, as processors list them."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_steer.ground import sounds
 from hf_steer.ground.arguments import Given
-from hf_steer.values import Anatomy, Layout
+from hf_steer.ground.parts import Anatomy
+from hf_steer.values import Layout
 
 FRAME_SECONDS = 0.01
 FRAMES_PER_TOKEN = 4

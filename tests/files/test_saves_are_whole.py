@@ -22,7 +22,7 @@ import hf_steer
 from hf_steer import FileError, SteerConfig, patch_model, unpatch_model
 from hf_steer.saving import whole_save
 
-HERE = Path(__file__).parents[1] / "kit"
+HERE = Path(__file__).parents[1]
 WEIGHTS = "hf_steer/steer_model.safetensors"
 
 
@@ -43,9 +43,10 @@ def expected(model):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each save is stopped in a fork")
 def test_a_save_that_is_killed_or_runs_out_of_disk_leaves_the_old_or_the_new(tmp_path):
     cases = ["kill-save_steering", "kill-sharded", "full-save_pretrained"]
+    path = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "run_killed_saves.py"), str(tmp_path), *cases],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-W", "ignore", str(HERE / "kit" / "run_killed_saves.py"), str(tmp_path), *cases],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE).group(1))

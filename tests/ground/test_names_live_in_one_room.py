@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_steer
-from hf_steer import values
+from hf_steer.ground import parts
 from hf_steer.ground.arguments import ARGUMENTS
 from hf_steer.ground.settings import SETTINGS
 
@@ -27,7 +27,7 @@ def spellings(table: dict[str, tuple[str, ...]]) -> set[str]:
     return every - set(ARGUMENTS) - set(SETTINGS)
 
 
-OUR_FIELDS = {field.name for noun in (values.Anatomy, values.Encoder) for field in dataclasses.fields(noun)}
+OUR_FIELDS = {field.name for noun in (parts.Anatomy, parts.Encoder) for field in dataclasses.fields(noun)}
 ARGUMENT_NAMES = spellings(ARGUMENTS)
 SETTING_NAMES = spellings(SETTINGS) - ARGUMENT_NAMES - OUR_FIELDS
 SETTLED = {("saliency/given.py", "from_text", "input_ids")}

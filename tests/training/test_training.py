@@ -24,7 +24,7 @@ from hf_steer import FileError, PatchError, SteerConfig, patch_model, unpatch_mo
 from hf_steer.training import checkpoint_with, log_routing, train_steering
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-HERE = Path(__file__).parents[1] / "kit"
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("kind", ["progressive", "layer_wise"])
@@ -310,8 +310,9 @@ def test_a_device_map_is_taken_at_loading(tmp_path):
 
 
 def torchrun(script, processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(HERE / script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(HERE / "kit" / script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE).group(1))

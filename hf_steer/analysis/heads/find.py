@@ -18,11 +18,11 @@ from hf_steer.analysis.heads.result import HeadResult, Table
 from hf_steer.analysis.heads.rules import BY_ANSWER, RULES, rank
 from hf_steer.analysis.heads.scores import attention_scores, look, pointing_hits
 from hf_steer.analysis.heads.selection import Head, measure, refuse_narrow_patch, right_answers, steerable, steering_scores
-from hf_steer.checks import check_choice, check_count, check_number
 from hf_steer.config import SaliencyConfig
+from hf_steer.config.checks import check_choice, check_count, check_number
 from hf_steer.errors import ConfigError, PatchError
+from hf_steer.ground.parts import Anatomy
 from hf_steer.patching import anatomy_of, get_steer_status
-from hf_steer.values import Anatomy
 
 FEWEST = 20
 """Examples to choose with, and to report on: an interval of fewer would say nothing."""

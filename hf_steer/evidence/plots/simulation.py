@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_steer.analysis.plots.canvas import AFTER, BEFORE, CONTROLS, save, subplots
-from hf_steer.checks import check_count
+from hf_steer.config.checks import check_count
 from hf_steer.evidence.simulation import PUBLISHED, SimulationRow, steered_query
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.aligners import build_aligner
-from hf_steer.values import PlannedAligner
+from hf_steer.patching.planned import PlannedAligner
 
 
 def build_placed(planned: PlannedAligner) -> nn.Module:

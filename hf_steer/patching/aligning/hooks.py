@@ -28,8 +28,8 @@ from hf_steer.patching.aligning.passes import (
 )
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.gaze.runtime import real_tokens
+from hf_steer.patching.planned import Plan, PlannedAligner
 from hf_steer.patching.scopes import statement_for
-from hf_steer.values import Plan, PlannedAligner
 
 
 class Aligners(nn.ModuleList):

@@ -7,7 +7,8 @@ from torch import nn
 from hf_steer.config import AlignerConfig, SteerConfig
 from hf_steer.errors import ConfigError
 from hf_steer.families import FAMILIES
-from hf_steer.values import Anatomy, Encoder, PlannedAligner, Site
+from hf_steer.ground.parts import Anatomy, Encoder, Site
+from hf_steer.patching.planned import PlannedAligner
 
 
 def plan_aligners(config: SteerConfig, anatomy: Anatomy) -> tuple[PlannedAligner, ...]:

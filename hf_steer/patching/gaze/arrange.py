@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
+from hf_steer.ground.parts import Anatomy
 from hf_steer.saliency import EyeRecord
-from hf_steer.values import Anatomy
 
 
 @dataclass(frozen=True)

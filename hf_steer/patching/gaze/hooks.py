@@ -25,6 +25,7 @@ from hf_steer.patching.gaze.ledger import begin_pass, check_receipt, refuse_stra
 from hf_steer.patching.gaze.memory import write_state
 from hf_steer.patching.gaze.runtime import Ride, make_biases, resolve_state
 from hf_steer.patching.gaze.when import PassFacts, gates_after, pace
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import (
     STEERING,
     collect_records,
@@ -38,7 +39,6 @@ from hf_steer.patching.unchanged import place_of, refuse_other_implementation
 from hf_steer.patching.watching.reading import tell_reader
 from hf_steer.patching.watching.trace import mean_strength, trace_of
 from hf_steer.saliency import EyeRecorder, Saliency, record_with
-from hf_steer.values import Plan
 
 
 class Gaze(nn.Module):

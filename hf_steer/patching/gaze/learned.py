@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_steer.values import Plan
+from hf_steer.patching.planned import Plan
 
 
 class LearnedStrengths(nn.Module):

@@ -20,10 +20,10 @@ from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import held_elsewhere, steerings_with
 from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.runtime import Ride, begins_prompt, read_prompt
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import OFF, SAID, STATEMENT, GenerateScope, scope_for, statement_for
 from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
 from hf_steer.saliency import Saliency
-from hf_steer.values import Plan
 
 UNSEEN = (
     "Start with a fresh cache and the whole conversation, give one score per token with Saliency.from_tokens(...), or run inside "

@@ -19,6 +19,7 @@ from hf_steer.ground.outputs import record_in
 from hf_steer.patching.gaze.arrange import read_arrangements
 from hf_steer.patching.gaze.memory import CacheState, join_scores, join_spans
 from hf_steer.patching.gaze.when import Pace
+from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import Prompt
 from hf_steer.saliency import (
     SOURCES,
@@ -31,7 +32,7 @@ from hf_steer.saliency import (
     scores_from_prompt,
     scores_from_user,
 )
-from hf_steer.values import MODALITIES, HeadBias, Plan, Span, TokenScores
+from hf_steer.values import MODALITIES, HeadBias, Span, TokenScores
 
 
 @dataclass

@@ -15,10 +15,10 @@ from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.attention_call import layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
+from hf_steer.ground.parts import Anatomy
 from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
-from hf_steer.values import Anatomy
 
 _READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
 

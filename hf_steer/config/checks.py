@@ -6,8 +6,8 @@ import numbers
 from collections.abc import Mapping, Sized
 from typing import Any, Literal, TypeAlias
 
+from hf_steer.config.frozen import FrozenMap
 from hf_steer.errors import ConfigError
-from hf_steer.values import FrozenMap
 
 Heads: TypeAlias = Literal["all"] | Mapping[int, "tuple[int, ...] | Literal['all']"]
 Strength: TypeAlias = float | Mapping[int, "float | Mapping[int, float]"]

@@ -1,0 +1,99 @@
+"""The parts of one live model: its attention modules and layers, its ear or eye, and where all of them are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_steer.errors import PatchError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module of the decoder or of the vision tower, or one layer of an encoder.
+
+    Attributes:
+        name: dotted path from the root model.
+        module: the live module.
+        index: its layer (decoder) or block (tower) number, from 0.
+    """
+
+    name: str
+    module: nn.Module
+    index: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The ear or the eye of one live model, and where aligners can be put.
+
+    Attributes:
+        tower: the encoder.
+        layers: those of its layers whose output matters.
+        outlet: the module that hands the features on: the encoder itself, or the projector that reads them.
+        reads: whether the features are the outlet's input (an LLaVA reads an inner hidden state) or its output.
+        size: of a feature there.
+        layer_size: of a feature between layers.
+        projector: what maps features into the language model's space; None where nothing does.
+        placeholder_ids: tokens that the features replace in the prompt.
+        mask: the model's argument that says which mel frames or samples are real; None where there is none.
+    """
+
+    tower: Any
+    layers: tuple[Site, ...]
+    outlet: nn.Module
+    reads: bool
+    size: int
+    layer_size: int
+    projector: nn.Module | None
+    placeholder_ids: tuple[int, ...]
+    mask: str | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where things are in one live model: what a row of `families.FAMILIES` resolves to.
+
+    `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
+    `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie; None for a model that reads text only.
+    `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out as tokens (see
+    `families.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
+    """
+
+    family: str
+    root: Any
+    base: nn.Module
+    decoder: Any
+    layers: tuple[Site, ...]
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tower: Any
+    blocks: tuple[Site, ...]
+    placeholder_ids: Mapping[str, int]
+    layout: str | None
+    merge_size: int
+    temporal_patch_size: int
+    windowed: bool
+    arrangement: str | None
+    class_tokens: int
+    hidden_size: int
+    encoders: Mapping[str, Encoder]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
+        """A copy with the model's, never without it: a part of the steering would then take all of the base along."""
+        if id(self.root) not in memo:
+            raise PatchError(
+                "a part of a patched model cannot be copied by itself, since it would take the whole model along. PEFT does that "
+                "for modules_to_save: leave 'hf_steer' (and the projector that an aligner is at) out of it. Call "
+                "hf_steer.training.train_steering(model) after get_peft_model; the aligners are then trained, and saved with the "
+                "adapter. For a projector there is SteerConfig(train_projector=True). For a copy of a part: unpatch_model first."
+            )
+        memo[id(self)] = copied = object.__new__(type(self))
+        for name, value in vars(self).items():
+            object.__setattr__(copied, name, copy.deepcopy(value, memo))
+        return copied

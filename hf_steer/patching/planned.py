@@ -1,0 +1,64 @@
+"""What `patch_model` is going to do, every index resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hf_steer.config import AlignerConfig, SteerConfig
+from hf_steer.gating import Patterns
+from hf_steer.ground.parts import Anatomy, Encoder, Site
+
+
+@dataclass(frozen=True)
+class PlannedAligner:
+    """One aligner, placed.
+
+    Attributes:
+        config: what the user asked for.
+        encoder: whose features it steers.
+        layers: the layers it steers, for placement `"layers"`.
+        size: of a feature there.
+    """
+
+    config: AlignerConfig
+    encoder: Encoder
+    layers: tuple[Site, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `patch_model` is going to do, checked, before anything is touched.
+
+    Attributes:
+        config: what the user asked for, with the base model's type filled in.
+        anatomy: where it will be done.
+        strengths: layer -> λ per query head, for the layers in which any λ is not 0; 1 for heads whose λ is learned.
+        eyes: the vision blocks whose attention is read; empty when the source is not the tower.
+        aligners: what is inserted, in the configuration's order.
+        projectors: the projectors that are trained and saved with the steering.
+        readers: layer -> heads whose attention is the saliency; empty when the source is another.
+        patterns: the tokens of think tags and phrases; None where what is said does not matter.
+    """
+
+    config: SteerConfig
+    anatomy: Anatomy
+    strengths: Mapping[int, tuple[float, ...]]
+    eyes: tuple[Site, ...]
+    aligners: tuple[PlannedAligner, ...] = ()
+    projectors: tuple[nn.Module, ...] = ()
+    patterns: Patterns | None = None
+    readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model itself says where to look, when nobody else does."""
+        return bool(self.strengths) and self.config.attention is not None and self.config.attention.saliency.source is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the steering has parameters."""
+        return self.config.has_weights

@@ -310,7 +310,8 @@ def test_a_device_map_is_taken_at_loading(tmp_path):
 
 
 def torchrun(script, processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(HERE / "kit" / script)]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*runner, str(HERE / "kit" / script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)

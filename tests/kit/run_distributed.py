@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 
@@ -43,10 +44,11 @@ def report(**result):
 
 
 def leave():
-    """A process that ends while its group's threads still run is aborted now and then."""
+    """Ends the process at once: one whose destructors run while gloo's threads do is aborted now and then."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def train_with_ddp(batch):

@@ -6,15 +6,14 @@ A patched model trains in a plain `Trainer` as it is; what is here logs its rout
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback
 
 from hf_steer.errors import PatchError
 from hf_steer.io import load_steering, save_steering
-from hf_steer.patching.aligning.passes import BALANCE, Balance, Listener, record_routing
-from hf_steer.patching.blocks import Block
+from hf_steer.patching.aligning.listening import Balance, Listener, collect_balance, record_routing
 from hf_steer.patching.scopes import find_steering, steering_of
 from hf_steer.patching.weights import trains_alone
 
@@ -48,24 +47,6 @@ def train_steering(model: Any) -> None:
         raise PatchError("this steering has nothing to train: no aligners, and train_projector=False. See AlignerConfig.")
     for parameter in parameters:
         parameter.requires_grad_(True)
-
-
-def collect_balance(model: Any) -> AbstractContextManager[Balance]:
-    """Collect the routers' load-balancing losses of training steps whose labels do not go through the model.
-
-    With labels they join the model's own loss. A loss of one's own (label smoothing, `compute_loss_func`, distillation) adds
-    them itself: `with collect_balance(model) as balance: output = model(**inputs)`, then `loss + balance.loss()`.
-
-    Args:
-        model: a patched model, wrapped or not.
-
-    Returns:
-        A block that gives a `Balance`.
-
-    Raises:
-        PatchError: the model is not patched.
-    """
-    return Block(steering_of(model).aligners, BALANCE, Balance())
 
 
 def log_routing(trainer: Any) -> None:

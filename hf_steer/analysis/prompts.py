@@ -14,7 +14,7 @@ from hf_steer.errors import ConfigError, SaliencyError
 from hf_steer.ground.arguments import Given, name_of
 from hf_steer.ground.parts import Anatomy
 from hf_steer.patching import get_steer_status, use_saliency, use_strength
-from hf_steer.patching.gaze.runtime import real_tokens
+from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.saliency import Saliency
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from hf_steer.analysis.prompts import Batch
-from hf_steer.patching.scopes import statement_for, steering_of
+from hf_steer.patching.scopes import scope_of, steering_of
 
 _DIGITS = 16
 """Hexadecimal digits of a hash: 64 bits."""
@@ -60,7 +60,7 @@ def provenance_of(model: Any, batches: Sequence[Batch], *, seed: int, **settings
     from hf_steer import __version__
 
     steering = steering_of(model)
-    _, in_force = statement_for(steering)
+    in_force = scope_of(steering).saliency
     said = [(batch.inputs, in_force if batch.saliency is None else batch.saliency) for batch in batches]
     config = steering.plan.anatomy.root.config
     return Provenance(

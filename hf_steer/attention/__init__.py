@@ -5,13 +5,13 @@ from hf_steer.attention.bias import head_bias, mass_shift
 from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.steered import (
     STEERABLE,
-    UNSTEERED,
     Reader,
     SteeredCall,
-    enter_pass,
+    attend_steered,
+    current_pass,
     recording_attention,
     registered_name,
-    steered_attention,
+    set_pass,
 )
 from hf_steer.ground.attention_call import AttentionCall
 
@@ -19,16 +19,16 @@ __all__ = [
     "BACKENDS",
     "READABLE",
     "STEERABLE",
-    "UNSTEERED",
     "AttentionCall",
     "Reader",
     "SteeredCall",
+    "attend_steered",
     "choose_backend",
-    "enter_pass",
+    "current_pass",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",
     "recording_attention",
     "registered_name",
-    "steered_attention",
+    "set_pass",
 ]

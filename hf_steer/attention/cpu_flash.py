@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.attention.bias import once
 from hf_steer.attention.masked import dense_bias
 from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
@@ -46,7 +45,9 @@ def attend_on_cpu(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, None]:
     """Attend causally with one row of bias per head; the function underneath is not called."""
     query, keys = call.query, call.queries  # an empty static cache has more keys: none of them may be attended to
     dtype = torch.promote_types(query.dtype, torch.float32)  # beside 16-bit queries, too, so that the bias is not rounded
-    row = once(bias.forms, ("dense", dtype), lambda: dense_bias(bias, dtype), bias.query, bias.key)
+    row = bias.forms.get(dtype)  # the kernel is not taken where gradients flow to the bias, so the row holds for all layers
+    if row is None:
+        row = bias.forms[dtype] = dense_bias(bias, dtype)
     key, value = call.key[:, :, :keys], call.value[:, :, :keys]
     output = _attend(query, key, value, 0.0, True, attn_mask=row[..., :keys], scale=call.scale)[0]
     return output.transpose(1, 2).contiguous(), None

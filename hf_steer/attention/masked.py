@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_steer.attention.bias import once
 from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.values import HeadBias
 
@@ -19,12 +18,12 @@ def attend_masked(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, Any]:
     causal = call.causal and sdpa and call.queries > 1  # no mask means causal to sdpa alone
     dtype = _mask_dtype(call.query, sdpa=sdpa)
 
-    def merge() -> tuple[Tensor | None, Tensor]:
-        return call.mask, merge_mask(dense_bias(bias, dtype), call.mask, causal_queries=call.queries if causal else None)
-
-    merged_with, mask = once(bias.forms, ("mask", dtype, call.mask is None), merge, bias.query, bias.key)
-    if merged_with is not call.mask:  # layers of another kind have another mask, such as a window
-        mask = merge()[1]
+    merged = bias.forms.get(("mask", dtype), ())
+    mask = next((own for given, own in merged if given is call.mask), None)
+    if mask is None:  # the first layer, or the first of another kind with another mask, such as a window
+        mask = merge_mask(dense_bias(bias, dtype), call.mask, causal_queries=call.queries if causal else None)
+        if not (bias.query.requires_grad or bias.key.requires_grad):  # see `bias.once`
+            bias.forms["mask", dtype] = (*merged, (call.mask, mask))
     if sdpa and call.plain and call.queries == 1 and call.added is None and call.cap is None:
         return _attend_step(call, mask)
     return call.run(call.query, call.key, call.value, mask, causal=False)

@@ -1,4 +1,4 @@
-"""What steered attention modules call instead of the function that they had; unsteered calls reach it unchanged."""
+"""What rides through a forward pass, and what steered attention modules do with it; unsteered calls never come here."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from hf_steer.attention.backends import BACKENDS, PREFERRED, choose_backend
 from hf_steer.attention.bias import on_device
-from hf_steer.errors import PatchError, SteerError
-from hf_steer.ground.attention_call import AttentionCall, layer_of, segments_of
+from hf_steer.errors import SteerError
+from hf_steer.ground.attention_call import AttentionCall, segments_of
 from hf_steer.saliency import current_recorder
 from hf_steer.values import HeadBias
 
 STEERABLE = tuple(PREFERRED)
 """Implementations that these functions can wrap."""
 Reader = Callable[[AttentionCall], None]
-Stray = Callable[[Any, Mapping[str, Any]], None]
-"""Judges a module and its options in a call outside of every pass."""
 
 
-@dataclass
+@dataclass(eq=False)
 class SteeredCall:
     """Rides through one forward pass as the keyword argument `hf_steer`; complete before the first decoder layer runs.
 
@@ -34,7 +32,6 @@ class SteeredCall:
         biases: layer -> bias, for the layers to steer in this pass.
         backend: what the user asked for.
         read: is handed what the layers of a first pass attend with; None in a pass that is steered.
-        sites: layer -> attention module, of the steered layers.
         signed: the receipt: layers that have added their bias.
         chosen: what was decided for one layer of the pass holds for those that are called alike.
     """
@@ -42,88 +39,62 @@ class SteeredCall:
     biases: Mapping[int, HeadBias] = field(default_factory=dict)
     backend: str = "auto"
     read: Reader | None = None
-    sites: Mapping[int, nn.Module] = field(default_factory=dict)
     signed: set[int] = field(default_factory=set)
     chosen: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
-UNSTEERED = SteeredCall()
-"""Stands for a pass of a patched decoder in which nothing is to be steered."""
-_CURRENT: ContextVar[SteeredCall | None] = ContextVar("hf_steer_pass", default=None)
-"""The decoder pass that this thread is in: a layer that was to be steered, and comes without the keyword, has lost it."""
+def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
+    """Attention of a decoder layer with its heads' bias; without one, the function underneath, once the call was read.
+
+    Raises:
+        SteerError: no backend can carry the bias, or the layer sees other keys than the saliency covers.
+    """
+    bias = call.bias
+    if passing.read is not None:
+        passing.read(call)
+    if bias is None:
+        return call.inner(call.module, call.query, call.key, call.value, call.mask, **call.options)
+    layer = call.module.layer_idx
+    if bias.key.shape[1] != call.key.shape[2]:
+        raise SteerError(
+            f"layer {layer} attends to {call.key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
+            "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
+        )
+    if bias.key.device != call.key.device:
+        bias = call.bias = on_device(bias, call.key.device)
+    attend = passing.chosen.get(alike := _kind_of(call))
+    if attend is None:
+        attend = passing.chosen[alike] = BACKENDS[choose_backend(passing.backend, call)].attend
+    passing.signed.add(layer)
+    return attend(call, bias)
 
 
-def enter_pass(ride: SteeredCall | None) -> None:
-    """A patched decoder begins a pass, or with None has ended it; a compiled graph cannot keep such a note."""
-    if not torch.compiler.is_compiling():
-        _CURRENT.set(ride)
+def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
+    """In which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with.
+
+    Numbers among the options count as given or not, all others by being there.
+    """
+    used = tuple(name for name, value in call.options.items() if value is not None and not (isinstance(value, float) and not value))
+    return call.mask is None, call.key.device, torch.is_grad_enabled(), used
+
+
+_CURRENT: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)
+"""The innermost forward pass of a patched model that this thread is in."""
+
+
+def current_pass() -> Any:
+    """The innermost forward pass of a patched model that this thread is in; None outside of all."""
+    return _CURRENT.get()
+
+
+def set_pass(current: Any) -> None:
+    """Begin a pass, or go back to the one around it."""
+    _CURRENT.set(current)
 
 
 def registered_name(implementation: str, part: str, family: str) -> str:
     """Name under which a wrapper of `implementation` is registered; it keeps that name, which transformers looks for."""
     return f"hf_steer_{part}_{family}_{implementation}"
-
-
-def steered_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    *,
-    inner: Callable[..., Any],
-    implementation: str,
-    stray: Stray | None = None,
-    hf_steer: SteeredCall | None = None,
-    **options: Any,
-) -> Any:
-    """Attention of a decoder layer with its heads' bias; exactly `inner` when this pass has none for the layer.
-
-    Raises:
-        PatchError: the keyword that carries the bias was lost on the way here.
-        SteerError: no backend can carry it, or the layer sees other keys than the saliency covers.
-    """
-    if hf_steer is None:
-        _refuse_lost(module, options, stray)
-        return inner(module, query, key, value, mask, **options)
-    layer = layer_of(module)
-    bias = hf_steer.biases.get(layer)
-    if hf_steer.read is not None:
-        hf_steer.read(AttentionCall(module, inner, implementation, query, key, value, mask, None, options))
-    if bias is None:
-        return inner(module, query, key, value, mask, **options)
-    if bias.key.shape[1] != key.shape[2]:
-        raise SteerError(
-            f"layer {layer} attends to {key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
-            "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
-        )
-    bias = on_device(bias, key.device)
-    call = AttentionCall(module, inner, implementation, query, key, value, mask, bias, options)
-    # in which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with
-    alike = mask is None, key.device, torch.is_grad_enabled(), call.alters
-    attend = hf_steer.chosen.get(alike)
-    if attend is None:
-        attend = hf_steer.chosen[alike] = BACKENDS[choose_backend(hf_steer.backend, call)].attend
-    hf_steer.signed.add(layer)
-    return attend(call, bias)
-
-
-def _refuse_lost(module: Any, options: Mapping[str, Any], stray: Stray | None) -> None:
-    """A call without the keyword is right where nothing is steered; where something is, somebody dropped it."""
-    if torch.compiler.is_compiling():
-        return
-    current = _CURRENT.get()
-    if current is None:
-        if stray is not None:
-            stray(module, options)
-        return
-    layer = layer_of(module)
-    if layer in current.biases and current.sites.get(layer) is module:
-        raise PatchError(
-            f"layer {layer} was to be steered, and its attention was called without the keyword 'hf_steer' that carries the bias: "
-            "something between decoder and attention (a hook, a wrapper, a layer with a forward of its own) does not hand "
-            "keyword arguments on. Let it pass **kwargs through, or run inside disable_steering(model)."
-        )
 
 
 def recording_attention(

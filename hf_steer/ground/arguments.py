@@ -50,6 +50,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
 PERCEIVED = ("encoded", "image_pixels", "video_pixels", "mels", "samples")
 """Words for what an encoder reads, or has read."""
 IGNORED_LABEL = -100
+_WORDS: Mapping[str, str] = {name: word for word, names in ARGUMENTS.items() for name in names}
+"""Their spelling -> our word."""
 
 
 class Given:
@@ -58,19 +60,29 @@ class Given:
     Attributes:
         named: the arguments by transformers' names.
         own: further spellings of this module, found by `own_spellings`.
+        perceives: whether pictures or sounds come along.
+        source: token numbers, or embeddings when they come alone or as the longer ones: `(batch, tokens, ...)`; None without.
     """
 
     def __init__(self, named: Mapping[str, Any], own: Mapping[str, str] | None = None) -> None:
         self.named = named
         self.own = own or {}
+        self.perceives = False
+        for name, value in named.items():
+            word = _WORDS.get(name)
+            if value is None or word is None or (name != ARGUMENTS[word][0] and named.get(ARGUMENTS[word][0]) is not None):
+                continue
+            setattr(self, word, value)
+            self.perceives = self.perceives or word in PERCEIVED
+        for word, name in self.own.items():
+            if getattr(self, word) is None:
+                setattr(self, word, named.get(name))
+        ids, embeds = self.ids, self.embeds
+        alone = ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2])
+        self.source: Any = embeds if alone else ids
 
     def __getattr__(self, word: str) -> Any:
-        if word not in ARGUMENTS:
-            raise AttributeError(f"{word!r} is no word of ground/arguments.py; it has {', '.join(ARGUMENTS)}.")
-        for name in ARGUMENTS[word]:
-            if self.named.get(name) is not None:
-                return self.named[name]
-        return self.named.get(self.own[word]) if word in self.own else None
+        raise AttributeError(f"{word!r} is no word of ground/arguments.py; it has {', '.join(ARGUMENTS)}.")
 
     def pixels(self, modality: str) -> Any:
         """Pixels of `"image"` or `"video"`."""
@@ -80,17 +92,10 @@ class Given:
         """What the caller had encoded of a modality: the encoder's output; None without."""
         return (self.encoded or {}).get(modality)
 
-    def tokens(self) -> Tensor | None:
-        """Token numbers, or embeddings when they come alone or as the longer ones: `(batch, tokens, ...)`."""
-        ids, embeds = self.ids, self.embeds
-        if ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2]):
-            return embeds  # type: ignore[no-any-return]
-        return ids  # type: ignore[no-any-return]
-
     def count_tokens(self) -> int:
         """Tokens per row."""
-        tokens = self.tokens()
-        return 0 if tokens is None else tokens.shape[1]
+        tokens: int = 0 if self.source is None else self.source.shape[1]
+        return tokens
 
     def with_mask(self, mask: Tensor | None) -> Given:
         """The same arguments with a mask."""
@@ -111,10 +116,9 @@ class Given:
         found = (getattr(settings, name, None) for settings in (self.settings, default) for name in ARGUMENTS[word])
         return given if given is not None else next((own for own in found if own is not None), None)
 
-    @property
-    def perceives(self) -> bool:
-        """Whether pictures or sounds come along."""
-        return any(getattr(self, word) is not None for word in PERCEIVED)
+
+for _word in ARGUMENTS:  # None for what does not come; a plain attribute, since hooks read many of them in every pass
+    setattr(Given, _word, None)
 
 
 def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
@@ -178,9 +182,9 @@ _OWN: dict[type, Mapping[str, str]] = {}
 
 def own_spellings(kind: type) -> Mapping[str, str]:
     """Spellings of a module class that the table lacks: of the cache, told by its type, so that a next renaming is no loss."""
-    if kind not in _OWN:
+    if kind not in _OWN and kind is not type(None):
         parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters  # type: ignore[attr-defined]
         known = any(name in parameters for name in ARGUMENTS["cache"])
         caches = [name for name, own in parameters.items() if re.search(r"\b(Dynamic|Static)?Cache\b", str(own.annotation))]
         _OWN[kind] = {"cache": caches[0]} if not known and len(caches) == 1 else {}
-    return _OWN[kind]
+    return _OWN.get(kind, {})

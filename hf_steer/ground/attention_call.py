@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -26,7 +26,14 @@ _TENSORS = 5
 """Every attention function takes module, query, key, value and mask first."""
 
 
-@dataclass(frozen=True)
+class Passing(Protocol):
+    """What rides through a forward pass as the keyword `hf_steer`, as far as a call looks at it."""
+
+    biases: Mapping[int, HeadBias]
+    read: Callable[[Any], None] | None
+
+
+@dataclass(eq=False)
 class AttentionCall:
     """What one decoder layer is about to attend with.
 
@@ -41,6 +48,14 @@ class AttentionCall:
             1, queries, keys)`; for flash `(batch, keys)`; for flex a BlockMask.
         bias: what the steering adds to the logits; None where the layer is not steered in this pass.
         options: the other arguments, by transformers' names.
+        queries: how many.
+        scale: factor on the logits.
+        causal: whether no mask means causal: as the call says, or else the module.
+        dropped: probability that a weight is dropped.
+        cap: the logits are bent by `cap · tanh(logits / cap)` before a mask is added; None where they are not.
+        sinks: whether each head has a logit that goes to no key.
+        added: a bias that the model itself adds to the logits.
+        plain: whether the function underneath is transformers' own, so that another kernel may stand in for it.
     """
 
     module: Any
@@ -52,6 +67,27 @@ class AttentionCall:
     mask: Any
     bias: HeadBias | None
     options: Mapping[str, Any]
+    queries: int = field(init=False)
+    scale: float = field(init=False)
+    causal: bool = field(init=False)
+    dropped: float = field(init=False)
+    cap: float | None = field(init=False)
+    sinks: bool = field(init=False)
+    added: Tensor | None = field(init=False)
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Everything is read at once: backends look at it in every layer of every step."""
+        option = self.options.get
+        scale, causal = option("scaling"), option("is_causal")
+        self.queries = self.query.shape[2]
+        self.scale = self.query.shape[-1] ** -0.5 if scale is None else scale
+        self.causal = bool(getattr(self.module, "is_causal", True) if causal is None else causal)
+        self.dropped = option("dropout") or 0.0
+        self.cap = option("softcap")
+        self.sinks = option("s_aux") is not None
+        self.added = option("position_bias")
+        self.plain = _facts(self.inner)[1]
 
     @property
     def layer(self) -> int:
@@ -59,60 +95,14 @@ class AttentionCall:
         return layer_of(self.module)
 
     @property
-    def queries(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def scale(self) -> float:
-        """Factor on the logits."""
-        given = self.options.get("scaling")
-        return self.query.shape[-1] ** -0.5 if given is None else given  # type: ignore[no-any-return]
-
-    @property
-    def causal(self) -> bool:
-        """Whether no mask means causal: as the call says, or else the module."""
-        given = self.options.get("is_causal")
-        return bool(getattr(self.module, "is_causal", True) if given is None else given)
-
-    @property
-    def dropped(self) -> float:
-        """Probability that a weight is dropped."""
-        return self.options.get("dropout") or 0.0
-
-    @property
-    def cap(self) -> float | None:
-        """The logits are bent by `cap · tanh(logits / cap)` before a mask is added; None where they are not."""
-        return self.options.get("softcap")
-
-    @property
-    def sinks(self) -> bool:
-        """Whether each head has a logit that goes to no key."""
-        return self.options.get("s_aux") is not None
-
-    @property
-    def added(self) -> Tensor | None:
-        """A bias that the model itself adds to the logits."""
-        return self.options.get("position_bias")
-
-    @property
     def paged(self) -> bool:
         """Whether the keys come from a paged cache, which the implementation reads itself."""
         return self.options.get("cache") is not None or self.implementation.startswith("paged")
 
     @property
-    def plain(self) -> bool:
-        """Whether the function underneath is transformers' own, so that another kernel may stand in for it."""
-        return is_their_own(self.inner)
-
-    @property
     def unknown(self) -> tuple[str, ...]:
         """Arguments in use whose effect on the logits is not known."""
         return tuple(name for name in declared_unknown(self.inner) if self.options.get(name) is not None)
-
-    @property
-    def alters(self) -> tuple[Any, ...]:
-        """What else changes its logits or weights, in so far as it decides how a bias can be carried."""
-        return self.unknown, self.cap is None, self.sinks, self.added is None, self.dropped > 0
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float | None = None, causal: bool | None = None
@@ -133,21 +123,77 @@ def layer_of(module: Any) -> int:
     return module.layer_idx  # type: ignore[no-any-return]
 
 
-_DECLARED: dict[Callable[..., Any], tuple[str, ...]] = {}
+def steered_function(
+    attend: Callable[[AttentionCall, Any], Any],
+    lost: Callable[[Any, Mapping[str, Any]], None],
+    *,
+    inner: Callable[..., Any],
+    implementation: str,
+) -> Callable[..., Any]:
+    """What steered attention modules call in place of the function that they had.
+
+    Args:
+        attend: gets the calls of layers that are steered in this pass, or read, and what rides through the pass.
+        lost: judges a module that is called without the keyword, and its options.
+        inner: the function that the modules had; all other calls reach it unchanged.
+        implementation: its name.
+    """
+    return partial(_steer, attend=attend, lost=lost, inner=inner, implementation=implementation)
+
+
+def _steer(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    attend: Callable[[AttentionCall, Any], Any],
+    lost: Callable[[Any, Mapping[str, Any]], None],
+    inner: Callable[..., Any],
+    implementation: str,
+    hf_steer: Passing | None = None,
+    **options: Any,
+) -> Any:
+    """Some families name the mask when they call, so our parameter has to be called as theirs is."""
+    if hf_steer is None:
+        lost(module, options)
+        return inner(module, query, key, value, attention_mask, **options)
+    bias = hf_steer.biases.get(module.layer_idx)
+    if bias is None and hf_steer.read is None:
+        return inner(module, query, key, value, attention_mask, **options)
+    return attend(AttentionCall(module, inner, implementation, query, key, value, attention_mask, bias, options), hf_steer)
+
+
+def called_by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of ours, as modules call it: some name the mask."""
+    return partial(_call_by_name, function=function)
+
+
+def _call_by_name(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *, function: Callable[..., Any], **options: Any
+) -> Any:
+    return function(module, query, key, value, attention_mask, **options)
+
+
+_FACTS: dict[Callable[..., Any], tuple[tuple[str, ...], bool]] = {}
+"""Of an attention function: what it declares that is not understood here, and whether it is transformers' own."""
 
 
 def declared_unknown(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What an attention function declares, or reads out of further arguments, by a name that is not understood here.
+    """What an attention function declares, or reads out of further arguments, by a name that is not understood here."""
+    return _facts(function)[0]
 
-    Looked up once, when the model is patched: a compiled graph could not.
-    """
-    if function not in _DECLARED:
-        _DECLARED[function] = _look_up_declared(function)
-    return _DECLARED[function]
+
+def _facts(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """Looked up once, when the model is patched: a compiled graph could not."""
+    if function not in _FACTS:
+        _FACTS[function] = _look_up_declared(function), is_their_own(function)
+    return _FACTS[function]
 
 
 def _look_up_declared(function: Callable[..., Any]) -> tuple[str, ...]:
-    inner = function.keywords.get("flash", function) if isinstance(function, functools.partial) else function
+    inner = function.keywords.get("flash", function) if isinstance(function, partial) else function
     declared = list(inspect.signature(inspect.unwrap(inner)).parameters.values())[_TENSORS:]
     named = [own.name for own in declared if own.kind is not inspect.Parameter.VAR_KEYWORD]
     named += _strings_of(getattr(inspect.unwrap(inner), "__code__", None))

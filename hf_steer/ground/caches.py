@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,11 @@ def past_of(cache: Any) -> int | Tensor:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def keys_seen(cache: Any, queries: int, layer: int) -> tuple[int, int]:
-    """How many keys a layer will attend to in a pass of so many queries, and the position of the first."""
-    return (queries, 0) if cache is None else cache.get_mask_sizes(queries, layer)
+def keys_seen(cache: Any, queries: int, layers: Collection[int]) -> list[tuple[int, int]]:
+    """How many keys each of these layers will attend to in a pass of so many queries, and the position of the first."""
+    if cache is None:
+        return [(queries, 0)] * len(layers)
+    return [cache.get_mask_sizes(queries, layer) for layer in layers]
 
 
 def whole_keys(cache: Any) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,11 @@ SWITCH = "model.set_attn_implementation"
 def implementation_of(config: Any) -> str:
     """The attention implementation that a (sub-)model, or one steered module, runs."""
     return config._attn_implementation or "eager"
+
+
+def implementations_of(parts: Iterable[Any]) -> list[str | None]:
+    """The same of several; None for a part that is not there."""
+    return [None if part is None else part.config._attn_implementation or "eager" for part in parts]
 
 
 def use_implementation(model: Any, name: str) -> None:
@@ -69,17 +74,21 @@ def register_function(name: str, function: Callable[..., Any], *, masked_as: str
 
     Args:
         name: of ours.
-        function: is called with module, query, key, value and mask, and the options by transformers' names.
+        function: as modules call it; see `attention_call.called_by_name`.
         masked_as: the implementation whose masks a whole model makes for it; None where only single modules run it.
     """
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(_by_their_names, function=function))
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
     if masked_as is not None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masked_as])
 
 
+PREFIX = "hf_steer_"
+"""Of the names of our attention functions."""
+
+
 def is_ours(name: str) -> bool:
     """Whether an implementation's name is that of a function of hf_steer."""
-    return name.startswith("hf_steer_")
+    return name.startswith(PREFIX)
 
 
 def function_of(implementation: str, file: str) -> Callable[..., Any]:
@@ -94,13 +103,6 @@ def is_their_own(function: Callable[..., Any]) -> bool:
     """Whether a function is one that transformers brings, and not a wrapper that somebody put in its place."""
     inner = function.keywords.get("flash", function) if isinstance(function, partial) else function
     return str(getattr(inner, "__module__", "")).partition(".")[0] == "transformers"
-
-
-def _by_their_names(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *, function: Callable[..., Any], **kwargs: Any
-) -> Any:
-    """Some families name the mask when they call, so our parameter has to be called as theirs is."""
-    return function(module, query, key, value, attention_mask, **kwargs)
 
 
 class _UnderOwnName:

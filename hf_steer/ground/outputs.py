@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +13,10 @@ RECORD = "hf_steer"
 """Where a tower's output carries what was recorded of it."""
 
 
-def caches_in(output: Any) -> Iterator[Any]:
+def caches_in(output: Any) -> list[Any]:
     """The caches that a model gives back, under whatever name."""
     values = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, (tuple, list)) else ()
-    return (value for value in values if isinstance(value, Cache))
+    return [value for value in values if isinstance(value, Cache)]
 
 
 def logits_in(output: Any) -> Tensor:
@@ -61,6 +61,6 @@ def put_record(output: Any, record: Any) -> None:
         setattr(output, RECORD, record)
 
 
-def record_in(output: Any) -> Any | None:
-    """What was left there."""
-    return getattr(output, RECORD, None)
+def records_in(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Modality -> what was left on its output, where something was."""
+    return {modality: getattr(output, RECORD) for modality, output in outputs.items() if hasattr(output, RECORD)}

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_steer.ground.arguments import Given, read_call, with_changes
+from hf_steer.ground.attention_call import called_by_name
 from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.implementations import implementation_of, register_function, with_implementation
 
@@ -46,7 +47,7 @@ def prove_keyword(decoder: nn.Module, attention: str, keyword: str) -> str | Non
 
 
 def _prove(decoder: nn.Module, attention: str, keyword: str) -> str | None:
-    register_function(NAME, _arrive)
+    register_function(NAME, called_by_name(_arrive))
     likeness = likeness_of(decoder)
     module: Any = likeness.get_submodule(attention)
     module.config = with_implementation(module.config, NAME)
@@ -76,7 +77,7 @@ def _try(likeness: nn.Module, cache: Any, tokens: int, before: int, keyword: str
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     named = with_changes(likeness, Given({}), ids=ids, cache=cache, keeps_cache=True)
     seen = read_call(likeness, (), named).cache
-    sizes = keys_seen(cache, tokens, 0)
+    (sizes,) = keys_seen(cache, tokens, (0,))
     try:
         likeness(**named, **{keyword: True})
     except Arrived as arrived:

@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         steering: of the model; None once it is over, so that a context which still lists it keeps nothing alive.
         kind: what holds.
-        value: handed back by `held`.
+        value: what is held.
         frame: of the generator that entered it; None where it was no generator's code.
         number: in the order of all entries.
         thread: that entered it.
@@ -52,19 +52,21 @@ class Block(contextlib.ContextDecorator):
     Args:
         steering: of the model.
         kind: what holds, such as `"saliency"`; the innermost of a kind counts.
-        value: handed back by `held`.
+        value: what is held.
+        follows: whether a block that a generator enters holds while that generator runs, wherever it is pulled; else it is one of
+            the context, as around a call that ends before the generator goes on.
     """
 
-    def __init__(self, steering: object, kind: str, value: Any) -> None:
-        self.steering, self.kind, self.value = steering, kind, value
+    def __init__(self, steering: object, kind: str, value: Any, *, follows: bool = True) -> None:
+        self.steering, self.kind, self.value, self.follows = steering, kind, value, follows
         self.entries: list[Entry] = []
 
     def _recreate_cm(self) -> Block:
         """As a decorator: each call of the function is a block of its own."""
-        return Block(self.steering, self.kind, self.value)
+        return Block(self.steering, self.kind, self.value, follows=self.follows)
 
     def __enter__(self) -> Any:
-        frame, number = _generator_that_asks(), next(_NUMBERS)
+        frame, number = _generator_that_asks() if self.follows else None, next(_NUMBERS)
         entry = Entry(self.steering, self.kind, self.value, frame, number, threading.get_ident())
         self.entries.append(entry)
         if frame is None:
@@ -84,12 +86,9 @@ _OPEN: dict[int, weakref.ref[Entry]] = {}
 """All stays of this process that are not over, in the order in which they began."""
 
 
-def held(steering: object, kind: str) -> Any | None:
-    """The value of the innermost block of a kind that this code is in; None outside of all."""
-    for entry in reversed(_around()):
-        if entry.steering is steering and entry.kind == kind:
-            return entry.value
-    return None
+def entries_around(steering: object) -> list[Entry]:
+    """The stays in blocks of a model that this code is in, the outermost first."""
+    return [entry for entry in _around() if entry.steering is steering]
 
 
 def held_elsewhere(steering: object, kind: str) -> bool:

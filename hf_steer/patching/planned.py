@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_steer.config import AlignerConfig, SteerConfig
 from hf_steer.gating import Patterns
 from hf_steer.ground.parts import Anatomy, Encoder, Site
+
+Strengths = Mapping[int, tuple[float, ...] | Tensor]
+"""Layer -> λ per query head: numbers, or a tensor where they are learned."""
 
 
 @dataclass(frozen=True)

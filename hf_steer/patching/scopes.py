@@ -1,100 +1,89 @@
-"""What holds for a stretch of the caller's code, thread by thread: the saliency in force, and the prompt of `generate`."""
+"""What holds for a stretch of the caller's code, for one patched model: what is said, how hard, whether at all, who listens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from hf_steer.errors import PatchError, SaliencyError
-from hf_steer.patching.blocks import Block, held
-from hf_steer.patching.gaze.memory import CacheState
-from hf_steer.saliency import EyeRecord, Saliency
-from hf_steer.values import Span
-
-if TYPE_CHECKING:
-    from hf_steer.patching.gaze.arrange import Arrangement
+from hf_steer.patching.blocks import Block, entries_around
+from hf_steer.patching.gaze.ledger import Generation
+from hf_steer.patching.planned import Strengths
+from hf_steer.saliency import Saliency
 
 STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
 STATEMENT = "saliency"
 """The keyword argument of `generate` and of the model itself that says where to look in that one call."""
-SAID, OFF = "saliency", "off"
-"""Kinds of blocks: what the user says, and that steering is off."""
+SAID, OFF, STRENGTHS, CALL, LISTENER = "saliency", "off", "strengths", "call", "listeners"
+"""What a block may hold: fields of `Scope`."""
 
 
 class Enough(Exception):
     """Raised inside a pass whose rest need not run: what was wanted has been read. It never leaves the package."""
 
 
+class Listener:
+    """Somebody who is told what happens in the passes of a stretch of code. `watching/` and `aligning/` have those that we know.
+
+    Attributes:
+        follows_steps: whether it wants to know when each query is steered, so that this is worked out for it.
+        follows_routing: whether it wants to know what the aligners' routers decide.
+        losses: where it takes the load-balancing losses of passes whose labels go another way; None where it takes none.
+    """
+
+    follows_steps = False
+    follows_routing = False
+    losses: list[Tensor] | None = None
+
+    def scored(self, current: Any) -> None:
+        """A prompt has its scores, raw and normalised."""
+
+    def generated(self, current: Any, logits: Tensor, strengths: Strengths) -> None:
+        """The logits of a pass are known."""
+
+    def routed(self, place: str, routing: Any, mask: Tensor | None) -> None:
+        """An aligner has sent tokens to its experts."""
+
+
 @dataclass(frozen=True)
-class Prompt:
-    """What a call says about its input, before anything ran.
+class Scope:
+    """What holds for the code that runs now, for one patched model.
 
     Attributes:
-        ids: `(batch, tokens)`; None when only embeddings came.
-        shape: batch and tokens.
-        first_position: key position of the first token: 0, or the cache's length when only new tokens came.
-        real: `(batch, first_position + tokens)` bool, False for padding; None when no mask came.
-        encoded: modality -> what the patched tower recorded earlier, for encoder outputs that the caller passed in.
-        raw: modalities whose pixels come with the call, in the order in which the model encodes them.
-        arrangements: modality -> how a LLaVA lays out what its tower sees as tokens, where its eyes are wanted.
-        spans: pictures and videos that this prompt adds to the cache.
-        labelled: `(batch, tokens)` bool, True where the next token is a label; None without labels.
+        off: steering is off.
+        saliency: what the user says.
+        strengths: layer -> λ per query head, instead of those that are configured.
+        call: the `generate` that this code is in.
+        listeners: who wants to know, the outermost first.
     """
 
-    ids: Tensor | None
-    shape: tuple[int, int]
-    first_position: int
-    real: Tensor | None
-    encoded: Mapping[str, EyeRecord]
-    raw: tuple[str, ...]
-    arrangements: Mapping[str, Arrangement]
-    spans: tuple[Span, ...]
-    labelled: Tensor | None
+    off: bool = False
+    saliency: Saliency | None = None
+    strengths: Strengths | None = None
+    call: Generation | None = None
+    listeners: tuple[Listener, ...] = ()
+
+    @property
+    def balance(self) -> list[Tensor] | None:
+        """Where the caller takes the load-balancing losses himself; None where they join the model's loss."""
+        return next((own.losses for own in reversed(self.listeners) if own.losses is not None), None)
 
 
-@dataclass
-class GenerateScope:
-    """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart; and its ledger.
-
-    Attributes:
-        prompt: None for a draft by the model itself, whose passes are not steered: the steered ones check it.
-        statement: what the call itself, or the block around it, says.
-        block: what the block around it says.
-        past: keys in its cache when it began.
-        asks: whether anything is to be steered in it: something is said, or there is something to see.
-        guided: classifier-free guidance runs passes of its own, which see no prompt and are unsteered by design.
-        drafts: the model drafts for itself.
-        records: what the vision tower recorded for it.
-        started: whether its first pass has come.
-        state: of a `generate` without a cache.
-        steered: passes that went on with the prompt's saliency.
-        unconditional: passes of guidance, which are unsteered by design.
-        compiled: some passes were compiled, and not counted.
-    """
-
-    prompt: Prompt | None
-    statement: Saliency | None = None
-    block: Saliency | None = None
-    past: int = 0
-    asks: bool = False
-    guided: bool = False
-    drafts: bool = False
-    records: list[EyeRecord] = field(default_factory=list)
-    started: bool = False
-    state: CacheState | None = None
-    steered: int = 0
-    unconditional: int = 0
-    compiled: bool = False
+NOTHING = Scope()
+"""Outside of all blocks."""
 
 
-_SCOPES: ContextVar[Mapping[int, GenerateScope]] = ContextVar("hf_steer_scopes", default={})  # noqa: B039 - never mutated
-_SINKS: ContextVar[Mapping[int, list[EyeRecord]]] = ContextVar("hf_steer_sinks", default={})  # noqa: B039 - never mutated
+def scope_of(steering: object) -> Scope:
+    """What holds here: of each kind the innermost block counts, and every listener."""
+    entries = entries_around(steering)
+    if not entries:
+        return NOTHING
+    held: dict[str, Any] = {entry.kind: entry.value for entry in entries if entry.kind != LISTENER}
+    return Scope(**held, listeners=tuple(entry.value for entry in entries if entry.kind == LISTENER))
 
 
 def use_saliency(model: Any, saliency: Saliency) -> AbstractContextManager[Any]:
@@ -123,6 +112,15 @@ def disable_steering(model: Any) -> AbstractContextManager[Any]:
         PatchError: the model is not patched.
     """
     return Block(steering_of(model), OFF, True)
+
+
+def listen(model: Any, listener: Listener) -> AbstractContextManager[Any]:
+    """Tell somebody what happens in this model's calls inside the block, in this thread.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    return Block(steering_of(model), LISTENER, listener)
 
 
 def check_statement(steering: Any, saliency: Any, asked: str) -> None:
@@ -163,40 +161,3 @@ def find_steering(model: Any) -> Any | None:
     if own is not None:
         return own
     return next((module for name, module in model.named_modules() if name.rpartition(".")[2] == STEERING), None)
-
-
-def statement_for(steering: object) -> tuple[bool, Saliency | None]:
-    """Whether steering is on for this code, and what the user says, if anything."""
-    if held(steering, OFF) is not None:
-        return False, None
-    return True, held(steering, SAID)
-
-
-def scope_for(steering: object) -> GenerateScope | None:
-    """The call of `generate` that this thread is in."""
-    return _SCOPES.get().get(id(steering))
-
-
-def collect_records(steering: object, sink: list[EyeRecord] | None) -> None:
-    """What the vision tower records in this thread goes to `sink`, until the decoder of that pass ends it with None."""
-    sinks = _SINKS.get()
-    if sink is not None:
-        _SINKS.set({**sinks, id(steering): sink})
-    elif id(steering) in sinks:
-        _SINKS.set({key: records for key, records in sinks.items() if key != id(steering)})
-
-
-def sink_for(steering: object) -> list[EyeRecord] | None:
-    """Where records go: to the call of `generate` that this thread is in, which encodes before its passes, or to its pass."""
-    scope = scope_for(steering)
-    return _SINKS.get().get(id(steering)) if scope is None else scope.records
-
-
-@contextmanager
-def generate_scope(steering: object, scope: GenerateScope) -> Iterator[GenerateScope]:
-    """Hold a prompt for the forward passes of one call of `generate`."""
-    token = _SCOPES.set({**_SCOPES.get(), id(steering): scope})
-    try:
-        yield scope
-    finally:
-        _SCOPES.reset(token)

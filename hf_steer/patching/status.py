@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_steer.config import TRAINABLE, SteerConfig
-from hf_steer.patching.blocks import held
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import find_steering, statement_for
-from hf_steer.patching.strength import STRENGTH
+from hf_steer.patching.scopes import Scope, find_steering, scope_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ def get_steer_status(model: Any) -> SteerStatus:
     if steering is None:
         return SteerStatus(patched=False, why="the model is not patched; see hf_steer.patch_model")
     plan: Plan = steering.plan
-    enabled, statement = statement_for(steering)
+    scope = scope_of(steering)
+    enabled, statement = not scope.off, scope.saliency
     attention = plan.config.attention
-    why = _why_not(steering, enabled, statement is not None)
+    why = _why_not(steering, scope)
     return SteerStatus(
         patched=True,
         enabled=enabled,
@@ -79,11 +78,11 @@ def get_steer_status(model: Any) -> SteerStatus:
     )
 
 
-def _why_not(steering: Any, enabled: bool, said: bool) -> str | None:
+def _why_not(steering: Any, scope: Scope) -> str | None:
     """Why a call made here would not be steered; None where it would."""
     plan: Plan = steering.plan
     attention = plan.config.attention
-    if not enabled:
+    if scope.off:
         return "it is off in this thread, inside disable_steering"
     if plan.aligners:
         return None
@@ -91,11 +90,11 @@ def _why_not(steering: Any, enabled: bool, said: bool) -> str | None:
         return "its configuration has neither attention nor aligners"
     if not plan.strengths:
         return "all strengths are 0"
-    in_force = held(steering, STRENGTH)
+    in_force = scope.strengths
     if in_force is not None and not any(any(values) for values in in_force.values()):
         return "use_strength sets all strengths to 0 here"
     if attention.strength == TRAINABLE and not any(bool(own.any()) for own in steering.learned.parameters()):
         return "its strengths are trainable and still 0"
-    if not said and not plan.sees:
+    if scope.saliency is None and not plan.sees:
         return "nothing says where to look: it has no source, and no use_saliency block is open here; or give the call saliency="
     return None

@@ -7,21 +7,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hf_steer.config.checks import Heads, Strength, check_strength
 from hf_steer.errors import ConfigError, PatchError
-from hf_steer.patching.blocks import Block, held
+from hf_steer.patching.blocks import Block
 from hf_steer.patching.plan import resolve_strengths
-from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import steering_of
-
-Strengths = Mapping[int, tuple[float, ...] | Tensor]
-"""Layer -> λ per query head: numbers, or a tensor where they are learned."""
-
-STRENGTH = "strength"
-"""A kind of block."""
+from hf_steer.patching.planned import Plan, Strengths
+from hf_steer.patching.scopes import STRENGTHS, steering_of
 
 
 def use_strength(model: Any, strength: Strength) -> AbstractContextManager[Any]:
@@ -40,15 +31,7 @@ def use_strength(model: Any, strength: Strength) -> AbstractContextManager[Any]:
         ConfigError: not a number, or a layer or head that is not steered.
     """
     steering = steering_of(model)
-    return Block(steering, STRENGTH, _resolve(steering.plan, check_strength(strength)))
-
-
-def strengths_for(steering: Any, device: torch.device) -> Strengths:
-    """Layer -> λ per query head, for the calls of this thread: in force, learned, or configured."""
-    own: Strengths | None = held(steering, STRENGTH)
-    if own is None and steering.learned is not None:
-        return steering.learned.strengths(device)  # type: ignore[no-any-return]
-    return steering.plan.strengths if own is None else own
+    return Block(steering, STRENGTHS, _resolve(steering.plan, check_strength(strength)))
 
 
 def _resolve(plan: Plan, strength: Strength) -> Strengths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_steer.errors import PatchError
-from hf_steer.ground.implementations import SWITCH, implementation_of, is_ours
+from hf_steer.ground.implementations import PREFIX, SWITCH, implementations_of
 from hf_steer.ground.parts import Site
 from hf_steer.patching.planned import Plan
 
@@ -40,31 +40,32 @@ def place_of(root: nn.Module, site: Site) -> Place:
     return Place(site, root.get_submodule(parent), child)
 
 
-def refuse_replaced(places: Iterable[Place]) -> None:
-    """PatchError for an attention module, or its config, that is another one than the one that was patched."""
-    for place in places:
-        now: Any = place.parent._modules.get(place.child)
-        if now is not None and now is not place.site.module:
-            kind = type(now).__name__
-            raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
-        if not is_ours(implementation_of(place.site.module.config)):
-            raise PatchError(
-                f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
-                f"{implementation_of(place.site.module.config)!r} and no longer hf_steer's function. {AGAIN}"
-            )
+def refuse_changed(plan: Plan, was: tuple[str | None, str | None], places: Sequence[Place]) -> None:
+    """PatchError where the model runs another attention implementation since it was patched, or steered parts were replaced.
 
-
-def refuse_other_implementation(plan: Plan, was: tuple[str | None, str | None]) -> None:
-    """PatchError where the decoder or the tower was told to run another attention implementation since."""
-    anatomy = plan.anatomy
-    eyes_now = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
-    now = implementation_of(anatomy.decoder.config)
+    Args:
+        plan: of the model.
+        was: the implementations of decoder and tower when it was patched.
+        places: of the attention modules that are to be steered now.
+    """
+    parts = (plan.anatomy.decoder, plan.anatomy.tower, *(place.site.module for place in places))
+    now, eyes_now, *names = implementations_of(parts)
     if (now, eyes_now) != was:
         raise PatchError(
             f"the attention implementation was {was[0]!r} when this model was patched and is {now!r} now "
             f"(vision tower: {was[1]!r}, now {eyes_now!r}). Set it before patching: "
             f"unpatch_model(model); {SWITCH}(...); patch_model(model, config)."
         )
+    for place, name in zip(places, names, strict=True):
+        there: Any = place.parent._modules.get(place.child)
+        if there is not None and there is not place.site.module:
+            kind = type(there).__name__
+            raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
+        if not str(name).startswith(PREFIX):
+            raise PatchError(
+                f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
+                f"{name!r} and no longer hf_steer's function. {AGAIN}"
+            )
 
 
 def still_there(decoder: nn.Module, root: nn.Module, places: Iterable[Place]) -> tuple[Place, ...]:

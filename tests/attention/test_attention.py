@@ -11,12 +11,13 @@ from kit.oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, SteeredCall, backends, choose_backend, head_bias, mass_shift, steered_attention
+from hf_steer.attention import BACKENDS, SteeredCall, attend_steered, backends, choose_backend, head_bias, mass_shift
 from hf_steer.attention.backends import PREFERRED
 from hf_steer.attention.bias import on_device
 from hf_steer.attention.masked import merge_mask
 from hf_steer.config import attention as config_attention
 from hf_steer.errors import SteerError
+from hf_steer.ground.attention_call import steered_function
 from hf_steer.values import HeadBias, TokenScores
 
 INNER = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
@@ -387,6 +388,10 @@ def test_every_rank_is_added(backend):
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def never(module, options):
+    raise AssertionError("the keyword is there")
+
+
 def test_what_was_decided_for_one_layer_does_not_hold_for_a_layer_with_another_mask():
     """Sliding layers may have a mask where full ones have none: the CPU's flash kernel would drop it."""
     query, key, value, strength, scores, _, allowed = make_case(KEYS)
@@ -395,7 +400,9 @@ def test_what_was_decided_for_one_layer_does_not_hold_for_a_layer_with_another_m
     for masks in ((None, allowed[:, None], None), (allowed[:, None],), (None,)):
         ride = SteeredCall(biases={0: bias})
         outputs.append([
-            steered_attention(Module(), query, key, value, mask, inner=INNER["sdpa"], implementation="sdpa", hf_steer=ride)[0]
+            steered_function(attend_steered, never, inner=INNER["sdpa"], implementation="sdpa")(
+                Module(), query, key, value, mask, hf_steer=ride
+            )[0]
             for mask in masks
         ])
     torch.testing.assert_close(outputs[0], [outputs[2][0], outputs[1][0], outputs[2][0]], rtol=0, atol=0)
@@ -440,7 +447,7 @@ def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once
 
     for device in ("meta", "cpu", "meta"):
         tensors = [torch.zeros(1, HEADS, count, 8, device=device) for count in (1, KEYS, KEYS)]
-        steered_attention(Module(), *tensors, None, inner=inner, implementation="sdpa", hf_steer=ride)
+        steered_function(attend_steered, never, inner=inner, implementation="sdpa")(Module(), *tensors, None, hf_steer=ride)
     assert seen == [(device,) * 3 for device in ("meta", "cpu", "meta")]
     moved = on_device(bias, torch.device("meta"))
     assert on_device(bias, torch.device("meta")) is moved

@@ -49,7 +49,8 @@ def test_layers_without_steered_heads_run_the_original_function_on_the_original_
         for module in (layer, attention):
             assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 0
         if attention.layer_idx == 2:
-            assert used.keywords["function"].func is steered.steered_attention  # behind what hands the mask on by its place
+            assert used.keywords["attend"] is steered.attend_steered
+            assert used.keywords["inner"] is sdpa
         else:
             assert attention.config is config
             assert used is sdpa

@@ -16,7 +16,7 @@ from hf_steer.errors import ConfigError, SaliencyError
 from hf_steer.ground.arguments import Given, name_of
 from hf_steer.ground.parts import Anatomy
 from hf_steer.ground.settings import setting, text_settings
-from hf_steer.patching.gaze.runtime import real_tokens
+from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.saliency import Saliency, find_spans, read_layouts, scores_from_user
 from hf_steer.values import MODALITIES, Layout, Span
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention import SteeredCall, head_bias, steered_attention
+from hf_steer.attention import SteeredCall, attend_steered, head_bias
 from hf_steer.evidence.bench.cells import Cell
 from hf_steer.evidence.bench.edited import edited_attention
 from hf_steer.evidence.bench.scores import STRENGTH, causal, dense_bias, image_scores
 from hf_steer.evidence.bench.timing import Call
-from hf_steer.ground.attention_call import options_of
+from hf_steer.ground.attention_call import options_of, steered_function
 from hf_steer.ground.implementations import function_of
 from hf_steer.values import HeadBias, TokenScores
 
@@ -109,18 +109,22 @@ def plain(stage: AttentionStage) -> Call:
 
 def steered(stage: AttentionStage, *, backend: str = "auto") -> Call:
     """Ours, the bias ready: a model makes it once per prompt."""
-    ride = SteeredCall({0: stage.bias()}, backend)
-    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa", hf_steer=ride)
+    return stage.call(_ours(stage), hf_steer=SteeredCall({0: stage.bias()}, backend))
 
 
 def disabled(stage: AttentionStage) -> Call:
-    """Ours inside `disable_steering`: no ride comes along."""
-    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa")
+    """Ours inside `disable_steering`: nothing rides along."""
+    return stage.call(_ours(stage))
 
 
 def at_zero(stage: AttentionStage) -> Call:
-    """Ours at strength 0: the ride has no bias for the layer."""
-    return stage.call(steered_attention, inner=stage.sdpa, implementation="sdpa", hf_steer=SteeredCall())
+    """Ours at strength 0: what rides along has no bias for the layer."""
+    return stage.call(_ours(stage), hf_steer=SteeredCall())
+
+
+def _ours(stage: AttentionStage) -> Callable[..., Any]:
+    """What a patched module calls; without the rest of a model nothing can be lost on the way to it."""
+    return steered_function(attend_steered, lambda module, options: None, inner=stage.sdpa, implementation="sdpa")
 
 
 def dense_mask(stage: AttentionStage) -> Call:

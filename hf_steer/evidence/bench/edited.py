@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.ground.attention_call import AttentionCall, called_by_name
 from hf_steer.ground.implementations import register_function
 
 EDITED = "hf_steer_bench_edited"
@@ -61,4 +61,4 @@ def _repeated(tensor: Tensor, groups: int) -> Tensor:
 
 def register_edited() -> None:
     """Make it known to transformers under `EDITED`, with eager attention's mask."""
-    register_function(EDITED, edited_attention, masked_as="eager")
+    register_function(EDITED, called_by_name(edited_attention), masked_as="eager")

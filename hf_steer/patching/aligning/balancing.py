@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_steer.errors import AlignerError, PatchError
 from hf_steer.families import family_of
 from hf_steer.ground.arguments import IGNORED_LABEL
-from hf_steer.patching.aligning.passes import Pass, balances_of
+from hf_steer.patching.passes import Pass
 
 
 def check_trainable(aligners: Any, root: nn.Module) -> None:
@@ -30,8 +30,13 @@ def check_trainable(aligners: Any, root: nn.Module) -> None:
         )
 
 
-def refuse_unlabelled(aligners: Any) -> None:
-    """AlignerError for a training step whose labels, and with them what belongs to the loss, went another way."""
+def refuse_unlabelled(aligners: Any, balance: list[Tensor] | None) -> None:
+    """AlignerError for a training step whose labels, and with them what belongs to the loss, went another way.
+
+    Args:
+        aligners: of the model.
+        balance: where the caller takes the load-balancing losses himself; None where he does not.
+    """
     if aligners.reads_text:
         raise AlignerError(
             "an aligner that reads the prompt's text needs labels in training: without them it would read the answer, too. "
@@ -39,7 +44,7 @@ def refuse_unlabelled(aligners: Any) -> None:
         )
     weighs = any(planned.config.load_balancing_weight for planned in aligners.plan.aligners)
     learns = any(parameter.requires_grad for parameter in aligners.parameters())
-    if weighs and learns and balances_of(aligners) is None and not torch.compiler.is_compiling():
+    if weighs and learns and balance is None and not torch.compiler.is_compiling():
         raise AlignerError(
             "the routers' load-balancing loss joins the model's loss, and no labels came to this training step, so there is "
             "none (Trainer's label_smoothing_factor and compute_loss_func take the labels away). Give labels to the model; or "
@@ -54,14 +59,8 @@ def trained(aligners: Any) -> Iterator[nn.Parameter]:
         yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
 
 
-def balance_of(aligners: Any, current: Pass, counted: Any) -> Tensor:
-    """The weighted load-balancing losses of a pass.
-
-    Args:
-        aligners: of the model.
-        current: the pass.
-        counted: Trainer's count of items over all accumulation steps; None without.
-    """
+def balance_of(aligners: Any, current: Pass) -> Tensor:
+    """The weighted load-balancing losses of a pass."""
     if not current.balances:
         return torch.zeros(())
     device = current.balances[0].device
@@ -72,9 +71,11 @@ def balance_of(aligners: Any, current: Pass, counted: Any) -> Tensor:
             "transformers 5.23 or later, no gradient checkpointing in the encoder, or load_balancing_weight=0."
         )
     anatomy = aligners.plan.anatomy
-    if counted is None or current.labels is None or not family_of(anatomy.family).counts_items:
+    given = current.given
+    counted, labels = (None, None) if given is None else (given.loss_items, given.labels)  # Trainer counts over all its steps
+    if counted is None or labels is None or not family_of(anatomy.family).counts_items:
         return total
     # the model's loss is the sum over its own share of the step's items, divided by all of them; so is ours
-    labels = current.labels if anatomy.decoder is None else current.labels[..., 1:]
+    labels = labels if anatomy.decoder is None else labels[..., 1:]
     share: Tensor = (labels != IGNORED_LABEL).sum() / counted
     return total * share

@@ -12,24 +12,16 @@ from torch import Tensor, nn
 from hf_steer.aligners import Routing
 from hf_steer.config.aligner import CROSS_MODAL
 from hf_steer.errors import AlignerError
-from hf_steer.ground.arguments import IGNORED_LABEL, Given, read_call, with_changes
+from hf_steer.ground.arguments import Given, read_call, with_changes
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
-from hf_steer.patching.aligning.balancing import balance_of, check_trainable, refuse_unlabelled, trained
+from hf_steer.patching.aligning.balancing import balance_of, trained
+from hf_steer.patching.aligning.begin import begin_aligners, real_frames
 from hf_steer.patching.aligning.building import build_placed, placeholders_in
-from hf_steer.patching.aligning.passes import (
-    Pass,
-    balances_of,
-    begin_pass,
-    current_pass,
-    end_pass,
-    forget_pass,
-    listener_of,
-    prompt_of,
-)
+from hf_steer.patching.aligning.text import prompt_text
 from hf_steer.patching.edits import AddHook
-from hf_steer.patching.gaze.runtime import real_tokens
-from hf_steer.patching.planned import Plan, PlannedAligner
-from hf_steer.patching.scopes import statement_for
+from hf_steer.patching.passes import Pass, pass_of
+from hf_steer.patching.planned import Plan
+from hf_steer.patching.scopes import scope_of
 
 
 class Aligners(nn.ModuleList):
@@ -38,8 +30,7 @@ class Aligners(nn.ModuleList):
     def __init__(self, plan: Plan, owner: nn.Module) -> None:
         super().__init__(build_placed(planned) for planned in plan.aligners)
         self.plan = plan
-        self.owner: tuple[nn.Module, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
-        self.compiled_pass: Pass | None = None
+        self.owner: tuple[Any, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
 
     @property
     def reads_text(self) -> bool:
@@ -68,67 +59,22 @@ class Aligners(nn.ModuleList):
                 yield AddHook(encoder.outlet, "after", partial(self.after_outlet, index))
         for tower in towers.values():
             yield AddHook(tower, "before", self.before_tower)
-        root, base = self.plan.anatomy.root, self.plan.anatomy.base
-        for module in (root,) if base is root else (base, root):
-            yield AddHook(module, "before", self.before_model)
-            yield AddHook(module, "finally", self.after_model)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether steering is on for this thread."""
-        return statement_for(self.owner[0])[0]
+    def begin(self, current: Pass, given: Given) -> None:
+        """The aligners' part of a pass that begins."""
+        begin_aligners(self, current, given)
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Root, or the base model called by itself: note what the hooks further in cannot see."""
-        root = module is self.plan.anatomy.root
-        if root:
-            forget_pass(self)
-        if (not root and current_pass(self) is not None) or not self.enabled:
-            return None
-        given = read_call(module, args, kwargs)
-        learns = module.training and torch.is_grad_enabled()
-        labels, ids, mask = given.labels, given.ids, given.mask
-        # features that the caller put among the embeddings are where the placeholders are
-        perceives = given.perceives or (ids is not None and given.embeds is not None and self._holds_place(ids))
-        trains = learns and labels is not None
-        if learns and not trains and perceives:
-            refuse_unlabelled(self)
-        if trains and not torch.compiler.is_compiling():
-            check_trainable(self, module)
-        balances = [] if trains else balances_of(self)
-        if not (trains or self.meets_text or balances is not None or listener_of(self) is not None):
-            return None
-        frames = given.mel_mask if given.mel_mask is not None else self._own_mask(given)
-        real = real_tokens(mask, ids.shape[1]) if isinstance(mask, Tensor) and ids is not None else None
-        begin_pass(
-            self,
-            Pass(
-                ids=ids,
-                real=real,
-                labels=labels,
-                perceives=perceives,
-                frames=frames if isinstance(frames, Tensor) and frames.ndim == 2 else None,
-                balances=balances,
-                trains=trains,
-                by=module,
-            ),
-        )
-        return None
-
-    def _own_mask(self, given: Given) -> Any:
-        """The argument that says which frames are real, where this model has no other use for it."""
-        names = [planned.encoder.mask for planned in self.plan.aligners if planned.encoder.mask is not None]
-        return next((given.named.get(name) for name in names), None)
-
-    def _holds_place(self, ids: Tensor) -> bool:
-        """Whether features of any of the encoders stand among these tokens."""
-        if torch.compiler.is_compiling():
-            return self.meets_text
-        return self.meets_text and any(bool(placeholders_in(ids, planned).any()) for planned in self.plan.aligners)
+    def _held(self) -> tuple[bool, Pass | None]:
+        """Whether steering is on here, and the pass, where the aligners take part in one."""
+        steering = self.owner[0]
+        current = pass_of(steering)
+        if current is None:
+            return not scope_of(steering).off, None
+        return not current.scope.off, current if current.aligns else None
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Encoder: some are told which of their frames are real; nothing is more exact."""
-        current, mask = current_pass(self), read_call(module, args, kwargs).mask
+        (_, current), mask = self._held(), read_call(module, args, kwargs).mask
         if current is not None and isinstance(mask, Tensor) and mask.ndim == 2:
             current.frames = mask
 
@@ -136,7 +82,7 @@ class Aligners(nn.ModuleList):
         self, index: int, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Encoder layer: steer its hidden states."""
-        if not self.enabled:
+        if not self._held()[0]:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         if self.plan.aligners[index].config.kind == "layer_wise":
@@ -147,7 +93,7 @@ class Aligners(nn.ModuleList):
 
     def before_outlet(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Projector: steer the features that it reads."""
-        if not self.enabled:
+        if not self._held()[0]:
             return None
         if args:
             return (self._steer(index, args[0]), *args[1:]), kwargs
@@ -158,14 +104,15 @@ class Aligners(nn.ModuleList):
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Encoder: steer the features that it hands on."""
-        if not self.enabled:
+        if not self._held()[0]:
             return None
         return with_features(output, self._steer(index, features_in(output)))
 
     def before_decoder(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: what stands for pictures and sounds lies among the text here, row by row."""
-        current = current_pass(self)
-        if not self.enabled or (current is not None and not current.perceives and current.ids is not None):
+        on, current = self._held()
+        asked = None if current is None or current.given is None else current.given.ids
+        if not on or (asked is not None and current is not None and not current.perceives):
             return None
         given = read_call(module, args, kwargs)
         embeds = given.embeds
@@ -174,7 +121,7 @@ class Aligners(nn.ModuleList):
         if current is None or not current.perceives:
             self._refuse_unplaced(index)
             return None
-        ids = current.ids
+        ids = asked
         if ids is None or ids.shape != embeds.shape[:2]:
             raise AlignerError(
                 "an aligner behind the projector needs input_ids with one placeholder token per feature, as processors make "
@@ -183,7 +130,7 @@ class Aligners(nn.ModuleList):
         planned = self.plan.aligners[index]
         mask = placeholders_in(ids, planned)
         if planned.config.kind in CROSS_MODAL:
-            text, text_mask = self._prompt_text(ids, current, planned, mask)
+            text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
             steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
@@ -208,15 +155,9 @@ class Aligners(nn.ModuleList):
         more = (features,) if planned.config.kind in CROSS_MODAL else ()
         return torch.equal(module(features, *more), features)
 
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Root: the load-balancing losses join the loss."""
-        current = current_pass(self)
-        if current is None or current.by is not module:
-            return None
-        end_pass(self, current)
-        if not current.trains or output is None:
-            return None
-        extra = balance_of(self, current, Given(kwargs).loss_items)
+    def with_balance(self, current: Pass, output: Any) -> Any:
+        """The root's output with the load-balancing losses of a training step in its loss."""
+        extra = balance_of(self, current)
         if not current.perceives:  # a batch of text alone: its loss must reach the parameters all the same, with zeros
             extra = extra + 0.0 * sum(parameter.sum().to(extra.device) for parameter in trained(self))
         return with_added_loss(output, extra)
@@ -230,41 +171,23 @@ class Aligners(nn.ModuleList):
             module = module[layer]
         device = next((parameter.device for parameter in module.parameters() if not parameter.is_meta), features.device)
         features = features.to(device)  # under offload features may still lie where they were made
-        current, listener = current_pass(self), listener_of(self)
+        _, current = self._held()
         weight = planned.config.load_balancing_weight or 0.0
-        balances = current.balances if current is not None and weight else None
-        if balances is None and listener is None:
+        balances = None if current is None or not weight else current.balances
+        listeners = () if current is None else [own for own in current.scope.listeners if own.follows_routing]
+        if balances is None and not listeners:
             steered: Tensor = module(features, *more, **masks)
             return steered
         routing: Routing
         steered, routing = module(features, *more, return_routing=True, **masks)
         mask = masks.get("mask", mask_of_tokens)
         if mask is None and current is not None:
-            mask = current.mask_for(features)
+            mask = real_frames(current.frames, features)
         if balances is not None:
             balances.append(weight * routing.load_balancing_loss(mask) / max(1, len(planned.layers)))
-        if listener is not None:
-            place = f"{planned.config.modality}.{planned.config.placement}"
-            if layer is not None and isinstance(self[index], nn.ModuleList):
-                place = f"{place}.{planned.layers[layer].index}"
-            listener.hear(place, routing, mask)
+        place = f"{planned.config.modality}.{planned.config.placement}"
+        if layer is not None and isinstance(self[index], nn.ModuleList):
+            place = f"{place}.{planned.layers[layer].index}"
+        for listener in listeners:
+            listener.routed(place, routing, mask)
         return steered
-
-    def _prompt_text(self, ids: Tensor, current: Pass, planned: PlannedAligner, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of the prompt, and which of its tokens are words; the answer is none of them."""
-        held = prompt_of(self)
-        whole, real = (ids, current.real) if held is None else held
-        copies = ids.shape[0] // whole.shape[0]
-        whole = whole.to(ids.device).repeat_interleave(copies, 0)
-        words = ~placeholders_in(whole, planned)
-        if real is not None:
-            words &= real[:, -whole.shape[1] :].to(ids.device).bool().repeat_interleave(copies, 0)
-        if current.labels is not None:
-            words &= (current.labels != IGNORED_LABEL).cumsum(1) == 0
-            if not torch.compiler.is_compiling() and not bool(words[mask.any(1)].any(1).all()):
-                raise AlignerError(
-                    "a prompt has no word that is not labelled, so that its aligner has nothing to read; label the answer alone, "
-                    f"and give the prompt's tokens the label {IGNORED_LABEL}."
-                )
-        words = words | ~mask.any(1, keepdim=True)  # rows that perceive nothing need no text
-        return self.plan.anatomy.root.get_input_embeddings()(whole), words

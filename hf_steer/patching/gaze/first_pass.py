@@ -15,8 +15,9 @@ from hf_steer.attention import AttentionCall, SteeredCall, logits_in_chunks
 from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given, with_changes
 from hf_steer.ground.caches import copy_of, past_of
+from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import STEERING, Enough, Prompt
+from hf_steer.patching.scopes import STEERING, Enough
 from hf_steer.saliency import SOURCES, Sight
 
 

@@ -1,4 +1,4 @@
-"""The gaze's hooks: from a prompt, what the tower saw and what the user says to the bias of every steered layer."""
+"""The gaze's hooks on tower and decoder: what the tower saw, and from a pass to the bias of every steered layer."""
 
 from __future__ import annotations
 
@@ -10,35 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention import UNSTEERED, enter_pass, recording_attention, registered_name, steered_attention
+from hf_steer.attention import attend_steered, recording_attention, registered_name
+from hf_steer.config import AttentionConfig
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, read_call
-from hf_steer.ground.attention_call import declared_unknown
+from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import skips_layers
-from hf_steer.ground.implementations import function_of, implementation_of, register_function
+from hf_steer.ground.implementations import function_of, implementations_of, register_function
 from hf_steer.ground.outputs import caches_in, logits_in, put_record
 from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
+from hf_steer.patching.gaze.begin import begin_gaze
+from hf_steer.patching.gaze.biases import make_biases
 from hf_steer.patching.gaze.first_pass import look_at_prompt
-from hf_steer.patching.gaze.ledger import begin_pass, check_receipt, refuse_stray
 from hf_steer.patching.gaze.memory import write_state
-from hf_steer.patching.gaze.runtime import Ride, make_biases, resolve_state
-from hf_steer.patching.gaze.when import PassFacts, gates_after, pace
-from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import (
-    STEERING,
-    collect_records,
-    scope_for,
-    sink_for,
-    statement_for,
-    take_statement,
-)
-from hf_steer.patching.strength import strengths_for
-from hf_steer.patching.unchanged import place_of, refuse_other_implementation
-from hf_steer.patching.watching.reading import tell_reader
-from hf_steer.patching.watching.trace import mean_strength, trace_of
-from hf_steer.saliency import EyeRecorder, Saliency, record_with
+from hf_steer.patching.gaze.receipt import refuse_lost, refuse_unsigned
+from hf_steer.patching.gaze.scores import resolve_state
+from hf_steer.patching.gaze.when import ALWAYS, PassFacts, gates_after, pace
+from hf_steer.patching.passes import Pass, pass_of
+from hf_steer.patching.planned import Plan, Strengths
+from hf_steer.patching.scopes import STEERING, scope_of, take_statement
+from hf_steer.patching.unchanged import place_of
+from hf_steer.saliency import EyeRecorder, record_with
 
 
 class Gaze(nn.Module):
@@ -47,23 +41,26 @@ class Gaze(nn.Module):
     def __init__(self, plan: Plan, owner: nn.Module) -> None:
         super().__init__()
         self.plan = plan
-        self.owner: tuple[nn.Module, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
+        self.owner: tuple[Any, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         anatomy = plan.anatomy
-        decoder = None if anatomy.decoder is None else implementation_of(anatomy.decoder.config)
-        tower = None if anatomy.tower is None else implementation_of(anatomy.tower.config)
+        self.attention: AttentionConfig = plan.config.attention or AttentionConfig()
+        decoder, tower = implementations_of((anatomy.decoder, anatomy.tower))
         self.implementations = decoder, tower
         self.function = registered_name(str(decoder), "gaze", anatomy.family)
         self.eyes_function = "" if anatomy.tower is None else registered_name(str(tower), "eyes", anatomy.tower.config.model_type)
-        self.sites = {site.index: site.module for site in anatomy.layers if site.index in plan.strengths}
         self.places = tuple(
             place_of(anatomy.root, site)
             for site in anatomy.layers
             if site.index in plan.strengths or site.index in plan.readers
         )
+        self.covers = frozenset(place.site.module for place in self.places)
         self.files = (
             type(self.places[0].site.module).__module__ if self.places else None,
             type(plan.eyes[0].module).__module__ if plan.eyes else None,
         )
+        remembers = plan.patterns is not None or self.attention.gate is not None
+        self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
+        self.remembers = remembers
 
     def register_functions(self) -> None:
         """Make our attention functions known in this process; a registry entry changes no model."""
@@ -71,21 +68,16 @@ class Gaze(nn.Module):
             implementation = str(self.implementations[0])
             inner = function_of(implementation, self.files[0])
             declared_unknown(inner)  # looked up before anything is compiled
-            steer = partial(steered_attention, inner=inner, implementation=implementation, stray=refuse_stray)
-            register_function(self.function, steer)
+            steered = steered_function(attend_steered, refuse_lost, inner=inner, implementation=implementation)
+            register_function(self.function, steered)
         if self.files[1] is not None:
             inner = function_of(str(self.implementations[1]), self.files[1])
-            register_function(self.eyes_function, partial(recording_attention, inner=inner))
+            register_function(self.eyes_function, called_by_name(partial(recording_attention, inner=inner)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Out of a pickle, perhaps in another process, which knows nothing of our functions."""
         super().__setstate__(state)
         self.register_functions()
-
-    @property
-    def steering(self) -> Any:
-        """What holds for a stretch of the caller's code is kept under the steering."""
-        return self.owner[0]
 
     def edits(self) -> Iterator[SetAttentionFunction | AddHook]:
         """All that the gaze changes, in the order of change."""
@@ -99,37 +91,18 @@ class Gaze(nn.Module):
             yield AddHook(anatomy.tower, "finally", self.after_tower)
         yield AddHook(anatomy.decoder, "before", self.before_decoder)
         yield AddHook(anatomy.decoder, "finally", self.after_decoder)
-        yield AddHook(anatomy.root, "after", self.after_model)
-        for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
-            if module is not anatomy.decoder:
-                yield AddHook(module, "after", self.after_base)
-            yield AddHook(module, "before", self.before_model)
-
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Root and base model: read the prompt, which the decoder no longer sees. PEFT calls only the base model."""
-        if STEERING in kwargs:
-            return None
-        said, kwargs = take_statement(self.steering, kwargs)
-        ride = self._begin(read_call(module, args, kwargs), said)
-        if ride is None:
-            return args, kwargs
-        ride.watched = module is self.plan.anatomy.root
-        if self.plan.eyes and ride.prompt is not None:
-            collect_records(self.steering, ride.records)  # a LLaVA hands no arguments of ours on to its tower
-        return args, {**kwargs, STEERING: ride}
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Vision tower: let a recorder watch it when the model's own eyes are wanted."""
-        ride = kwargs.pop(STEERING, None)
-        enabled, statement = statement_for(self.steering)
-        scope = scope_for(self.steering)
-        if isinstance(ride, Ride):
-            statement = ride.statement
-        elif scope is not None and statement is None:
-            statement = scope.statement
-        continues = ride is not None and (not isinstance(ride, Ride) or ride.prompt is None)
-        wanted = enabled and statement is None and not continues
-        record_with(EyeRecorder(self.plan.config.attention.saliency.source) if wanted else None)  # type: ignore[union-attr,arg-type]
+        current, scope = kwargs.pop(STEERING, None), scope_of(self.owner[0])
+        statement = scope.saliency
+        if isinstance(current, Pass):
+            statement = current.statement
+        elif scope.call is not None and scope.call.steers and statement is None:
+            statement = scope.call.statement
+        continues = current is not None and (not isinstance(current, Pass) or current.prompt is None)
+        wanted = not scope.off and statement is None and not continues
+        record_with(EyeRecorder(str(self.attention.saliency.source)) if wanted else None)
         return args, kwargs
 
     def after_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -142,97 +115,112 @@ class Gaze(nn.Module):
             record = recorder.tokens(read_call(module, args, kwargs).grids, merge_size=anatomy.merge_size, window=window)
         else:
             record = recorder.pictures()
-        sink = sink_for(self.steering)
-        if sink is not None:
-            sink.append(record)
+        current, call = pass_of(self.owner[0]), scope_of(self.owner[0]).call
+        if current is not None and current.prompt is not None and not current.arrived:
+            current.records.append(record)  # a LLaVA hands no arguments of ours on to its tower
+        elif call is not None and call.steers:
+            call.records.append(record)
         put_record(output, record)
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
-        if self.plan.eyes:
-            collect_records(self.steering, None)
-        ride = kwargs.get(STEERING)
-        if ride is None:  # it was called by itself, or what was begun got lost on the way
-            said, kwargs = take_statement(self.steering, kwargs)
-            ride = self._begin(read_call(module, args, kwargs), said, last=True)
-        if not isinstance(ride, Ride):  # nothing to steer, or a first pass that looks for it
-            enter_pass(ride or UNSTEERED)
-            return args, kwargs
-        ride.arrived = True
-        self._decide(ride, module, read_call(module, args, kwargs))
-        enter_pass(ride)
-        return args, {**kwargs, STEERING: ride}
+        current = kwargs.get(STEERING)
+        given = read_call(module, args, kwargs)
+        if current is None:
+            current, kwargs = self._take_up(module, given, kwargs)
+        if isinstance(current, Pass):  # no first pass that looks for saliency
+            current.arrived = True
+            if current.steers:
+                self._decide(current, module, given)
+                return args, {**kwargs, STEERING: current}
+        return args, kwargs
 
-    def _decide(self, ride: Ride, module: nn.Module, given: Given) -> None:
+    def _take_up(self, module: nn.Module, given: Given, kwargs: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
+        """The pass of a decoder that no keyword tells: it is not steered, or called by itself, or what was begun got lost."""
+        steering = self.owner[0]
+        begun = pass_of(steering)
+        if begun is not None and begun.decided and not begun.steers and not begun.arrived:
+            return begun, kwargs
+        said, kwargs = take_statement(steering, kwargs)
+        if begun is not None and not begun.decided and not begun.arrived:  # of a model's call that brought no tokens
+            begin_gaze(steering, begun, given, said)
+            return begun, kwargs
+        current = Pass(given=given, scope=scope_of(steering), by=module)
+        begin_gaze(steering, current, given, said)
+        current.begin(steering)
+        return current, kwargs
+
+    def _decide(self, current: Pass, module: nn.Module, given: Given) -> None:
         """This pass's biases."""
-        tokens: Tensor = given.ids if given.embeds is None else given.embeds
+        tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        past = past_of(cache)
+        current.cache, past = cache, past_of(cache)
+        traced = any(listener.follows_steps for listener in current.scope.listeners)
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
-        if ride.state is not None and (ride.prompt is None or int(past)):
-            gates = ride.state.for_rows(rows).gates
-        if ride.prompt is not None:
-            prompt, start = ride.prompt, int(past)
+        if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
+            gates = current.state.for_rows(rows).gates
+        if current.prompt is not None:
+            prompt, start = current.prompt, int(past)
 
             def look() -> Tensor:
-                return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=ride.prompt_end)
+                return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=current.prompt_end)
 
-            ride.state = resolve_state(ride, prompt, self.plan, rows=rows, past=start, device=device, look=look)
-            tell_reader(self.steering, ride)
-        if ride.state is None:
+            own = self.attention.saliency
+            current.state = resolve_state(current, prompt, self.plan, own, rows=rows, past=start, device=device, look=look)
+            for listener in current.scope.listeners:
+                listener.scored(current)
+        if current.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
-        ride.state = ride.state.for_rows(rows)  # no-op but for a cache whose rows were repeated since
-        if cache is None and (scope := scope_for(self.steering)) is not None:
-            scope.state = ride.state
-        if not ride.state.speaks:
+        if current.state.rows != rows:  # a cache whose rows were repeated since
+            current.state = current.state.for_rows(rows)
+        if cache is None and current.scope.call is not None:
+            current.scope.call.state = current.state
+        if not current.state.speaks:
             return
-        facts = PassFacts(
-            rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
-            training=module.training and torch.is_grad_enabled(), tokens=ride.tokens, prompt=ride.prompt,
-            prompt_end=ride.prompt_end, gates=gates, traced=trace_of(self.steering) is not None, watched=ride.watched,
+        current.pace = ALWAYS
+        if self.paces or traced:
+            facts = PassFacts(
+                rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
+                training=module.training and torch.is_grad_enabled(), tokens=current.tokens, prompt=current.prompt,
+                prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
+            )  # fmt: skip
+            current.pace = pace(self.attention, self.plan.patterns, facts)
+        current.biases = make_biases(
+            current.state, self.strengths(current, device), cache=cache, queries=queries, gate=current.pace.factor,
+            preserve_mass=self.attention.saliency.preserve_mass,
         )  # fmt: skip
-        ride.pace = pace(self.plan.config.attention, self.plan.patterns, facts)  # type: ignore[arg-type]
-        strengths = strengths_for(self.steering, device)
-        ride.biases = make_biases(ride.state, self.plan, strengths, cache=cache, queries=queries, gate=ride.pace.factor)
+
+    def strengths(self, current: Pass, device: torch.device) -> Strengths:
+        """Layer -> λ per query head in this pass: as its caller says, learned, or configured."""
+        if current.scope.strengths is not None:
+            return current.scope.strengths
+        learned = self.owner[0].learned
+        return self.plan.strengths if learned is None else learned.strengths(device)
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Decoder: check the receipt; the keys are in the cache now, the caller's or its own, so the state goes there, too."""
-        enter_pass(None)
-        ride = kwargs.get(STEERING)
-        if output is None or not isinstance(ride, Ride) or ride.state is None:  # interrupted, or nothing to steer
+        current = kwargs.get(STEERING) or pass_of(self.owner[0])
+        if not isinstance(current, Pass):
             return
-        skips = module.training and skips_layers(module)
-        check_receipt(ride, module, self.plan.anatomy.root, self.places, skips=skips)
-        if not ride.watched and ride.pace is not None and ride.pace.before is not None:  # the root's hooks do not run
-            gates = gates_after(ride.pace, self.plan.config.attention, None)  # type: ignore[arg-type]
-            ride.state = dataclasses.replace(ride.state, gates=gates)
-        given = read_call(module, args, kwargs).cache
-        if given is not None:
-            ride.state = write_state(given, ride.state)
+        if current.by is module:
+            current.end(self.owner[0])
+        if output is None or not current.steers or current.state is None:  # interrupted, or nothing to steer
+            return
+        missing = [layer for layer in current.biases if layer not in current.signed]
+        if missing and not (module.training and skips_layers(module)):
+            refuse_unsigned(missing, module, self.plan.anatomy.root, self.places)
+        if not current.watched and current.pace is not None and current.pace.before is not None:  # the root's hooks do not run
+            current.state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, None))
+        if current.cache is not None:
+            current.state = write_state(current.cache, current.state)
         for cache in caches_in(output):
-            if cache is not given:
-                ride.state = write_state(cache, ride.state)
+            if cache is not current.cache:
+                current.state = write_state(cache, current.state)
 
-    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Root and base model: the decoder must have got what was begun here."""
-        ride = kwargs.get(STEERING)
-        if isinstance(ride, Ride) and not ride.arrived:
-            raise PatchError(
-                "what steers this pass did not reach the decoder: something between the model and its decoder (a hook, a wrapper, "
-                "a replaced decoder or forward) does not hand the keyword 'hf_steer' on. Let it pass **kwargs through, patch the "
-                "model after such changes, or run inside disable_steering(model)."
-            )
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_model(self, current: Pass, output: Any) -> None:
         """Root: its logits are known; the gates of the next step come from them."""
-        ride = kwargs.get(STEERING)
-        if not isinstance(ride, Ride):
-            return
-        trace, attention = trace_of(self.steering), self.plan.config.attention
-        remembers = self.plan.patterns is not None or (attention is not None and attention.gate is not None)
-        if ride.state is None or not (remembers or trace is not None):
-            return
-        if ride.pace is None or ride.pace.before is None:
+        listeners = [listener for listener in current.scope.listeners if listener.follows_steps]
+        if current.state is None or not (self.remembers or listeners) or current.pace is None or current.pace.before is None:
             return
         if self.plan.anatomy.root.get_output_embeddings() is None:
             raise PatchError(
@@ -240,13 +228,8 @@ class Gaze(nn.Module):
                 "model with its head (AutoModelForCausalLM, AutoModelForImageTextToText), or use queries='all' or 'generated'."
             )
         logits = logits_in(output)
-        state = dataclasses.replace(ride.state, gates=gates_after(ride.pace, attention, logits))  # type: ignore[arg-type]
+        state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, logits))
         for cache in caches_in(output):
             write_state(cache, state)
-        if trace is not None:
-            trace.add(ride.pace, mean_strength(strengths_for(self.steering, logits.device)), logits)
-
-    def _begin(self, given: Given, said: Saliency | None, *, last: bool = False) -> Ride | None:
-        """Start a ride for one forward pass, or none where nothing is to be steered; `last`: no other hook will ask."""
-        refuse_other_implementation(self.plan, self.implementations)
-        return begin_pass(self.steering, given, said, last=last)
+        for listener in listeners:
+            listener.generated(current, logits, self.strengths(current, logits.device))

@@ -12,7 +12,7 @@ from hf_steer.config import AttentionConfig
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.gating import GateState, Patterns, Reading, fresh_state, gate_of, observe, read_tokens, state_after
 from hf_steer.patching.gaze.memory import Gates
-from hf_steer.patching.scopes import Prompt
+from hf_steer.patching.gaze.prompt import Prompt
 
 MEASURING = ("entropy", "margin")
 """Gates that need the next-token distributions of earlier steps."""

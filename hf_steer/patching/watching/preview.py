@@ -11,8 +11,8 @@ import torch
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching.patch import patch_model, unpatch_model
-from hf_steer.patching.scopes import Enough, find_steering, use_saliency
-from hf_steer.patching.watching.reading import SaliencyReading, reading
+from hf_steer.patching.scopes import Enough, find_steering, listen, use_saliency
+from hf_steer.patching.watching.reading import Reading, SaliencyReading
 from hf_steer.saliency import Saliency
 
 
@@ -42,14 +42,15 @@ def read_saliency(
             during.callback(unpatch_model, model)
         if given is not None:
             during.enter_context(use_saliency(model, given))
-        with reading(find_steering(model)) as found, torch.no_grad(), suppress(Enough):
+        with listen(model, Reading()) as listener, torch.no_grad(), suppress(Enough):
             model(**inputs)
-    if not found or not bool((found[0].raw.group >= 0).any()):
+    found: SaliencyReading | None = listener.found
+    if found is None or not bool((found.raw.group >= 0).any()):
         raise SaliencyError(
             "there is no picture, video or sound in this prompt, so there is nothing to look at. Build text and pixels with one "
             "call of the model's processor, and check that the text holds its placeholder tokens."
         )
-    return found[0]
+    return found
 
 
 def _configured(steering: Any) -> SaliencyConfig | None:

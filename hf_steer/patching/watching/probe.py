@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_steer.attention import AttentionCall, Reader, SteeredCall
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
-from hf_steer.ground.attention_call import layer_of
+from hf_steer.ground.attention_call import called_by_name, layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.ground.parts import Anatomy
 from hf_steer.patching.edits import SetAttentionFunction
@@ -70,7 +70,7 @@ def _register(module: Any, decoder: Any) -> str:
     inner = function_of(current, file)
     name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{file.rpartition('.')[2]}" if current == "eager" else "")
     how: dict[str, Any] = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
-    register_function(name, partial(probing_attention, **how))
+    register_function(name, called_by_name(partial(probing_attention, **how)))
     return name
 
 

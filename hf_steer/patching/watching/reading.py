@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from hf_steer.patching.blocks import Block, held
-from hf_steer.patching.gaze.runtime import Ride
-from hf_steer.patching.scopes import Enough
+from hf_steer.patching.passes import Pass
+from hf_steer.patching.scopes import Enough, Listener
 from hf_steer.saliency import Saliency, map_of
 from hf_steer.values import Span, TokenScores
-
-READING = "reading"
-"""A kind of block."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +49,18 @@ class SaliencyReading:
         }
 
 
-def reading(steering: Any) -> AbstractContextManager[list[SaliencyReading]]:
-    """What the steering finds in the calls inside the block, which end there."""
-    return Block(steering, READING, [])
+class Reading(Listener):
+    """Takes what the steering finds in the first call inside the block, which ends there.
 
+    Attributes:
+        found: that; None before.
+    """
 
-def tell_reader(steering: object, ride: Ride) -> None:
-    """If somebody only wants to know the saliency, hand it over and end the pass."""
-    found: list[SaliencyReading] | None = held(steering, READING)
-    if found is not None and ride.state is not None and ride.raw is not None:
-        found.append(SaliencyReading(ride.raw, ride.state.scores, ride.state.spans))
-        raise Enough
+    def __init__(self) -> None:
+        self.found: SaliencyReading | None = None
+
+    def scored(self, current: Pass) -> None:
+        """Take the scores of a prompt and end the pass."""
+        if current.state is not None and current.raw is not None:
+            self.found = SaliencyReading(current.raw, current.state.scores, current.state.spans)
+            raise Enough

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 from hf_steer.config.attention import PHASES
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import normalised_entropy
-from hf_steer.patching.blocks import Block, held
-from hf_steer.patching.gaze.when import Pace, logits_of
-from hf_steer.patching.scopes import steering_of
-
-TRACE = "trace"
-"""A kind of block."""
+from hf_steer.patching.gaze.when import logits_of
+from hf_steer.patching.passes import Pass
+from hf_steer.patching.planned import Strengths
+from hf_steer.patching.scopes import Listener, listen
 
 
 @dataclass(frozen=True)
@@ -40,20 +37,24 @@ class TraceStep:
     entropy: float
 
 
-@dataclass
-class Trace:
+class Trace(Listener):
     """What `trace_steering` collects: one entry per measured query, `(rows,)` each, still on the model's device."""
 
-    gates: list[Tensor] = field(default_factory=list)
-    factors: list[Tensor] = field(default_factory=list)
-    phases: list[Tensor] = field(default_factory=list)
-    entropies: list[Tensor] = field(default_factory=list)
-    strengths: list[float | Tensor] = field(default_factory=list)
+    follows_steps = True
 
-    def add(self, taken: Pace, strength: float | Tensor, logits: Tensor) -> None:
+    def __init__(self) -> None:
+        self.gates: list[Tensor] = []
+        self.factors: list[Tensor] = []
+        self.phases: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+        self.strengths: list[float | Tensor] = []
+
+    def generated(self, current: Pass, logits: Tensor, strengths: Strengths) -> None:
         """Take one pass; a piece of a prompt that nothing is generated out of is left out."""
-        if not taken.measures or taken.phase is None:
+        taken = current.pace
+        if taken is None or not taken.measures or taken.phase is None:
             return
+        strength = mean_strength(strengths)
         for place, column in enumerate(taken.columns):
             chosen = column[:, None]
             ones = torch.ones_like(column, dtype=torch.float32)
@@ -107,15 +108,10 @@ def trace_steering(model: Any) -> AbstractContextManager[Trace]:
     Raises:
         PatchError: the model is not patched.
     """
-    return Block(steering_of(model), TRACE, Trace())
+    return listen(model, Trace())
 
 
-def trace_of(steering: object) -> Trace | None:
-    """Who wants to know, in this thread."""
-    return held(steering, TRACE)
-
-
-def mean_strength(strengths: Mapping[int, tuple[float, ...] | Tensor]) -> float | Tensor:
+def mean_strength(strengths: Strengths) -> float | Tensor:
     """Mean λ over the heads that have one."""
     values = [torch.as_tensor(value, dtype=torch.float32) for value in strengths.values()]
     if not values:

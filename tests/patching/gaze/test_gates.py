@@ -132,6 +132,7 @@ def one_pass(family, implementation, inputs, sequences, factors, statement, monk
         whole_scores = torch.zeros(len(sequences), width)
         whole_scores[:, : statement.shape[1]] = statement
         statement = hf_steer.Saliency.from_tokens(whole_scores)
+    model.hf_steer.gaze.paces = True
     found = logits(model, whole, statement if family not in SEEING else None)
     monkeypatch.undo()
     return found[:, -new - 1 :]
@@ -360,6 +361,7 @@ def test_in_training_the_phases_come_from_the_labels(monkeypatch):
             wanted[row, place] = float(thinking and labels[row, place + 1] != -100)
     assert 0 < wanted.sum() < wanted.numel()
     patch_model(unpatch_model(model), gated("llama", normalize="none"))
+    model.hf_steer.gaze.paces = True
     monkeypatch.setattr(gaze_hooks, "pace", lambda *_: Pace(factor=wanted))
     with looking(model, statement):
         torch.testing.assert_close(model(**inputs, labels=labels).logits, steered, **TOLERANCE)

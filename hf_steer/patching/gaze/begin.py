@@ -1,0 +1,150 @@
+"""How the gaze begins a pass: whether it is steered, what it goes on with, and what is new in it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import Given
+from hf_steer.ground.caches import past_of
+from hf_steer.patching.blocks import held_elsewhere
+from hf_steer.patching.gaze.ledger import Generation, refuse_longer
+from hf_steer.patching.gaze.memory import note_unseen, read_state
+from hf_steer.patching.gaze.prompt import read_prompt
+from hf_steer.patching.passes import Pass
+from hf_steer.patching.planned import Plan
+from hf_steer.patching.scopes import SAID, Scope
+from hf_steer.patching.unchanged import refuse_changed
+from hf_steer.saliency import Saliency
+
+UNSEEN = (
+    "Start with a fresh cache and the whole conversation, give one score per token with Saliency.from_tokens(...), or run inside "
+    "disable_steering(model)."
+)
+
+
+def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None) -> None:
+    """Settle for one pass whether it is steered, and with what: fills the gaze's part of it.
+
+    Args:
+        steering: of the model.
+        current: the pass.
+        given: its arguments.
+        said: what the call itself says.
+
+    Raises:
+        PatchError: a pass inside `generate` that belongs to nobody; steered parts that were replaced.
+        SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
+    """
+    plan, scope, compiling = steering.plan, current.scope, torch.compiler.is_compiling()
+    current.decided, current.tokens = given.source is not None, given.ids
+    if scope.off:
+        refuse_changed(plan, steering.gaze.implementations, ())
+        _pass_over(scope, given)
+        return
+    current.backend = plan.config.attention.backend
+    current.state = state = read_state(given.cache)
+    call = scope.call
+    owned = call is not None and call.owns(given, state, said, scope.saliency, sees=plan.sees)
+    if call is not None and owned:
+        current.statement = call.statement
+    else:
+        current.statement = scope.saliency if said is None else said
+        if current.statement is None:
+            warn_of_others(steering)
+    asked = current.statement is not None or plan.sees or (state is not None and state.speaks)
+    refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
+    if call is not None and owned:
+        _begin_in_generate(current, call, given)
+    else:
+        _begin_alone(current, plan, given)
+
+
+def _pass_over(scope: Scope, given: Given) -> None:
+    """A pass that the caller wants unsteered; what goes into a cache meanwhile is not known later."""
+    if torch.compiler.is_compiling():
+        return
+    if scope.call is not None:
+        scope.call.started = True
+    if given.perceives:
+        note_unseen(given.cache)
+
+
+def _begin_in_generate(current: Pass, call: Generation, given: Given) -> None:
+    admitted = call.admit(given, current.state)
+    if admitted is None or call.prompt is None:
+        return
+    current.prompt, current.state = admitted
+    current.prompt_end, current.records, current.steers = call.prompt.end, call.records, True
+
+
+def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
+    """A pass by itself: of a loop of the caller's own, in training, or one that was asked for by itself."""
+    past, state = past_of(given.cache), current.state
+    if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
+        past = int(past)
+    if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):
+        refuse_unseen(plan, current.statement, unseen)
+    current.steers = _continues(current, given, past)
+    if current.steers:
+        return
+    if not int(past):
+        refuse_longer(given, None if current.statement is None else current.statement.tokens)
+    current.prompt = read_prompt(given, plan, current.statement, past=int(past), whole=False)
+    if current.prompt is not None and state is None and int(past):
+        refuse_unseen(plan, current.statement, int(past))
+    current.steers = current.prompt is not None
+
+
+def _continues(current: Pass, given: Given, past: int | Tensor) -> bool:
+    """More text on a cache that has its state, and nothing new to see or said: no look at the tokens is needed."""
+    state, count = current.state, given.count_tokens()
+    if state is None or given.image_pixels is not None or given.video_pixels is not None or given.encoded is not None:
+        return False
+    if isinstance(past, int):
+        if past == 0:
+            return False
+        state = current.state = state.until(past)
+    if current.statement is not None:
+        # token scores speak of the prompt that they were first used with
+        tokens = current.statement.tokens
+        return current.statement is state.statement and (count == 1 or (tokens is not None and tokens.shape[1] != past + count))
+    return count == 1
+
+
+def refuse_unseen(plan: Plan, statement: Saliency | None, past: int, ids: Tensor | None = None) -> None:
+    """SaliencyError where pictures may stand among keys that were cached while the model was not steered.
+
+    Args:
+        plan: of the model.
+        statement: what the user says; one score per token needs no pictures.
+        past: how many keys there are.
+        ids: their tokens, where they are known.
+    """
+    if statement.tokens is not None if statement is not None else not plan.sees:
+        return
+    placeholders = torch.tensor(list(plan.anatomy.placeholder_ids.values()))
+    if ids is not None and not bool(torch.isin(ids.cpu(), placeholders).any()):
+        return
+    raise SaliencyError(
+        f"the cache holds {past} keys that hf_steer has not seen: they were cached before patching or inside disable_steering, so "
+        f"where pictures and sounds stand among them, and what was seen in them, is unknown. {UNSEEN}"
+    )
+
+
+def warn_of_others(steering: Any) -> None:
+    """Once per patch: somebody says where to look, but not to this call."""
+    if torch.compiler.is_compiling() or steering.warned or not held_elsewhere(steering, SAID):
+        return
+    steering.warned = True
+    warnings.warn(
+        "this call of a patched model says nothing about where to look, while a use_saliency block is open in another thread: "
+        "a block holds where it was entered alone. To say it for one call wherever it runs, give it to "
+        "the call: model.generate(..., saliency=...) or model(..., saliency=...). If this call is meant to be unsteered, run it "
+        "inside disable_steering(model).",
+        stacklevel=2,
+    )

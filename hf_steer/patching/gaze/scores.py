@@ -1,0 +1,68 @@
+"""From a prompt, what the tower saw and what the user says to one score per key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_steer.config import SaliencyConfig
+from hf_steer.patching.gaze.memory import CacheState, join_scores, join_spans
+from hf_steer.patching.gaze.prompt import Prompt
+from hf_steer.patching.passes import Pass
+from hf_steer.patching.planned import Plan
+from hf_steer.saliency import SOURCES, normalize, scores_from_eyes, scores_from_prompt, scores_from_user
+
+
+def resolve_state(
+    current: Pass,
+    prompt: Prompt,
+    plan: Plan,
+    saliency: SaliencyConfig,
+    *,
+    rows: int,
+    past: int,
+    device: torch.device,
+    look: Callable[[], Tensor],
+) -> CacheState:
+    """The saliency of all keys once this prompt is in the cache, for the rows of this pass.
+
+    `look` reads the prompt as the decoder gets it, for the sources that do.
+
+    Raises:
+        SaliencyError: the statement or the records do not fit the prompt, or nothing says where to look.
+    """
+    batch, tokens = prompt.shape
+    length = prompt.first_position + tokens
+    old = None if current.state is None or past == 0 else current.state.until(past).for_rows(batch)
+    spans = prompt.spans if old is None else join_spans(old.spans, prompt.spans)
+    if current.statement is not None:
+        real = torch.ones(batch, length, dtype=torch.bool) if prompt.real is None else prompt.real
+        scores = scores_from_user(
+            current.statement,
+            spans,
+            real=real.to(device),
+            first_position=past,
+            temporal_patch_size=plan.anatomy.temporal_patch_size,
+        )
+        given = current.statement.tokens
+        adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
+    elif prompt.spans and saliency.source in SOURCES:
+        scores = scores_from_prompt(look(), prompt.spans, first_position=past, batch=batch, length=length, device=device)
+        adds = True
+    else:
+        wanted = prompt.spans if plan.eyes else ()
+        records = {**prompt.encoded, **dict(zip(prompt.raw, current.records, strict=False))}
+        for modality in records.keys() & prompt.arrangements.keys():
+            records[modality] = prompt.arrangements[modality].arrange(records[modality])
+        scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
+        adds = True
+    current.raw = scores
+    drawn = current.statement is not None and current.statement.tokens is None
+    scores = normalize(scores, saliency.normalize, saliency.clip, winsorize=not drawn)
+    if adds and old is not None:
+        scores = join_scores(old.scores, scores)
+    speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
+    unseen = None if old is None else old.unseen
+    return CacheState(scores, spans, current.statement, speaks=speaks, unseen=unseen).for_rows(rows)

@@ -1,0 +1,109 @@
+"""One forward pass of a patched model: what the hooks of both halves, gaze and aligners, tell each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.attention import SteeredCall, current_pass, set_pass
+from hf_steer.ground.arguments import Given
+from hf_steer.patching.gaze.memory import CacheState
+from hf_steer.patching.gaze.prompt import Prompt
+from hf_steer.patching.gaze.when import Pace
+from hf_steer.patching.scopes import NOTHING, Scope
+from hf_steer.saliency import EyeRecord, Saliency
+from hf_steer.values import TokenScores
+
+
+@dataclass(eq=False)
+class Pass(SteeredCall):
+    """One forward pass, from the model's call, or that of its decoder or tower alone, to its end.
+
+    Attributes:
+        steering: of the model; None in a compiled graph.
+        given: what the model was called with.
+        scope: what holds for the code that called it.
+        by: the module whose call it is.
+        outer: the pass around it, of another model, or of this one around its tower.
+        decided: whether it is settled if the gaze is steered in it.
+        steers: whether it is.
+        prompt: what is new in this pass; None when it only continues.
+        prompt_end: key position after the prompt, inside `generate`.
+        records: what the vision tower recorded for it.
+        tokens: `(rows, queries)`; None when only embeddings came.
+        statement: what the user says.
+        state: of the cache, old when the pass begins and new when the decoder runs.
+        raw: scores of a new prompt before they are normalised.
+        pace: when it is steered.
+        cache: as the decoder gets it.
+        arrived: whether the decoder has got it.
+        watched: whether the root model's own call surrounds it, so that its logits can be seen.
+        perceives: whether pictures or sounds come with it.
+        frames: which inputs or frames of the encoder are real, `(rows, inputs or frames)`.
+        balances: weighted load-balancing losses so far; None when no loss is wanted.
+        aligns: whether the aligners take part in it.
+        trains: whether it is a training step with labels, of a model with aligners.
+    """
+
+    steering: Any = None
+    given: Given | None = None
+    scope: Scope = NOTHING
+    by: Any = None
+    outer: Any = None
+    decided: bool = False
+    steers: bool = False
+    prompt: Prompt | None = None
+    prompt_end: int | None = None
+    records: list[EyeRecord] = field(default_factory=list)
+    tokens: Tensor | None = None
+    statement: Saliency | None = None
+    state: CacheState | None = None
+    raw: TokenScores | None = None
+    pace: Pace | None = None
+    cache: Any = None
+    arrived: bool = False
+    watched: bool = False
+    perceives: bool = False
+    frames: Tensor | None = None
+    balances: list[Tensor] | None = None
+    aligns: bool = False
+    trains: bool = False
+
+    def begin(self, steering: Any) -> None:
+        """Make it the current pass of this thread; in a compiled graph, which cannot trace context variables, of the model."""
+        if torch.compiler.is_compiling():
+            if self.aligns or steering.plan.eyes:
+                steering.compiled_pass = self
+        else:
+            # one of an interrupted call is dropped: its last hooks have not run
+            self.steering, self.outer = steering, _other_than(steering)
+            set_pass(self)
+
+    def end(self, steering: Any) -> None:
+        """Go back to the pass around it."""
+        if torch.compiler.is_compiling():
+            if steering.compiled_pass is not None:
+                steering.compiled_pass = None
+        elif pass_of(steering) is self:
+            set_pass(_other_than(steering))
+
+
+def pass_of(steering: Any) -> Pass | None:
+    """The pass of this model that this thread is in."""
+    if torch.compiler.is_compiling():
+        return steering.compiled_pass  # type: ignore[no-any-return]
+    current: Pass | None = current_pass()
+    while current is not None and current.steering is not steering:
+        current = current.outer
+    return current
+
+
+def _other_than(steering: Any) -> Pass | None:
+    """The innermost pass that is none of this model."""
+    current: Pass | None = current_pass()
+    while current is not None and current.steering is steering:
+        current = current.outer
+    return current

@@ -1,0 +1,151 @@
+"""The hooks of the model itself, the one place where a pass begins and ends, and its `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_steer.errors import PatchError
+from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
+from hf_steer.ground.caches import past_of
+from hf_steer.patching.aligning.hooks import Aligners
+from hf_steer.patching.blocks import Block
+from hf_steer.patching.gaze.begin import begin_gaze, refuse_unseen, warn_of_others
+from hf_steer.patching.gaze.hooks import Gaze
+from hf_steer.patching.gaze.learned import LearnedStrengths
+from hf_steer.patching.gaze.ledger import Generation
+from hf_steer.patching.gaze.memory import read_state
+from hf_steer.patching.gaze.prompt import read_prompt
+from hf_steer.patching.passes import Pass, pass_of
+from hf_steer.patching.planned import Plan
+from hf_steer.patching.scopes import CALL, STEERING, Scope, scope_of, take_statement
+from hf_steer.saliency import Saliency
+
+
+class Root(nn.Module):
+    """Plan and parts of one patched model, its gaze, its aligners and what it learned, and the hooks that tie them together."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
+        self.warned = False
+        self.compiled_pass: Pass | None = None
+        anatomy = plan.anatomy
+        towers = (encoder.tower for encoder in anatomy.encoders.values())
+        for module in (anatomy.root, anatomy.base, anatomy.decoder, anatomy.tower, *towers):
+            own_spellings(type(module))  # looked up before anything is compiled
+        self.gaze = Gaze(plan, self)
+        self.aligners = Aligners(plan, self)
+        self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Root, or the base model alone, as PEFT calls it: begin a pass. What the hooks further in cannot see is read here."""
+        if STEERING in kwargs:  # the root has begun it
+            return None
+        scope = scope_of(self)
+        if getattr(module, "_is_replica", False) and not scope.off:
+            _refuse_replica()
+        said, kwargs = take_statement(self, kwargs)
+        if not (self.plan.strengths or len(self.aligners)):  # strengths of 0 change nothing
+            return args, kwargs
+        root = self.plan.anatomy.root
+        if module is not root and (begun := pass_of(self)) is not None and begun.by is root and not begun.arrived:
+            return args, kwargs
+        given = read_call(module, args, kwargs)
+        current = Pass(given=given, scope=scope, by=module, watched=module is root)
+        if self.plan.strengths:
+            begin_gaze(self, current, given, said)
+        if len(self.aligners):
+            self.aligners.begin(current, given)
+        current.begin(self)
+        return args, {**kwargs, STEERING: current} if current.steers else kwargs
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Root and base model: end the pass; gates learn from its logits, and the load-balancing losses join its loss."""
+        current = kwargs.get(STEERING) or pass_of(self)
+        if not isinstance(current, Pass):
+            return None
+        if current.by is module:
+            current.end(self)
+        if output is None:  # interrupted
+            return None
+        if current.steers and not current.arrived:
+            raise PatchError(
+                "what steers this pass did not reach the decoder: something between the model and its decoder (a hook, a wrapper, "
+                "a replaced decoder or forward) does not hand the keyword 'hf_steer' on. Let it pass **kwargs through, patch the "
+                "model after such changes, or run inside disable_steering(model)."
+            )
+        if current.steers and module is self.plan.anatomy.root:
+            self.gaze.after_model(current, output)
+        return self.aligners.with_balance(current, output) if current.trains and current.by is module else None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into.
+
+        `saliency=` says where to look in this call, whatever thread or pool it runs in.
+        """
+        said, kwargs = take_statement(self, kwargs)
+        original = self.original("generate")
+        if not (self.plan.strengths or self.aligners.reads_text):
+            return original(*args, **kwargs)
+        given = read_generate(args, kwargs)
+        call = self._begin_call(given, given.mask if given.mask is not None else inferred_mask(given, self.plan.anatomy.root), said)
+        held: AbstractContextManager[Any] = nullcontext() if call is None else Block(self, CALL, call, follows=False)
+        with held:
+            result = original(*args, **kwargs)
+        if call is not None:
+            if call.asks and inspect.isgenerator(result):
+                raise PatchError(
+                    "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
+                    "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
+                )
+            call.close()
+        return result
+
+    def _begin_call(self, given: Given, mask: Tensor | None, said: Saliency | None) -> Generation | None:
+        """What the passes of a `generate` are to know; None where no part of the steering needs any."""
+        scope, prompted = scope_of(self), self.aligners.reads_text and given.ids is not None
+        call = Generation(ids=given.ids, mask=mask)
+        if self.plan.strengths and not scope.off:
+            outer = scope.call
+            if outer is not None and outer.drafts:
+                call.steers = True
+            else:
+                self._read_call(call, given.with_mask(mask), scope, said)
+        return call if call.steers or prompted else None
+
+    def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:
+        """The gaze's part of a `generate` that is not a draft."""
+        call.block = scope.saliency
+        call.statement = statement = call.block if said is None else said
+        if statement is None:
+            warn_of_others(self)
+        call.past = past = int(past_of(given.cache))
+        call.prompt = prompt = read_prompt(given, self.plan, statement, past=past, whole=True)
+        if prompt is None:
+            return
+        state = read_state(given.cache)
+        if unseen := past if state is None else state.unseen_among(past):
+            known = None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past]
+            refuse_unseen(self.plan, statement, unseen, known)
+        root = self.plan.anatomy.root
+        sees = self.plan.sees and (prompt.ids is None or bool(prompt.spans))
+        call.asks = statement is not None or sees or (state is not None and state.speaks)
+        call.steers, call.guided, call.drafts = True, given.guides(root), given.drafts_for(root)
+
+    def original(self, name: str) -> Any:
+        """A method of the root model as it was before patching."""
+        root = self.plan.anatomy.root
+        return self.overridden[name] or getattr(type(root), name).__get__(root)
+
+
+def _refuse_replica() -> None:
+    raise PatchError(
+        "this is a replica that nn.DataParallel made of a patched model, and hooks of the original cannot steer it. Use "
+        "one process per GPU: torchrun with DistributedDataParallel (accelerate and Trainer do that); or one visible GPU; "
+        "or run inside disable_steering(model)."
+    )

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
 from hf_steer.saliency.checked import check_map, check_stretches, finite, picture_size
 from hf_steer.saliency.coordinates import check_boxes, check_lines, check_points
+from hf_steer.saliency.films import Film, FrameTimes, times_of
 from hf_steer.saliency.masks import check_mask
 from hf_steer.saliency.paint import Paint
 from hf_steer.saliency.regions import Region
@@ -23,8 +25,8 @@ Box = Sequence[float]
 class Provider(Protocol):
     """Something that looks at pictures for another model."""
 
-    def look(self, conversations: Sequence[Any]) -> Mapping[tuple[str, int, int], tuple[Tensor, tuple[int, int], int]]:
-        """`(modality, row, index)` -> map, size of the original, sampled frames per frame of the map."""
+    def look(self, conversations: Sequence[Any]) -> Mapping[tuple[str, int, int], tuple[Tensor, tuple[int, int], FrameTimes]]:
+        """`(modality, row, index)` -> maps `(frames, height, width)`, size of the original, when each of its maps is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,26 +215,39 @@ class Saliency(Statement):
         return cls(terms=(Region(check_stretches(spans, duration_seconds), row, "audio", sound),))
 
     @classmethod
-    def external(cls, provider: Provider, messages: Sequence[Any]) -> Saliency:
+    def external(cls, provider: Provider, messages: Sequence[Any], *, video_metadata: Sequence[Any] | None = None) -> Saliency:
         """Another model's eyes: what a Qwen2-VL sees in the same pictures and videos, laid onto this model's tokens and crops.
+
+        The two may have been shown different frames of a video; they are held together in time.
 
         Args:
             provider: an `hf_steer.SaliencyProvider`.
             messages: one conversation, or one per row of the batch, with the original pictures, in the form that
                 `qwen_vl_utils.process_vision_info` takes. Rows and pictures are those of the steered model's prompt.
+            video_metadata: which frames of each video the steered model was shown, row by row, as its processor returns it with
+                `return_metadata=True`. None where both models' frames share each video evenly, however many they are.
 
         Raises:
-            SaliencyError: no picture or video in the messages. That the steered model's pictures have the same shape is
+            SaliencyError: no picture or video in the messages, a PIL picture that is yet to be turned upright, or metadata of
+                another number of videos. That the steered model's pictures have the same shape, and its videos as many frames, is
                 checked when it is called.
         """
         rows = list(messages) if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        seen = provider.look(rows)
+        videos = sum(modality == "video" for modality, _, _ in seen)
+        if video_metadata is not None and len(video_metadata) != videos:
+            raise SaliencyError(
+                f"video_metadata speaks of {len(video_metadata)} videos, and the messages hold {videos}. Give one entry per video, "
+                "row by row, or none at all."
+            )
+        shown = iter([None] * videos if video_metadata is None else [times_of(own) for own in video_metadata])
         total = cls()
-        for (modality, row, index), (seen, size, frames) in provider.look(rows).items():
-            for number, own in enumerate(seen):
-                place: dict[str, Any] = {"image": index}
-                if modality == "video":
-                    place = {"video": index, "frames": (number * frames, (number + 1) * frames)}
-                total = total + cls.from_map(own, image_size=size, row=row, **place)
+        for (modality, row, index), (maps, size, times) in seen.items():
+            if modality == "video":
+                film = Film(maps.detach().to("cpu", torch.float32), times, next(shown))
+                total = total + cls(terms=(Region(film, row, modality, index, size=picture_size(size)),))
+            else:
+                total = total + cls.from_map(maps[0], image_size=size, row=row, image=index)
         return total
 
     @classmethod

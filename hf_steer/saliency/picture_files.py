@@ -33,16 +33,22 @@ def open_upright(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         FileError: no file, or none that Pillow reads.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            file.load()
-            return ImageOps.exif_transpose(file)
+            return upright(file)
     except (OSError, UnidentifiedImageError) as error:
         raise FileError(
             f"{os.fspath(path)!r} cannot be read as a picture ({error}). Give a file in a format that Pillow reads."
         ) from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A copy as people see it, without the tag."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
 
 
 def is_picture(value: Any) -> TypeGuard[Image.Image]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,13 @@ from torch import Tensor
 
 from hf_steer.config import PROMPT_SOURCES, SaliencyConfig
 from hf_steer.embedded import embedded_model_dir
-from hf_steer.errors import ConfigError, FileError
+from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
 from hf_steer.ground.arguments import Given
 from hf_steer.io import model_class_of, read_base_config, read_base_model
 from hf_steer.patching import read_saliency
 from hf_steer.provider import SaliencyProvider
-from hf_steer.saliency import Saliency
-
-if TYPE_CHECKING:
-    from PIL import Image
+from hf_steer.saliency import Saliency, open_upright
 
 SOURCES = ("vision_attention", "vision_rollout", *PROMPT_SOURCES)
 
@@ -98,7 +95,7 @@ def draw_sources(
     unknown = [name for name in wanted if name not in SOURCES]
     if unknown:
         raise ConfigError(f"--source must be one of {', '.join(SOURCES)}; got {', '.join(unknown)}.")
-    picture = read_picture(image)
+    picture = open_upright(image).convert("RGB")
     folder = str(embedded_model_dir() if model is None else model)
     live, processor = _load(folder), AutoProcessor.from_pretrained(folder)
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
@@ -125,16 +122,6 @@ def draw_sources(
     found = Overlays(folder, maps, peaks, (str(drawing), str(table)))
     write_whole(table, (json.dumps(found.to_dict()) + "\n").encode())
     return found
-
-
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture in RGB; FileError for a file that is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise FileError(f"{os.fspath(path)!r} cannot be read as a picture ({error}).") from error
 
 
 def _load(folder: str) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_steer.cli.command import numbers, positive
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import ConfigError, FileError
+from hf_steer.saliency import UNITS
 
 if TYPE_CHECKING:
     from hf_steer.evidence.pointing import Pointing
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture to ask about; may be repeated")
     parser.add_argument("--prompt", help="the question about each picture")
     parser.add_argument("--box", type=numbers, metavar="LEFT,TOP,RIGHT,BOTTOM", help="where to look, in pixels of each picture")
+    parser.add_argument("--unit", choices=tuple(UNITS), help="what --box is counted in (default: pixels)")
     parser.add_argument("--heads", default="all", help='JSON such as \'{"1": [0, 3]}\', or a file with it (default: all)')
     parser.add_argument("--scenes", type=positive, default=32, help="pictures for the embedded model (default: %(default)s)")
     parser.add_argument("--new-tokens", type=positive, default=40, help="length of an answer, at most (default: %(default)s)")
@@ -73,7 +75,7 @@ def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
     heads = read_heads(arguments.heads)
     if arguments.image:
         return _pictures(arguments, heads, saliency)
-    given = [f"--{name}" for name in ("model", "prompt", "box") if getattr(arguments, name) is not None]
+    given = [f"--{name}" for name in ("model", "prompt", "box", "unit") if getattr(arguments, name) is not None]
     if given:
         raise ConfigError(f"{', '.join(given)} needs --image, at least one, and --prompt. Without them the embedded model is used.")
     return _scenes(arguments, heads, saliency)
@@ -126,20 +128,17 @@ def _names_the_cell(pointing: Pointing, number: int, answer: str) -> float:
 
 
 def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
-    from PIL import Image, UnidentifiedImageError
     from transformers import AutoProcessor
 
     from hf_steer.analysis.prompts import messages_for
     from hf_steer.embedded import embedded_model_dir
     from hf_steer.io import from_pretrained
-    from hf_steer.saliency import Saliency
+    from hf_steer.saliency import Saliency, open_upright
 
     if arguments.prompt is None or (arguments.box is not None and len(arguments.box) != 4):
         raise ConfigError("--image needs --prompt, the question about it, and --box, if any, four numbers: left,top,right,bottom.")
-    try:
-        images = [Image.open(path).convert("RGB") for path in arguments.image]
-    except (OSError, UnidentifiedImageError) as error:
-        raise FileError(f"a picture cannot be read: {error}. Give --image files in a format that Pillow reads.") from error
+    images = [open_upright(path).convert("RGB") for path in arguments.image]
+    unit = arguments.unit or "pixels"
     folder = arguments.model or embedded_model_dir()
     settings = SaliencyConfig(**{"source": "vision_attention" if arguments.box is None else None, **saliency})
     config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
@@ -150,8 +149,10 @@ def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
     for image in images:  # one at a time: pictures may be large
         text = processor.apply_chat_template(messages_for(image, arguments.prompt), tokenize=False, add_generation_prompt=True)
         inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
-        batches.append((_moved(inputs, model), None if arguments.box is None else Saliency.from_boxes(arguments.box, image)))
-    where = "the model's own eyes" if arguments.box is None else f"the box {', '.join(f'{side:g}' for side in arguments.box)}"
+        said = None if arguments.box is None else Saliency.from_boxes(arguments.box, image, unit=unit)
+        batches.append((_moved(inputs, model), said))
+    box = None if arguments.box is None else ", ".join(f"{side:g}" for side in arguments.box)
+    where = "the model's own eyes" if box is None else f"the box {box} in {unit}"
     return Subject(model, batches, _reader(processor), None, f'{len(images)} pictures, "{arguments.prompt}", saliency from {where}')
 
 

@@ -1,8 +1,8 @@
-"""What transformers says of pictures and videos: which came, how large they are, and how a tower and a LLaVA cut them up."""
+"""What transformers says of pictures and videos: which came, how large they are, and what a LLaVA's processor makes of a size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -150,13 +150,6 @@ def aspect_ratio(given: Given, anatomy: Anatomy, *, whole: bool) -> str:
     return str(asked or setting(anatomy.root.config, "aspect_ratio"))
 
 
-def count_crops(size: tuple[int, int], anatomy: Anatomy) -> int:
-    """Base and crops of a picture that is alone in its prompt."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-
-    return int(image_size_to_num_patches(size, resolutions_of(anatomy), square_of(anatomy).side_px))
-
-
 def fit_canvas(size: tuple[int, int], resolutions: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of a picture `(height, width)`, the canvas that fits best, and the size that it has on it."""
     from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
@@ -172,22 +165,6 @@ def without_padding(canvas: Tensor, size: tuple[int, int]) -> Tensor:
     from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
     return unpad_image(canvas, list(size))  # type: ignore[no-any-return]
-
-
-def pack_pictures(
-    anatomy: Anatomy, features: Tensor, takes: tuple[int, ...], sizes: Sequence[tuple[int, int]], ratio: str | None
-) -> list[Tensor]:
-    """`(base and crops, patches, channels)` as an anyres model lays them out, picture by picture, with zeros for newlines."""
-    model: Any = anatomy.base
-    newline = features.new_zeros(features.shape[-1])
-    packed, _ = model.pack_image_features(features.split(takes), sizes, image_newline=newline, vision_aspect_ratio=ratio)
-    return list(packed)
-
-
-def pool_frames(anatomy: Anatomy, features: Tensor) -> Tensor:
-    """`(frames, patches, channels)` of videos, pooled as an anyres model pools them."""
-    model: Any = anatomy.base
-    return model.apply_pooling(features)  # type: ignore[no-any-return]
 
 
 def window_of(tower: Any) -> tuple[int, int]:

@@ -1,17 +1,24 @@
 """Pure tensors in, one score per vision, audio or text token out."""
 
+from hf_steer.saliency.cuts import Cut
 from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received, current_recorder, record_with
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
+from hf_steer.saliency.llava import CUTS
 from hf_steer.saliency.maps import map_of
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
+from hf_steer.saliency.picture_files import open_upright
 from hf_steer.saliency.sources import SOURCES, Sight
 from hf_steer.saliency.spans import find_spans
 from hf_steer.saliency.tokens import scores_from_eyes, scores_from_prompt, scores_from_user
+from hf_steer.saliency.units import UNITS
 
 __all__ = [
+    "CUTS",
     "NORMALIZERS",
     "SOURCES",
+    "UNITS",
+    "Cut",
     "EyeRecord",
     "EyeRecorder",
     "Saliency",
@@ -21,6 +28,7 @@ __all__ = [
     "find_spans",
     "map_of",
     "normalize",
+    "open_upright",
     "read_layouts",
     "record_with",
     "scores_from_eyes",

@@ -1,4 +1,4 @@
-"""What the user hands in, checked: pixels become fractions of the sides, and everything becomes paint."""
+"""What the user hands in, checked: sizes, maps and seconds; `coordinates` has boxes, points and lines, `masks` masks."""
 
 from __future__ import annotations
 
@@ -11,47 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
-from hf_steer.saliency.paint import Boxes, Picture, Points, Stretches
-
-DEFAULT_RADIUS_FRACTION = 1 / 16
-
-
-def check_boxes(boxes: Any, image_size: Any) -> Boxes:
-    """Boxes in pixels as fractions of the sides; SaliencyError for one that is empty or reaches outside."""
-    width, height = picture_size(image_size)
-    fractions = []
-    for left, top, right, bottom in _several(boxes, 4, "box", "(left, top, right, bottom)"):
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise SaliencyError(
-                f"box {(left, top, right, bottom)} is empty or outside the picture of {width:g} x {height:g} pixels; boxes are "
-                "(left, top, right, bottom) in pixels of the original picture."
-            )
-        fractions.append((left / width, top / height, right / width, bottom / height))
-    return Boxes(tuple(fractions))
-
-
-def check_points(points: Any, image_size: Any, radius_px: float | None) -> Points:
-    """Points and radius in pixels as fractions of the sides; SaliencyError for one outside."""
-    width, height = picture_size(image_size)
-    radius = max(width, height) * DEFAULT_RADIUS_FRACTION if radius_px is None else float(radius_px)
-    if not (math.isfinite(radius) and radius > 0):
-        raise SaliencyError(f"radius_px must be above 0; got {radius_px}.")
-    fractions = []
-    for x, y in _several(points, 2, "point", "(x, y)"):
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise SaliencyError(f"point ({x:g}, {y:g}) is outside the picture of {width:g} x {height:g} pixels.")
-        fractions.append((x / width, y / height))
-    return Points(tuple(fractions), (radius / width, radius / height))
-
-
-def check_mask(mask: Any) -> Picture:
-    """A mask; SaliencyError for another shape, or values that are not in [0, 1]."""
-    values = finite("mask", mask)
-    if values.numel() and (values.min() < 0 or values.max() > 1):
-        raise SaliencyError(
-            f"a mask must lie in [0, 1]; got {values.min():g} to {values.max():g}. For other scores use from_map."
-        )
-    return _picture("mask", values)
+from hf_steer.saliency.paint import Picture, Stretches
+from hf_steer.saliency.picture_files import is_picture, refuse_lying
 
 
 def check_map(scores: Any) -> Picture:
@@ -61,7 +22,7 @@ def check_map(scores: Any) -> Picture:
         raise SaliencyError(
             f"a saliency map must not be negative; got {values.min():g}. To turn the gaze away, use a negative strength."
         )
-    return _picture("map", values)
+    return as_picture("map", values)
 
 
 def check_stretches(spans: Any, duration_seconds: float | None) -> Stretches:
@@ -69,7 +30,7 @@ def check_stretches(spans: Any, duration_seconds: float | None) -> Stretches:
     if duration_seconds is not None and not (math.isfinite(duration_seconds) and duration_seconds > 0):
         raise SaliencyError(f"duration_seconds must be above 0; got {duration_seconds}.")
     united: list[tuple[float, float]] = []
-    for start, end in sorted((start, end) for start, end in _several(spans, 2, "span", "(start, end) in seconds")):
+    for start, end in sorted((start, end) for start, end in several(spans, 2, "span", "(start, end) in seconds")):
         if not 0 <= start < end <= (math.inf if duration_seconds is None else duration_seconds):
             until = "" if duration_seconds is None else f" of {duration_seconds:g} s"
             raise SaliencyError(
@@ -83,7 +44,9 @@ def check_stretches(spans: Any, duration_seconds: float | None) -> Stretches:
 
 
 def picture_size(image_size: Any) -> tuple[float, float]:
-    """Width and height; SaliencyError for anything else."""
+    """Width and height in pixels; SaliencyError for anything else, or a PIL picture that is yet to be turned upright."""
+    if is_picture(image_size):
+        refuse_lying(image_size)
     size = getattr(image_size, "size", None)
     try:
         width, height = size if isinstance(size, tuple) else image_size
@@ -104,23 +67,24 @@ def finite(name: str, values: Any) -> Tensor:
     return tensor
 
 
-def _picture(name: str, values: Tensor) -> Picture:
+def as_picture(name: str, values: Tensor) -> Picture:
+    """Two-dimensional values as paint; SaliencyError for another shape."""
     if values.ndim != 2 or not values.numel():
         raise SaliencyError(f"a {name} must have shape (height, width); got {tuple(values.shape)}.")
     return Picture(values)
 
 
-def _numbers(values: Any) -> Any:
+def numbers(values: Any) -> Any:
     """Tensors of any dtype and device, alone or in sequences, as numbers."""
     if isinstance(values, Tensor):
         return values.tolist()
-    return [_numbers(own) for own in values] if isinstance(values, (list, tuple)) else values
+    return [numbers(own) for own in values] if isinstance(values, (list, tuple)) else values
 
 
-def _several(values: Any, length: int, noun: str, form: str) -> Sequence[Sequence[float]]:
+def several(values: Any, length: int, noun: str, form: str) -> Sequence[Sequence[float]]:
     """One or several tuples of finite numbers."""
     try:
-        table = torch.as_tensor(np.atleast_2d(np.array(_numbers(values), dtype=np.float64)))
+        table = torch.as_tensor(np.atleast_2d(np.array(numbers(values), dtype=np.float64)))
         table = table.view(len(table), length)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SaliencyError(f"a {noun} is {form}; got {values!r}.") from error

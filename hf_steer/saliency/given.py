@@ -1,19 +1,22 @@
-"""What the user says: "look here", as token scores, stretches of text, boxes, masks, maps, points, or seconds of a sound."""
+"""What the user says: "look here", as scores, stretches of text, boxes, masks, maps, points, scribbles, or seconds of a sound."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
-from hf_steer.saliency.checked import check_boxes, check_map, check_mask, check_points, check_stretches, finite, picture_size
+from hf_steer.saliency.checked import check_map, check_stretches, finite, picture_size
+from hf_steer.saliency.coordinates import check_boxes, check_lines, check_points
+from hf_steer.saliency.films import Film, FrameTimes, times_of
+from hf_steer.saliency.masks import check_mask
 from hf_steer.saliency.paint import Paint
-from hf_steer.saliency.regions import OPERATIONS, Joint, Region, Term, regions_of
+from hf_steer.saliency.regions import Region
+from hf_steer.saliency.statement import Statement
 from hf_steer.saliency.text import char_scores, text_scores
 
 Box = Sequence[float]
@@ -22,36 +25,24 @@ Box = Sequence[float]
 class Provider(Protocol):
     """Something that looks at pictures for another model."""
 
-    def look(self, conversations: Sequence[Any]) -> Mapping[tuple[str, int, int], tuple[Tensor, tuple[int, int], int]]:
-        """`(modality, row, index)` -> map, size of the original, sampled frames per frame of the map."""
+    def look(self, conversations: Sequence[Any]) -> Mapping[tuple[str, int, int], tuple[Tensor, tuple[int, int], FrameTimes]]:
+        """`(modality, row, index)` -> maps `(frames, height, width)`, size of the original, when each of its maps is."""
 
 
 @dataclass(frozen=True, eq=False)
-class Saliency:
+class Saliency(Statement):
     """Where to look, or to listen; hand it to `use_saliency`. Build it with one of the `from_*` methods.
 
     Statements combine token by token, before they are normalised: `a + b` is both, `2.0 * a` twice as much, `a * b` the product and
     `a & b` the smaller of the two; on a picture or sound of which one of the two says nothing, these last two say nothing.
 
-    Pixels are those of the original picture, before the processor resized, cut or padded it: x to the right, y down, from the top
-    left. Where the model's inputs tell the shape of the picture, a statement about a picture of another shape is refused.
+    Pixels are those of the original picture as people see it, before the processor resized, cut or padded it: x to the right, y
+    down, from the top left. Where the model's inputs tell the shape of the picture, a statement about a picture of another shape is
+    refused, and so is a PIL picture that its EXIF tag asks to turn: processors leave it lying.
 
-    Attributes:
-        tokens: `(batch, prompt tokens)` scores, for a statement about tokens.
-        terms: what is said of pictures and sounds, to be summed.
+    Boxes, points and lines are counted in pixels, or as `unit` says: `"fraction"` of the sides (0 to 1), or `"thousandths"` of them
+    (0 to 1000, as Qwen answers). Something in pixels that is smaller than one is refused, since fractions look like it.
     """
-
-    tokens: Tensor | None = None
-    terms: tuple[Term, ...] = ()
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """All pictures and sounds that are spoken of, one entry per statement."""
-        return regions_of(self.terms)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Saliency:
-        """Itself: it is frozen, and a copied cache still carries the same statement."""
-        return self
 
     @classmethod
     def from_tokens(cls, scores: Any) -> Saliency:
@@ -111,41 +102,45 @@ class Saliency:
 
     @classmethod
     def from_boxes(
-        cls, boxes: Sequence[Box] | Box, image_size: Any, *, row: int = 0, image: int = 0, video: int | None = None,
-        frames: tuple[int, int] | None = None,
+        cls, boxes: Sequence[Box] | Box, image_size: Any, *, unit: str = "pixels", row: int = 0, image: int = 0,
+        video: int | None = None, frames: tuple[int, int] | None = None,
     ) -> Saliency:  # fmt: skip
-        """Boxes in pixels of the original picture; each token scores the share of its area that they cover.
+        """Boxes; each token scores the share of its area that they cover.
 
         Args:
             boxes: one or several `(left, top, right, bottom)`.
             image_size: `(width, height)` of the original picture, or the PIL picture itself. Its shape tells what a processor
                 that cuts out the centre (LLaVA's with a CLIP tower) has taken away.
+            unit: what the boxes are counted in: `"pixels"`, `"fraction"` or `"thousandths"`.
             row: batch row, as in `input_ids`.
             image: which picture of that row, from 0.
             video: which video of that row instead.
             frames: first and last (excluded) of the video's sampled frames; all when None.
 
         Raises:
-            SaliencyError: a box that is empty or reaches outside the picture.
+            SaliencyError: a box that is empty, reaches outside the picture, or is smaller than a pixel when counted in them.
         """
-        return cls._region(check_boxes(boxes, image_size), image_size, row, image, video, frames)
+        return cls._region(check_boxes(boxes, image_size, unit), image_size, row, image, video, frames)
 
     @classmethod
     def from_mask(
-        cls, mask: Any, *, image_size: Any = None, row: int = 0, image: int = 0, video: int | None = None,
-        frames: tuple[int, int] | None = None,
+        cls, mask: Any, *, label: int | Sequence[int] | None = None, image_size: Any = None, row: int = 0, image: int = 0,
+        video: int | None = None, frames: tuple[int, int] | None = None,
     ) -> Saliency:  # fmt: skip
-        """A mask over the whole picture, `(height, width)`, bool or in [0, 1], at any resolution; averaged per token.
+        """A mask over the whole picture, at any resolution; averaged per token.
 
         Args:
-            mask: the mask.
+            mask: `(height, width)`: bools, numbers in [0, 1], or 0 and 255; a PIL picture, or the path of one: mode `"1"`, `"L"`
+                from black to white, `"P"` with two colours, or any with an alpha that varies, which then says where the mask is.
+            label: of a map of labels (whole numbers, or a palette of more colours) the one or those that are meant.
             image_size: as in `from_boxes`, for a mask of another shape than the picture; None for one of the same.
             row: as in `from_boxes`, like `image`, `video` and `frames`.
 
         Raises:
-            SaliencyError: not two-dimensional, NaN, below 0 or above 1.
+            SaliencyError: not two-dimensional, NaN, below 0 or above 1, or values that may mean several things.
+            FileError: a path that is no picture's.
         """
-        paint = check_mask(mask)
+        paint = check_mask(mask, label)
         return cls._region(paint, _own_size(paint.values, image_size), row, image, video, frames)
 
     @classmethod
@@ -164,21 +159,39 @@ class Saliency:
     @classmethod
     def from_points(
         cls, points: Sequence[Sequence[float]] | Sequence[float], image_size: Any, *, radius_px: float | None = None,
-        row: int = 0, image: int = 0, video: int | None = None, frames: tuple[int, int] | None = None,
+        unit: str = "pixels", row: int = 0, image: int = 0, video: int | None = None, frames: tuple[int, int] | None = None,
     ) -> Saliency:  # fmt: skip
-        """Points in pixels of the original picture, each a Gaussian spot.
+        """Points, each a Gaussian spot.
 
         Args:
             points: one or several `(x, y)`.
             image_size: `(width, height)` of the original picture, or the PIL picture itself.
             radius_px: standard deviation of a spot; a sixteenth of the longer side when None. It is never narrower than
-                half a token.
-            row: as in `from_boxes`, like `image`, `video` and `frames`.
+                half a token. In pixels whatever the unit.
+            unit: as in `from_boxes`, like `row`, `image`, `video` and `frames`.
 
         Raises:
-            SaliencyError: a point outside the picture, a radius that is not above 0.
+            SaliencyError: a point outside the picture, points in pixels that all lie in the first, a radius that is not above 0.
         """
-        return cls._region(check_points(points, image_size, radius_px), image_size, row, image, video, frames)
+        return cls._region(check_points(points, image_size, radius_px, unit), image_size, row, image, video, frames)
+
+    @classmethod
+    def from_scribble(
+        cls, points: Sequence[Any], width: float, image_size: Any, *, unit: str = "pixels", row: int = 0, image: int = 0,
+        video: int | None = None, frames: tuple[int, int] | None = None,
+    ) -> Saliency:  # fmt: skip
+        """Lines drawn by hand, with round ends; each token scores the share of its area that they cover together.
+
+        Args:
+            points: `(x, y)` along the line, or one such list per line. A line of one point is a dot.
+            width: of the lines, in the unit of the points; a fraction, or thousandths, are of the picture's longer side.
+            image_size: `(width, height)` of the original picture, or the PIL picture itself.
+            unit: as in `from_boxes`, like `row`, `image`, `video` and `frames`.
+
+        Raises:
+            SaliencyError: a point outside the picture, a width that is not above 0, or smaller than a pixel when counted in them.
+        """
+        return cls._region(check_lines(points, width, image_size, unit), image_size, row, image, video, frames)
 
     @classmethod
     def from_seconds(
@@ -202,60 +215,40 @@ class Saliency:
         return cls(terms=(Region(check_stretches(spans, duration_seconds), row, "audio", sound),))
 
     @classmethod
-    def external(cls, provider: Provider, messages: Sequence[Any]) -> Saliency:
+    def external(cls, provider: Provider, messages: Sequence[Any], *, video_metadata: Sequence[Any] | None = None) -> Saliency:
         """Another model's eyes: what a Qwen2-VL sees in the same pictures and videos, laid onto this model's tokens and crops.
+
+        The two may have been shown different frames of a video; they are held together in time.
 
         Args:
             provider: an `hf_steer.SaliencyProvider`.
             messages: one conversation, or one per row of the batch, with the original pictures, in the form that
                 `qwen_vl_utils.process_vision_info` takes. Rows and pictures are those of the steered model's prompt.
+            video_metadata: which frames of each video the steered model was shown, row by row, as its processor returns it with
+                `return_metadata=True`. None where both models' frames share each video evenly, however many they are.
 
         Raises:
-            SaliencyError: no picture or video in the messages. That the steered model's pictures have the same shape is
+            SaliencyError: no picture or video in the messages, a PIL picture that is yet to be turned upright, or metadata of
+                another number of videos. That the steered model's pictures have the same shape, and its videos as many frames, is
                 checked when it is called.
         """
         rows = list(messages) if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        seen = provider.look(rows)
+        videos = sum(modality == "video" for modality, _, _ in seen)
+        if video_metadata is not None and len(video_metadata) != videos:
+            raise SaliencyError(
+                f"video_metadata speaks of {len(video_metadata)} videos, and the messages hold {videos}. Give one entry per video, "
+                "row by row, or none at all."
+            )
+        shown = iter([None] * videos if video_metadata is None else [times_of(own) for own in video_metadata])
         total = cls()
-        for (modality, row, index), (seen, size, frames) in provider.look(rows).items():
-            for number, own in enumerate(seen):
-                place: dict[str, Any] = {"image": index}
-                if modality == "video":
-                    place = {"video": index, "frames": (number * frames, (number + 1) * frames)}
-                total = total + cls.from_map(own, image_size=size, row=row, **place)
+        for (modality, row, index), (maps, size, times) in seen.items():
+            if modality == "video":
+                film = Film(maps.detach().to("cpu", torch.float32), times, next(shown))
+                total = total + cls(terms=(Region(film, row, modality, index, size=picture_size(size)),))
+            else:
+                total = total + cls.from_map(maps[0], image_size=size, row=row, image=index)
         return total
-
-    def __add__(self, other: Saliency) -> Saliency:
-        return self._combined(other, "sum")
-
-    def __and__(self, other: Saliency) -> Saliency:
-        return self._combined(other, "least")
-
-    def __mul__(self, other: Saliency | float) -> Saliency:
-        other = other.item() if isinstance(other, Tensor) and not other.ndim else other
-        if not isinstance(other, Real) or isinstance(other, bool):
-            return self._combined(other, "product")
-        weight = float(other)
-        if not math.isfinite(weight):
-            raise SaliencyError(f"the weight of a statement must be a finite number; got {weight}.")
-        if self.tokens is not None:
-            return Saliency(tokens=self.tokens * weight)
-        return Saliency(terms=tuple(replace(term, weight=term.weight * weight) for term in self.terms))
-
-    __rmul__ = __mul__
-
-    def _combined(self, other: Any, operation: str) -> Saliency:
-        """Token scores at once, regions as terms: what they are on tokens is known with the prompt."""
-        if not isinstance(other, Saliency):
-            return NotImplemented  # type: ignore[no-any-return]
-        if (self.tokens is None) != (other.tokens is None):
-            raise SaliencyError("token scores and regions cannot be combined; they are scaled over different tokens.")
-        if self.tokens is None or other.tokens is None:
-            both = (*self.terms, *other.terms)
-            return Saliency(terms=both if operation == "sum" else (Joint(operation, self.terms, other.terms),))
-        if self.tokens.shape != other.tokens.shape:
-            shapes = f"{tuple(self.tokens.shape)} and {tuple(other.tokens.shape)}"
-            raise SaliencyError(f"token scores of shapes {shapes} cannot be combined; both are (batch, prompt tokens).")
-        return Saliency(tokens=OPERATIONS[operation](self.tokens, other.tokens))
 
     @classmethod
     def _region(

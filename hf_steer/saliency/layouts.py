@@ -10,14 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
-import torch
-
-from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
-from hf_steer.saliency.anyres import anyres_layout, padded_layout, patch_cells, pooled_layout
 from hf_steer.saliency.eyes import EyeRecord
+from hf_steer.saliency.llava import Cuts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
 from hf_steer.values import Layout
 
@@ -57,28 +54,11 @@ def _qwen(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whol
 
 
 def _llava(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
-    """A square of patches for CLIP, whose processor cuts out the centre, and SigLIP, whose squashes the whole; as many patches as
-    fit for Pixtral. The strategy "default" drops the first token."""
-    count = pictures.count_pictures(given, "image")
-    if not count:
-        return {}
-    tower = pictures.kind_of(pictures.vision_of(anatomy))
-    if tower == "pixtral":
+    """As many patches as fit for Pixtral; a square for the other towers."""
+    if pictures.count_pictures(given, "image") and pictures.kind_of(pictures.vision_of(anatomy)) == "pixtral":
         patch = pictures.patch_px(anatomy)
         return {"image": [_pixtral_layout(height, width, patch) for height, width in pictures.seen_sizes(given)]}
-    if tower not in pictures.CLASS_TOKENS:
-        known = ", ".join(("pixtral", *pictures.CLASS_TOKENS))
-        raise SaliencyError(
-            f"where in a picture each token lies is known of LLaVA models with the towers {known}; this one's is "
-            f"{tower!r}. Give one score per token with Saliency.from_tokens(...)."
-        )
-    square = pictures.square_of(anatomy)
-    nowhere = torch.full((pictures.CLASS_TOKENS[tower], 4), torch.nan, dtype=torch.float64)
-    cells = torch.cat([nowhere, patch_cells(square)])[pictures.first_token(given, anatomy) :]
-    every = bool(torch.isfinite(cells).all(1).sum() == square.patches**2)
-    crop_px = square.side_px if tower == "clip_vision_model" else None
-    grid = (1, square.patches, square.patches) if every else None
-    return {"image": [Layout(grid=grid, cells=cells, crop_px=crop_px)] * count}
+    return _of_cuts(whole_pictures(given, anatomy, whole))
 
 
 def _pixtral_layout(height: int, width: int, patch: int) -> Layout:
@@ -86,29 +66,15 @@ def _pixtral_layout(height: int, width: int, patch: int) -> Layout:
     return Layout(grid=(1, height // patch, width // patch), size=(width, height), slack=patch + 1)
 
 
-def _llava_onevision(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
-    """Pictures that are alone in their prompt come whole and in parts, others whole; videos in pooled frames."""
-    square = pictures.square_of(anatomy)
-    layouts: Layouts = {}
-    if pictures.count_pictures(given, "image"):
-        sizes = pictures.sizes_in(given)
-        ratio, resolutions = pictures.aspect_ratio(given, anatomy, whole=whole), pictures.resolutions_of(anatomy)
-        layouts["image"] = [
-            anyres_layout(height, width, square, resolutions_px=resolutions, aspect_ratio=ratio)
-            if alone
-            else padded_layout(height, width, square)
-            for (height, width), alone in zip(sizes, pictures.alone_in_prompt(given, len(sizes)), strict=True)
-        ]
-    if pictures.count_pictures(given, "video"):
-        layouts["video"] = [pooled_layout(frames, square) for frames in pictures.frames_in(given, anatomy)]
-    return layouts
+def _of_cuts(cuts: Cuts) -> Layouts:
+    return {modality: [cut.layout() for cut in own] for modality, own in cuts.items()}
 
 
 LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], Layouts]] = MappingProxyType(
     {
         "qwen": _qwen,
         "llava": _llava,
-        "llava_onevision": _llava_onevision,
+        "llava_onevision": lambda given, records, anatomy, whole: _of_cuts(pictures_and_parts(given, anatomy, whole)),
         "qwen2_audio": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=False),
         "audioflamingo3": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=True),
         "voxtral": lambda given, records, anatomy, whole: padded_sounds(given, anatomy),

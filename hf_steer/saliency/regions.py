@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.errors import SaliencyError
+from hf_steer.saliency.films import Film
 from hf_steer.saliency.paint import Paint, Stretches
 from hf_steer.values import Layout
 
@@ -30,7 +31,7 @@ class Region:
         weight: factor on its scores.
     """
 
-    paint: Paint | Stretches
+    paint: Paint | Stretches | Film
     row: int
     modality: str
     index: int
@@ -121,6 +122,8 @@ def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Te
     if isinstance(region.paint, Stretches):
         return _on_sound(region, region.paint, layout)
     _refuse_other_aspect(region, layout)
+    if isinstance(region.paint, Film):
+        return _on_frames(region, region.paint, layout, temporal_patch_size)
     if layout.cells is None:
         assert layout.grid is not None
         painted = region.paint.on_grid(*layout.grid[1:]).flatten().repeat(layout.frames)
@@ -152,6 +155,20 @@ def cells_of_original(layout: Layout, size: tuple[float, float] | None) -> Tenso
     sides = [layout.crop_px if side == min(size) else int(layout.crop_px * side / min(size)) for side in size]
     before = torch.tensor([(side - layout.crop_px) // 2 for side in sides] * 2, dtype=torch.float64)
     return (layout.cells * layout.crop_px + before) / torch.tensor(sides * 2, dtype=torch.float64)
+
+
+def _on_frames(region: Region, film: Film, layout: Layout, temporal_patch_size: int) -> Tensor:
+    """Step by step; a newline at the end is 0."""
+    per_step = layout.tokens // layout.frames
+    painted = torch.zeros(layout.tokens, dtype=torch.float32)
+    for step, picture in enumerate(film.on_steps(layout.frames, temporal_patch_size)):
+        own = slice(step * per_step, (step + 1) * per_step)
+        if layout.cells is None:
+            assert layout.grid is not None
+            painted[own] = picture.on_grid(*layout.grid[1:]).flatten()
+        else:
+            painted[own] = _on_cells(region, picture, replace(layout, cells=layout.cells[own]))
+    return painted
 
 
 def _on_cells(region: Region, paint: Paint, layout: Layout) -> Tensor:
@@ -189,19 +206,30 @@ def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
 
 
 def _refuse_other_aspect(region: Region, layout: Layout) -> None:
-    if layout.size is None or region.size is None:
+    if layout.size is None or region.size is None or _has_shape_of(region.size, layout):
         return
     (width, height), (own_width, own_height), slack = region.size, layout.size, layout.slack
     least, most = _ratio(own_width - slack, own_height + slack), _ratio(own_width + slack, own_height - slack)
+    allowed = f"{least:.3g}" if slack == 0 else f"between {least:.3g} and {most:.3g}"
+    turned = (
+        " It would fit on its side: was the model shown the picture without the turn that its EXIF tag asks for? Then give the "
+        "processor PIL.ImageOps.exif_transpose(picture)."
+    )
+    raise SaliencyError(
+        f"{region.modality} {region.index} in row {region.row} was said to have {width:g} x {height:g} pixels, a ratio of "
+        f"{width / height:.3g}; the model's inputs say {allowed}. Give image_size=(width, height) of the original picture, "
+        f"also for a mask or map of another shape.{turned if _has_shape_of((height, width), layout) else ''}"
+    )
+
+
+def _has_shape_of(size: tuple[float, float], layout: Layout) -> bool:
+    """Whether a picture of this size can be the one that a layout knows, as far as rounding lets it."""
+    assert layout.size is not None
+    (width, height), (own_width, own_height), slack = size, layout.size, layout.slack
+    least, most = _ratio(own_width - slack, own_height + slack), _ratio(own_width + slack, own_height - slack)
     # whole pixels may be one off; in a picture that was enlarged so was what a resizing before that had rounded; so are coarse maps
     off = max(1.0, slack / 2) if width * height < own_width * own_height else 1.0
-    if _ratio(width + off, height - off) < least or _ratio(width - off, height + off) > most:
-        allowed = f"{least:.3g}" if slack == 0 else f"between {least:.3g} and {most:.3g}"
-        raise SaliencyError(
-            f"{region.modality} {region.index} in row {region.row} was said to have {width:g} x {height:g} pixels, a ratio of "
-            f"{width / height:.3g}; the model's inputs say {allowed}. Give image_size=(width, height) of the original picture, "
-            "also for a mask or map of another shape."
-        )
+    return _ratio(width + off, height - off) >= least and _ratio(width - off, height + off) <= most
 
 
 def _ratio(width: float, height: float) -> float:

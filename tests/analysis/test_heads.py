@@ -786,8 +786,8 @@ def test_examples_come_from_a_file_through_the_processor(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"image": "nowhere.png"}, "FileError", "line 1: nowhere.png is not a picture"),
-        ({"image": "examples.jsonl"}, "FileError", "line 1: examples.jsonl is not a picture"),
+        ({"image": "nowhere.png"}, "FileError", "nowhere.png' cannot be read as a picture"),
+        ({"image": "examples.jsonl"}, "FileError", "examples.jsonl' cannot be read as a picture"),
         ({"box": [0, 0, 99, 9]}, "SaliencyError", "line 1: box (0.0, 0.0, 99.0, 9.0) is empty or outside"),
         ({"box": None}, "FileError", "line 1: a line is an object with image, question, box"),
         ({"boxes": [1]}, "FileError", "line 1: a line is an object with"),

@@ -334,7 +334,7 @@ def test_the_command_sweeps_the_users_own_pictures(pictures, tmp_path, capsys):
         (["--model", "x"], "ConfigError", "--model needs --image"),
         (["--image", "x.png"], "ConfigError", "--image needs --prompt"),
         (["--image", "x.png", "--prompt", "?", "--box", "1,2"], "ConfigError", "four numbers"),
-        (["--image", "x.png", "--prompt", "?"], "FileError", "a picture cannot be read"),
+        (["--image", "x.png", "--prompt", "?"], "FileError", "cannot be read as a picture"),
         (["--heads", "nowhere.json"], "FileError", "--heads must be"),
         (["--heads", '{"1": [0'], "FileError", "--heads must be"),
         (["--heads", '{"one": [0]}'], "ConfigError", "keys must be layer or head numbers"),

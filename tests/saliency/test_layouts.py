@@ -32,7 +32,7 @@ from hf_steer.families import FAMILIES, resolve
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.pictures import Square
 from hf_steer.saliency import find_spans, read_layouts
-from hf_steer.saliency.anyres import anyres_layout
+from hf_steer.saliency.cuts import cut_in_parts
 from hf_steer.saliency.layouts import LAYOUTS
 from hf_steer.saliency.regions import cells_of_original, paint_region
 from hf_steer.values import Layout
@@ -88,7 +88,7 @@ def layouts_of(named, anatomy, *, whole=True):
 def parts_of(height, width, config):
     square = Square(config.vision_config.image_size, config.vision_config.patch_size)
     pinpoints, ratio = config.image_grid_pinpoints, config.vision_aspect_ratio
-    return anyres_layout(height, width, square, resolutions_px=pinpoints, aspect_ratio=ratio)
+    return cut_in_parts((height, width), square, resolutions_px=pinpoints, aspect_ratio=ratio).layout()
 
 
 def test_every_family_that_is_shown_or_told_something_has_a_layout():

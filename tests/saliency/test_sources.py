@@ -412,10 +412,10 @@ def test_a_provider_watches_videos_and_pictures_through_a_real_processor():
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[text], images=images, videos=videos, return_tensors="pt")
     grids = {"image": inputs["image_grid_thw"][0], "video": inputs["video_grid_thw"][0]}
-    for (modality, _, _), (own, _, sampled) in seen.items():
+    for (modality, _, _), (own, _, times) in seen.items():
         frames, height, width = grids[modality].tolist()
         assert tuple(own.shape) == (frames, height // 2, width // 2)
-        assert (frames, sampled) == ({"image": 1, "video": 2}[modality], 2)
+        assert (frames, times.frames) == ({"image": 1, "video": 2}[modality],) * 2
     found = read_saliency(model, inputs, given=outside)
     for place, own in found.maps().items():
         torch.testing.assert_close(own, seen[place][0], rtol=1e-5, atol=1e-6)

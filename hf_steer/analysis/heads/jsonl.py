@@ -11,10 +11,10 @@ from hf_steer.analysis.heads.examples import HeadExample
 from hf_steer.analysis.prompts import messages_for
 from hf_steer.errors import FileError, SaliencyError
 from hf_steer.ground.arguments import Given
-from hf_steer.saliency import Saliency
+from hf_steer.saliency import Saliency, open_upright
 
 REQUIRED = ("image", "question", "box")
-OPTIONAL = ("answer", "thought")
+OPTIONAL = ("answer", "thought", "unit")
 
 
 def read_jsonl(path: str | os.PathLike[str], processor: Any) -> list[HeadExample]:
@@ -22,8 +22,9 @@ def read_jsonl(path: str | os.PathLike[str], processor: Any) -> list[HeadExample
 
     Args:
         path: of the file. A line holds `image` (a path, from the file's own folder), `question`, `box` (left, top, right,
-            bottom, in pixels of that picture), and optionally `answer` (its first token counts) and `thought` (what the
-            model has said before its answer, `</think>` included).
+            bottom, in pixels of that picture as people see it), and optionally `unit` (what the box is counted in instead:
+            `"fraction"` or `"thousandths"`, as in `Saliency.from_boxes`), `answer` (its first token counts) and `thought` (what
+            the model has said before its answer, `</think>` included).
         processor: the model's, with a chat template.
 
     Raises:
@@ -53,20 +54,14 @@ def _fields(line: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not set(REQUIRED) <= set(values) <= {*REQUIRED, *OPTIONAL}:
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise FileError(f"a line is an object with {', '.join(REQUIRED)} and, if wanted, {', '.join(OPTIONAL)}; got {got}.")
-    texts = [name for name in ("image", "question", "answer", "thought") if not isinstance(values.get(name, ""), str)]
+    texts = [name for name in ("image", "question", *OPTIONAL) if not isinstance(values.get(name, ""), str)]
     if texts or values.get("answer") == "":
         raise FileError(f"{', '.join(texts) or 'answer'} must be text, and an answer not empty.")
     return values
 
 
 def _example(values: dict[str, Any], folder: Path, processor: Any) -> HeadExample:
-    from PIL import Image
-
-    try:
-        with Image.open(folder / values["image"]) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise FileError(f"{values['image']} is not a picture that can be read ({error}).") from error
+    image = open_upright(folder / values["image"]).convert("RGB")
     turn = messages_for(image, values["question"])
     text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + values.get("thought", "")
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
@@ -80,4 +75,4 @@ def _example(values: dict[str, Any], folder: Path, processor: Any) -> HeadExampl
                 "with a space or a line break."
             )
         answer = whole[len(before)]
-    return HeadExample(inputs, Saliency.from_boxes(values["box"], image), answer=answer)
+    return HeadExample(inputs, Saliency.from_boxes(values["box"], image, unit=values.get("unit", "pixels")), answer=answer)

@@ -11,7 +11,7 @@ from kit.documents import ROOT, every_block
 
 CONTINUES, PRINTS, UNRUN = ", goes on", " output", "not run: "
 SHOWN_ELSEWHERE = ("demo output", "heads output")
-"""What commands print that take longer than a block may; `test_quoted_figures.py` holds them to the files that the commands wrote."""
+"""What commands print that take longer than a block may; `test_quoted_figures.py` holds them to the commands' files."""
 SEAM = "\x1e"
 
 

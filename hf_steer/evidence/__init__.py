@@ -1,1 +1,1 @@
-"""What stands behind the figures of README and docs: digits to point at, the simulation, the benchmark, and their plots."""
+"""What stands behind the figures of the docs: digits to point at, the simulation, the benchmark, and their plots."""

@@ -1,6 +1,6 @@
 """Does steering help? Answers of the embedded model on held-out digits: by head set, strength, source of saliency, and gate.
 
-    python examples/steer_tiny_r1_vl.py                  # the figures of the README
+    python examples/steer_tiny_r1_vl.py                  # the figures of docs/evidence.md
     python examples/steer_tiny_r1_vl.py --preset quick --output /tmp/quick
 
 Four questions, each with its controls. Heads, strengths and sources are chosen on pictures of training digits and reported on

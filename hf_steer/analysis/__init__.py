@@ -1,6 +1,6 @@
 """Tools for one's own model: measure, choose heads, choose strengths, look. Evidence and command line stand on them.
 
-What stands behind the README lives in `hf_steer.evidence`; its names that were here before are still found here.
+What stands behind the figures of the docs lives in `hf_steer.evidence`; its names that were here before are still found here.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE, BENCH)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except SteerError as error:
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; `parse_args` gives a namespace whose `run` does what was asked."""
     parser = argparse.ArgumentParser(
         prog="hf-steer", description="Steer the attention of live Hugging Face models.", epilog="See also: hf-steer COMMAND --help"
     )

@@ -1,1 +1,1 @@
-"""What stands behind the README: digits to point at, the simulation, the benchmark, and their plots."""
+"""What stands behind the figures of the docs: digits to point at, the simulation, the benchmark, and their plots."""

@@ -13,10 +13,12 @@ from typing import Any, cast
 
 from hf_steer.config.aligner import AlignerConfig
 from hf_steer.config.attention import TRAINABLE, AttentionConfig, SaliencyConfig
-from hf_steer.config.checks import check_flag, shown
+from hf_steer.config.checks import check_flag
 from hf_steer.config.gate import GateConfig
+from hf_steer.config.options import OWN
+from hf_steer.config.providers import PLUGINS, note_plugins, refuse_missing
 from hf_steer.config.record import RECORD, Record
-from hf_steer.errors import ConfigError, FileError
+from hf_steer.errors import ConfigError, FileError, shown
 from hf_steer.files import find_file, read_json
 from hf_steer.saving import whole_save
 
@@ -89,15 +91,17 @@ class SteerConfig:
         return both if other in (both, alone) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives an equal object back."""
-        return cast(dict[str, Any], _plain(self))
+        """Plain JSON values; `from_dict` gives an equal object back. Names that are not ours come with their packages."""
+        noted = note_plugins(self)
+        return {**_plain(self), **({PLUGINS: noted} if noted else {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SteerConfig:
         """Build from JSON values; what a save noted about its files (`Record`) is none of the configuration's.
 
         Raises:
-            ConfigError: an unknown key (the nearest known one is named), a missing one, or a value out of range.
+            ConfigError: an unknown key (the nearest known one is named), a missing one, or a value out of range; a name whose
+                package is not installed here.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a mapping; got {type(values).__name__}.")
@@ -106,7 +110,9 @@ class SteerConfig:
             raise ConfigError(f"schema_version is missing; this hf_steer writes {SCHEMA_VERSION}.")
         if isinstance(version, int) and version > SCHEMA_VERSION:  # before the keys: a newer file has newer ones
             cls(schema_version=version)
-        return cast(SteerConfig, _build(cls, {key: value for key, value in values.items() if key != RECORD}, ""))
+        refuse_missing(values.get(PLUGINS, {}))
+        own = {key: value for key, value in values.items() if key not in (RECORD, PLUGINS)}
+        return cast(SteerConfig, _build(cls, own, ""))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -240,7 +246,8 @@ def _is_needed(item: dataclasses.Field[Any]) -> bool:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        named = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return {name: _plain(own) for name, own in named.items() if name != OWN or own is not None}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,11 +1,12 @@
 """Pure tensors in, one score per vision, audio or text token out."""
 
-from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received, current_recorder, record_with
+from hf_steer.registry import SOURCES
+from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, Segment, attention_received, current_recorder, record_with
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.maps import map_of
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
-from hf_steer.saliency.sources import SOURCES, Sight
+from hf_steer.saliency.sources import Sight
 from hf_steer.saliency.spans import find_spans
 from hf_steer.saliency.tokens import scores_from_eyes, scores_from_prompt, scores_from_user
 
@@ -15,6 +16,7 @@ __all__ = [
     "EyeRecord",
     "EyeRecorder",
     "Saliency",
+    "Segment",
     "Sight",
     "attention_received",
     "current_recorder",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.aligners import Routing
-from hf_steer.config.aligner import CROSS_MODAL
 from hf_steer.errors import AlignerError
 from hf_steer.ground.arguments import IGNORED_LABEL, Given, read_call, with_changes
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
@@ -44,7 +43,7 @@ class Aligners(nn.ModuleList):
     @property
     def reads_text(self) -> bool:
         """Whether any of them reads the prompt's text."""
-        return any(planned.config.kind in CROSS_MODAL for planned in self.plan.aligners)
+        return any(planned.reads_text for planned in self.plan.aligners)
 
     @property
     def meets_text(self) -> bool:
@@ -139,7 +138,7 @@ class Aligners(nn.ModuleList):
         if not self.enabled:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        if self.plan.aligners[index].config.kind == "layer_wise":
+        if self.plan.aligners[index].own_layers:
             steered = self._steer(index, hidden, number, layer=number)
         else:
             steered = self._steer(index, hidden, layer=number)
@@ -182,7 +181,7 @@ class Aligners(nn.ModuleList):
             )
         planned = self.plan.aligners[index]
         mask = placeholders_in(ids, planned)
-        if planned.config.kind in CROSS_MODAL:
+        if planned.reads_text:
             text, text_mask = self._prompt_text(ids, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
@@ -205,7 +204,7 @@ class Aligners(nn.ModuleList):
         planned, module = self.plan.aligners[index], self[index]
         like = next(module.parameters())
         features = torch.linspace(-1, 1, 2 * planned.size, dtype=like.dtype, device=like.device).view(1, 2, planned.size)
-        more = (features,) if planned.config.kind in CROSS_MODAL else ()
+        more = (features,) if planned.reads_text else ()
         return torch.equal(module(features, *more), features)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -233,7 +232,7 @@ class Aligners(nn.ModuleList):
         current, listener = current_pass(self), listener_of(self)
         weight = planned.config.load_balancing_weight or 0.0
         balances = current.balances if current is not None and weight else None
-        if balances is None and listener is None:
+        if (balances is None and listener is None) or not planned.routes:
             steered: Tensor = module(features, *more, **masks)
             return steered
         routing: Routing

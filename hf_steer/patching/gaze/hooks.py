@@ -129,7 +129,8 @@ class Gaze(nn.Module):
             statement = scope.statement
         continues = ride is not None and (not isinstance(ride, Ride) or ride.prompt is None)
         wanted = enabled and statement is None and not continues
-        record_with(EyeRecorder(self.plan.config.attention.saliency.source) if wanted else None)  # type: ignore[union-attr,arg-type]
+        saliency = self.plan.config.attention.saliency  # type: ignore[union-attr]
+        record_with(EyeRecorder(str(saliency.source), saliency.options) if wanted else None)
         return args, kwargs
 
     def after_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

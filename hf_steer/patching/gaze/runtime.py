@@ -22,7 +22,6 @@ from hf_steer.patching.gaze.when import Pace
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import Prompt
 from hf_steer.saliency import (
-    SOURCES,
     EyeRecord,
     Saliency,
     find_spans,
@@ -152,7 +151,7 @@ def resolve_state(
         )
         given = ride.statement.tokens
         adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
-    elif prompt.spans and attention.saliency.source in SOURCES:
+    elif prompt.spans and attention.saliency.reads_prompt:
         scores = scores_from_prompt(look(), prompt.spans, first_position=past, batch=batch, length=length, device=device)
         adds = True
     else:

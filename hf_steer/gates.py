@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_steer.config import GateConfig
+from hf_steer.gating import Reading
 from hf_steer.registry import Gate
 
 
@@ -29,11 +30,10 @@ def probability_margin(logits: Tensor) -> Tensor:
     return best - second
 
 
-def since_phrase(reading: Any, gate: Any) -> Tensor:
+def since_phrase(reading: Reading, gate: GateConfig) -> Tensor:
     """`(rows, queries)`: 1 for `hold_tokens` tokens after a phrase; for a soft gate falling to 0 over them."""
-    hold = float(gate.hold_tokens)
-    value: Tensor = (1 - reading.age / hold).clamp(min=0) if gate.soft else (reading.age < hold).float()
-    return value
+    hold = float(gate.hold_tokens or 1)
+    return (1 - reading.age / hold).clamp(min=0) if gate.soft else (reading.age < hold).float()
 
 
 OURS: Mapping[str, Gate] = MappingProxyType(

@@ -52,10 +52,13 @@ def refuse_missing(noted: Any) -> None:
     for noun, names in _checked(noted).items():
         table = TABLES[noun]
         for name, package in names.items():
-            if name in table:
+            row, failures = table.look(name)
+            if row is not None:
                 _refuse_other(table, name, package)
-            else:
-                table.find(name, f"{noun} {name!r} is not known here. {_remedy(noun, name, package)}")
+                continue
+            broken = [failure for failure in failures if _same(failure.package, package)]
+            why = f"Of what is installed here, {broken[0]}." if broken else _remedy(noun, name, package)
+            raise ConfigError(f"{noun} {name!r} is not known here. {why}") from (broken[0].error if broken else None)
 
 
 def _checked(noted: Any) -> Mapping[str, Mapping[str, str | None]]:
@@ -80,15 +83,17 @@ def _is_name(name: Any, form: re.Pattern[str]) -> bool:
 def _refuse_other(table: Table[Any], name: str, package: str | None) -> None:
     """A row of the same name from another package is another thing; one that hf_steer has taken over is the same."""
     here = table.provider_of(name)
-    if package is not None and here is not None and _normal(here) != _normal(package):
+    if package is not None and here is not None and not _same(here, package):
         raise ConfigError(
-            f"{table.noun} {name!r} was the package {package!r}'s when this was saved, and here it is {here!r}'s, which is another "
-            f"thing. Install {package!r} instead, if you trust it."
+            f"{table.noun} {name!r} came from the package {package!r} when this was saved, and here it comes from {here!r}: "
+            f"another thing of the same name. Install {package!r} instead, if you trust it."
         )
 
 
-def _normal(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
+def _same(one: str | None, other: str | None) -> bool:
+    """Whether two spellings are of one package."""
+    normal = [None if name is None else re.sub(r"[-_.]+", "-", name).lower() for name in (one, other)]
+    return normal[0] == normal[1]
 
 
 def _remedy(noun: str, name: str, package: str | None) -> str:

@@ -67,7 +67,7 @@ class Table(Mapping[str, Row], Generic[Row]):
         return len(self._with_ours())
 
     def __contains__(self, name: object) -> bool:
-        return self._look(name)[0] is not None
+        return self.look(name)[0] is not None
 
     def __hash__(self) -> int:
         return id(self)
@@ -87,7 +87,7 @@ class Table(Mapping[str, Row], Generic[Row]):
             SteerError: of the table's own class. No such row, in us or in what is installed; a plugin that could not be loaded
                 is named, and is the cause.
         """
-        row, failures = self._look(name)
+        row, failures = self.look(name)
         if row is not None:
             return row
         close = difflib.get_close_matches(name, list(self), 1) if isinstance(name, str) else []
@@ -101,6 +101,20 @@ class Table(Mapping[str, Row], Generic[Row]):
             f"{message} Others come with packages that are installed and have an entry point in {GROUP!r}, or with "
             f"hf_steer.register_{self.noun}(name, row)."
         )
+
+    def look(self, name: object) -> tuple[Row | None, list[Failure]]:
+        """A row, after asking for it, or None; and which plugins could not be loaded meanwhile."""
+        if not isinstance(name, str):
+            return None, []
+        row = self._with_ours().get(name)
+        if row is not None:
+            return row, []
+        failures = load_plugins()
+        row = self._rows.get(name)
+        if row is not None:
+            for failure in failures:  # of others than the one that was asked for
+                warnings.warn(f"{failure}; it is left out.", stacklevel=4)
+        return row, failures
 
     def add(self, name: str, row: Row, *, module: str) -> None:
         """Add a row of somebody else's.
@@ -170,17 +184,3 @@ class Table(Mapping[str, Row], Generic[Row]):
                 if not self._has_ours:
                     self._rows, self._has_ours = {**ours, **self._rows}, True
         return self._rows
-
-    def _look(self, name: object) -> tuple[Row | None, list[Failure]]:
-        """A row, after asking for it; None, and what went wrong meanwhile."""
-        if not isinstance(name, str):
-            return None, []
-        row = self._with_ours().get(name)
-        if row is not None:
-            return row, []
-        failures = load_plugins()
-        row = self._rows.get(name)
-        if row is not None:
-            for failure in failures:  # of others than the one that was asked for
-                warnings.warn(f"{failure}; it is left out.", stacklevel=4)
-        return row, failures

@@ -253,7 +253,7 @@ def test_training_is_steered_the_same_with_and_without_recomputation(source, che
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "eyes"}, "saliency.source must be one of 'vision_attention'"),
+        ({"source": "eyes"}, "saliency.source must be one of None, 'vision_attention'"),
         ({"source_heads": "all"}, "saliency source 'vision_attention' has no source_heads; it has none"),
         ({"source": "gradient", "last_tokens": 2}, "saliency source 'gradient' has no last_tokens; it has answer_token"),
         ({"source": "decoder_attention", "last_tokens": 0}, "saliency.last_tokens must be a whole number of at least 1"),

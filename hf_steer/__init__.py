@@ -17,6 +17,19 @@ from hf_steer.patching import (
     use_strength,
 )
 from hf_steer.provider import SaliencyProvider
+from hf_steer.registry import (
+    Backend,
+    EncoderRow,
+    Family,
+    Gate,
+    Router,
+    Source,
+    register_backend,
+    register_family,
+    register_gate,
+    register_router,
+    register_source,
+)
 from hf_steer.saliency import Saliency
 
 __version__ = "0.1.0"
@@ -25,15 +38,21 @@ __all__ = [
     "AlignerConfig",
     "AlignerError",
     "AttentionConfig",
+    "Backend",
     "ConfigError",
+    "EncoderRow",
+    "Family",
     "FileError",
+    "Gate",
     "GateConfig",
     "GroundError",
     "PatchError",
+    "Router",
     "Saliency",
     "SaliencyConfig",
     "SaliencyError",
     "SaliencyProvider",
+    "Source",
     "SteerConfig",
     "SteerError",
     "SteerStatus",
@@ -45,6 +64,11 @@ __all__ = [
     "patch_model",
     "print_trainable_parameters",
     "read_saliency",
+    "register_backend",
+    "register_family",
+    "register_gate",
+    "register_router",
+    "register_source",
     "save_steering",
     "trace_steering",
     "unpatch_model",

@@ -1,5 +1,11 @@
 """Every error that hf_steer raises on purpose; each is also the built-in that a caller would expect."""
 
+from __future__ import annotations
+
+from typing import Any
+
+_LONGEST = 120
+
 
 class SteerError(Exception):
     """Root of all hf_steer errors. Messages say what was wrong, what came, what is allowed, and what to do next."""
@@ -27,3 +33,12 @@ class GroundError(PatchError):
 
 class FileError(SteerError, OSError):
     """A file of a saved steering that is missing, truncated, foreign or from a newer version."""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: a line at most, whatever came."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

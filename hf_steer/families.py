@@ -1,73 +1,19 @@
 """Where things are in each model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
 
-To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest.
+To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest. For one
+of your own outside of hf_steer see `docs/extending/family.md`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from hf_steer.errors import PatchError
 from hf_steer.ground.anatomy import model_type_of, resolve_row
 from hf_steer.ground.parts import Anatomy
+from hf_steer.registry import FAMILIES, EncoderRow, Family
 from hf_steer.values import MODALITIES
-
-_NO_ENCODER: Mapping[str, EncoderRow] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class EncoderRow:
-    """An ear or an eye. Module paths are the ends of dotted names, since what comes before them changes between versions.
-
-    Attributes:
-        layers: of the encoder.
-        outlet: what hands the features on, `"output"` of the encoder or `"projector"`, whose input they are.
-        projector: what maps them into the language model's space; None where nothing does.
-        tower: path of the encoder from `model.base_model`; None to ask `model.get_encoder(modality)`.
-        mask: our word for the argument that says which mel frames or samples are real; None where there is none.
-    """
-
-    layers: str = "layers"
-    outlet: Literal["output", "projector"] = "projector"
-    projector: str | None = "multi_modal_projector"
-    tower: str | None = None
-    mask: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        layers: path of the decoder layers from `model.get_decoder()`; None where no language model reads a prompt.
-        attention: path of the attention module from a decoder layer.
-        blocks: path of the blocks from a vision tower whose attention can be read; None for other families.
-        block_attention: path of the attention module from a block.
-        placeholders: modalities that have placeholder tokens in the prompt.
-        layout: row of `saliency.LAYOUTS` that says where in a picture or sound each placeholder token lies.
-        windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
-        arrangement: how the model lays out what the tower saw as tokens: `"whole"`, every picture its patches; `"anyres"`,
-            base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
-        encoders: modality -> where its aligners go.
-        composes: the logits are what the head gives, so that a composed model's head can stand for the decoder's own.
-        counts_items: the model's loss heeds Trainer's count of labels over all accumulation steps.
-    """
-
-    layers: str | None = "layers"
-    attention: str = "self_attn"
-    blocks: str | None = None
-    block_attention: str = "attn"
-    placeholders: tuple[str, ...] = ()
-    layout: str | None = None
-    windowed: bool = False
-    arrangement: Literal["whole", "anyres"] | None = None
-    encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: _NO_ENCODER)
-    composes: bool = True
-    counts_items: bool = True
 
 
 def _eye(**row: Any) -> Mapping[str, EncoderRow]:
@@ -84,7 +30,7 @@ _CTC = Family(
     layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="mask")
 )
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+OURS: Mapping[str, Family] = MappingProxyType(
     {
         "qwen2_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen", encoders=_QWEN_EYE),
         "qwen2_5_vl": Family(
@@ -124,13 +70,10 @@ def family_of(model_type: str) -> Family:
     Raises:
         PatchError: no such row; the nearest and all known types are named.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    near = difflib.get_close_matches(model_type, FAMILIES, 1)
-    raise PatchError(
-        f"model type {model_type!r} is not known to hf_steer"
-        + (f" (the nearest is {near[0]!r})" if near else "")
-        + f"; it can patch {', '.join(FAMILIES)}. A new family is one row in hf_steer/families.py."
+    return FAMILIES.find(
+        model_type,
+        "model type {got} is not known to hf_steer{near}; it can patch {known}. A new family is one row, "
+        "see docs/extending/family.md.",
     )
 
 

@@ -6,13 +6,13 @@ Everything has a fixed shape per row, so that rows can follow beams, and nothing
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_steer.config import GateConfig
+from hf_steer.config.options import own_options
 
 _ANY = -1
 _LONG_AGO = 1 << 30
@@ -27,7 +27,7 @@ class Patterns:
     Attributes:
         opening: of the thinking text.
         closing: likewise.
-        phrases: that open a `"self_report"` gate.
+        phrases: that open a gate which reads.
     """
 
     opening: tuple[tuple[int, ...], ...] = ()
@@ -58,7 +58,7 @@ class GateState:
         opened: `(rows,)` bool: the hysteresis.
         value: `(rows,)` in [0, 1], from the last distribution.
         count: `(rows,)` distributions seen.
-        mean: `(rows,)` of their entropies.
+        mean: `(rows,)` of what was measured of them.
         squares: `(rows,)` sum of squared distances from the mean.
     """
 
@@ -149,39 +149,25 @@ def state_after(state: GateState, reading: Reading, column: Tensor) -> GateState
     )
 
 
-def normalised_entropy(logits: Tensor) -> Tensor:
-    """`(rows, vocabulary)` -> `(rows,)` float32 in [0, 1]: entropy over the logarithm of the vocabulary's size."""
-    log_p = torch.log_softmax(logits.float(), -1)
-    # a token that is ruled out has log p = -inf and adds nothing
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1) / math.log(logits.shape[-1])
-
-
-def probability_margin(logits: Tensor) -> Tensor:
-    """`(rows, vocabulary)` -> `(rows,)` float32 in [0, 1]: how much likelier the likeliest token is than the next."""
-    best, second = torch.softmax(logits.float(), -1).topk(2, -1).values.unbind(-1)
-    return best - second
-
-
 def observe(state: GateState, logits: Tensor, gate: GateConfig) -> GateState:
     """Measure the distribution `(rows, vocabulary)` that a pass ended in; the next query's gate comes from it."""
-    if gate.kind == "self_report":
+    row = gate.row
+    if row.measures is None:
         return state
-    opens, closes = float(gate.threshold or 0), float(gate.release or 0)
-    if gate.kind == "margin":
-        level, opens, closes = -probability_margin(logits), -opens, -closes
-        entropy = -level
-    else:
-        entropy = normalised_entropy(logits)
-        level = entropy
+    measured = row.measures(logits, **own_options(gate))
+    opens, closes, level = float(gate.threshold or 0), float(gate.release or 0), measured
     if gate.zscore:
         spread = (state.squares / state.count.clamp(min=1)).sqrt()
         known = (state.count >= _WARM_UP) & (spread > 0)
-        level = torch.where(known, (entropy - state.mean) / spread.clamp(min=torch.finfo(spread.dtype).tiny), -torch.inf)
+        unknown = torch.inf if row.falls else -torch.inf
+        level = torch.where(known, (measured - state.mean) / spread.clamp(min=torch.finfo(spread.dtype).tiny), unknown)
+    if row.falls:
+        opens, closes, level = -opens, -closes, -level
     opened = (level >= opens) | (state.opened & (level >= closes))
     value = opened.float() if not gate.soft else ((level - closes) / (opens - closes)).clamp(0, 1)
     count = state.count + 1
-    mean = state.mean + (entropy - state.mean) / count
-    squares = state.squares + (entropy - state.mean) * (entropy - mean)
+    mean = state.mean + (measured - state.mean) / count
+    squares = state.squares + (measured - state.mean) * (measured - mean)
     return dataclasses.replace(state, opened=opened, value=value, count=count, mean=mean, squares=squares)
 
 
@@ -190,15 +176,15 @@ def gate_of(state: GateState, reading: Reading | None, gate: GateConfig, *, gene
 
     Args:
         state: before the pass.
-        reading: of its tokens; only a `"self_report"` gate needs it.
+        reading: of its tokens; only a gate that reads needs it.
         gate: which.
         generated: `(rows, queries)` bool; other queries get `initial`.
     """
-    if gate.kind == "self_report":
-        if reading is None:
-            raise ValueError("a self_report gate reads tokens")
-        hold = float(gate.hold_tokens or 1)
-        value = (1 - reading.age / hold).clamp(min=0) if gate.soft else (reading.age < hold).float()
-    else:
+    reads = gate.row.reads
+    if reads is None:
         value = state.value[:, None]
+    else:
+        if reading is None:
+            raise ValueError(f"a {gate.kind!r} gate reads tokens, and none came")
+        value = reads(reading, gate)
     return torch.where(generated, value, gate.initial)

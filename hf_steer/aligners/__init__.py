@@ -1,7 +1,7 @@
 """Mixtures of steering experts: pure modules that know nothing of models."""
 
 from hf_steer.aligners.crossmodal import CrossModalAdapter, CrossModalFeatureAligner, ModalitySpecificSteering
-from hf_steer.aligners.kinds import build_aligner
+from hf_steer.aligners.routers import build_aligner
 from hf_steer.aligners.routing import Routing
 from hf_steer.aligners.single import HierarchicalRouter, LayerWiseSteering, ProgressiveRouter, SteerMoEAligner
 

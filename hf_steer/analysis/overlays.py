@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_steer.config import PROMPT_SOURCES, SaliencyConfig
+from hf_steer.config import SaliencyConfig
 from hf_steer.embedded import embedded_model_dir
 from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
@@ -21,9 +21,8 @@ from hf_steer.ground.arguments import Given
 from hf_steer.io import model_class_of, read_base_config, read_base_model
 from hf_steer.patching import read_saliency
 from hf_steer.provider import SaliencyProvider
+from hf_steer.registry import SOURCES
 from hf_steer.saliency import Saliency, open_upright
-
-SOURCES = ("vision_attention", "vision_rollout", *PROMPT_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,8 @@ def draw_sources(
     from hf_steer.analysis.plots.overlays import plot_overlays
 
     wanted = tuple(sources or SOURCES)
-    unknown = [name for name in wanted if name not in SOURCES]
-    if unknown:
-        raise ConfigError(f"--source must be one of {', '.join(SOURCES)}; got {', '.join(unknown)}.")
+    for name in wanted:
+        SOURCES.find(name, "--source must be one of {known}; got {got}{near}.")
     picture = open_upright(image).convert("RGB")
     folder = str(embedded_model_dir() if model is None else model)
     live, processor = _load(folder), AutoProcessor.from_pretrained(folder)
@@ -129,15 +127,15 @@ def _load(folder: str) -> Any:
 
 
 def _config(name: str, blocks: str | None, heads: Mapping[Any, Any] | None, answer_token: int | None) -> SaliencyConfig:
-    if name in ("vision_attention", "vision_rollout") and blocks is not None:
+    row = SOURCES[name]
+    if row.eyes is not None and blocks is not None:
         try:
             chosen: Any = "all" if blocks == "all" else tuple(int(part) for part in blocks.split(","))
         except ValueError as error:
             raise ConfigError(f"--blocks must be whole numbers with commas between them, or all; got {blocks!r}.") from error
-        return SaliencyConfig(source=name, blocks=chosen)  # type: ignore[arg-type]
-    if name == "decoder_attention":
-        return SaliencyConfig(source=name, source_heads="all" if heads is None else heads)  # type: ignore[arg-type]
-    return SaliencyConfig(source=name, answer_token=answer_token if name == "gradient" else None)  # type: ignore[arg-type]
+        return SaliencyConfig(source=name, blocks=chosen)
+    own = {"source_heads": "all" if heads is None else heads, "answer_token": answer_token}
+    return SaliencyConfig(source=name, **{option: value for option, value in own.items() if option in row.options})  # type: ignore[arg-type]
 
 
 def _peak(scores: Tensor, size: tuple[int, int]) -> tuple[float, float]:

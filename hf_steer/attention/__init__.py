@@ -1,6 +1,6 @@
 """Pure functions that attend with a bias; one file per way to carry it."""
 
-from hf_steer.attention.backends import BACKENDS, choose_backend
+from hf_steer.attention.backends import choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift
 from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.steered import (
@@ -14,6 +14,7 @@ from hf_steer.attention.steered import (
     set_pass,
 )
 from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.registry import BACKENDS
 
 __all__ = [
     "BACKENDS",

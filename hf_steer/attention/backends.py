@@ -1,16 +1,15 @@
 """The ways to carry a bias, one row each, and which one to take when.
 
 To add one, write a file with a function that attends and one that says when it cannot, and add a row here; the tests of
-`tests/attention/test_attention.py` hold it to the oracle.
+`tests/attention/test_attention.py` hold it to the oracle. For one of your own outside of hf_steer see `docs/extending/backend.md`;
+it is taken where it is asked for by name.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -19,32 +18,15 @@ from hf_steer.attention.flex import attend_flex, refuse_flex
 from hf_steer.attention.folded import attend_folded, refuse_folded
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.attention.masked import attend_masked
+from hf_steer.config.attention import AUTO
 from hf_steer.errors import SteerError
 from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.ground.implementations import FLASH
-from hf_steer.values import HeadBias
+from hf_steer.registry import BACKENDS, Backend
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One row of the table.
-
-    Attributes:
-        attend: from a call and its bias to what the function underneath would return.
-        refuse: why it cannot carry a call's bias, in a few words; None where it can.
-        over: the attention implementations whose masks it understands.
-        instead: it runs a kernel of its own instead of the function underneath.
-    """
-
-    attend: Callable[[AttentionCall, HeadBias], tuple[Any, Any]]
-    refuse: Callable[[AttentionCall], str | None]
-    over: tuple[str, ...]
-    instead: bool = False
-
-
-BACKENDS: Mapping[str, Backend] = {
+OURS: Mapping[str, Backend] = {
     "folded": Backend(attend_folded, refuse_folded, ("eager", "sdpa", "flex_attention", *FLASH)),
-    "mask": Backend(attend_masked, lambda call: None, ("eager", "sdpa")),
+    "mask": Backend(attend_masked, over=("eager", "sdpa")),
     "cpu_flash": Backend(attend_on_cpu, refuse_cpu_flash, ("sdpa",), instead=True),
     "flex": Backend(attend_flex, refuse_flex, ("sdpa", "flex_attention"), instead=True),
     "triton": Backend(attend_fused, refuse_fused, ("sdpa",), instead=True),
@@ -63,7 +45,7 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
     """Name of the backend for this call: the wanted one, or another that gives the same result, which is said once.
 
     Args:
-        wanted: `"auto"` or a key of `BACKENDS`.
+        wanted: `"auto"` or a name in `BACKENDS`.
         call: what is to be carried.
 
     Raises:
@@ -81,11 +63,11 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
         )
     prompt, step = PREFERRED[call.implementation]
     reasons: dict[str, str | None] = {}
-    wished: tuple[str, ...] = () if wanted == "auto" else (wanted,)
+    wished: tuple[str, ...] = () if wanted == AUTO else (wanted,)
     for name in wished + (prompt if call.queries > 1 else step):
         reasons[name] = refuse(name, call)
         if reasons[name] is None:
-            if wanted not in ("auto", name) and not torch.compiler.is_compiling():
+            if wanted not in (AUTO, name) and not torch.compiler.is_compiling():
                 _say_once(f"backend {wanted!r} gives way to {name!r}, with the same result: {reasons[wanted]}.")
             return name
     why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention.backends import BACKENDS, PREFERRED, choose_backend
+from hf_steer.attention.backends import PREFERRED, choose_backend
 from hf_steer.attention.bias import on_device
 from hf_steer.errors import SteerError
 from hf_steer.ground.attention_call import AttentionCall, segments_of
+from hf_steer.registry import BACKENDS
 from hf_steer.saliency import current_recorder
 from hf_steer.values import HeadBias
 

@@ -20,11 +20,11 @@ from hf_steer.compose.bridges import ACTIVATIONS, BRIDGES, ENCODERS, Bridge, sta
 from hf_steer.compose.processor import StackingProcessor
 from hf_steer.config import AlignerConfig, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
-from hf_steer.families import FAMILIES
 from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.settings import generate_like
 from hf_steer.patching import patch_model
 from hf_steer.patching.scopes import find_steering
+from hf_steer.registry import FAMILIES
 
 
 def compose(

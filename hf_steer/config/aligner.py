@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hf_steer.config.checks import check_choice, check_count, check_indices, check_number
 from hf_steer.config.frozen import FrozenMap
+from hf_steer.config.options import fill_options
 from hf_steer.errors import ConfigError
+from hf_steer.registry import ROUTERS, Router
 
-Kind = Literal[
-    "simple", "hierarchical", "progressive", "layer_wise", "cross_modal_features", "modality_specific", "cross_modal_adapter"
-]
-
-ROUTING = ("num_experts", "top_k", "temperature", "init", "load_balancing_weight")
-OPTIONS = FrozenMap(
-    {
-        "simple": ROUTING,
-        "hierarchical": (*ROUTING, "num_global_experts"),
-        "progressive": (*ROUTING, "num_stages", "feedback"),
-        "layer_wise": ROUTING,
-        "cross_modal_features": ("hidden_dim", "num_heads"),
-        "modality_specific": ROUTING,
-        "cross_modal_adapter": ("hidden_dim", "num_heads"),
-    }
-)
-"""Which options each kind reads; any other that is given is refused."""
 MOST = FrozenMap(
     {
         "num_experts": 4096, "num_global_experts": 4096, "num_stages": 64, "hidden_dim": 16_384, "num_heads": 1024, "top_k": 4096,
@@ -34,13 +20,8 @@ MOST = FrozenMap(
 """Sizes beyond which a configuration is a mistake; it is refused before anything of that size is made."""
 MOST_VECTORS = 16_384
 """The same for the experts of all stages, or of all global experts, of one aligner."""
-CROSS_MODAL = ("cross_modal_features", "modality_specific", "cross_modal_adapter")
-DEFAULTS = FrozenMap(
-    {
-        "num_experts": 8, "temperature": 1.0, "init": "zeros", "load_balancing_weight": 0.01, "num_global_experts": 4,
-        "num_stages": 3, "feedback": "scores", "hidden_dim": 256, "num_heads": 8,
-    }
-)  # fmt: skip
+OPTIONS = (*MOST, "temperature", "init", "load_balancing_weight", "feedback")
+"""Those that have a field; which of them a kind reads, and their defaults, its row of `registry.ROUTERS` says."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,8 @@ class AlignerConfig:
         kind: `"simple"` (`SteerMoEAligner`), `"hierarchical"`, `"progressive"`; `"layer_wise"` (`LayerWiseSteering`, only
             for `"layers"`; the kinds before it give each layer an aligner of its own there); and, only for `"projector"`,
             the kinds that read the prompt's text: `"cross_modal_features"`, `"modality_specific"`, `"cross_modal_adapter"`.
-            In training that is the text before the first label; with several turns, label the last answer alone.
+            In training that is the text before the first label; with several turns, label the last answer alone. Others that
+            plugins or `register_router` have added.
         num_experts: steering vectors per router, at least 1; 8.
         num_global_experts: of `"hierarchical"`; 4.
         num_stages: of `"progressive"`; 3.
@@ -68,11 +50,12 @@ class AlignerConfig:
         temperature: of the routers' softmax, above 0; 1.
         init: `"zeros"` starts as the identity, `"normal"` from small random vectors.
         load_balancing_weight: of `Routing.load_balancing_loss`, which joins the model's loss in training; not negative; 0.01.
+        options: those of a kind that somebody else added, and for which there is no field.
     """
 
     modality: Literal["image", "audio"]
     placement: Literal["output", "layers", "projector"] = "output"
-    kind: Kind = "simple"
+    kind: str = "simple"
     num_experts: int | None = None
     num_global_experts: int | None = None
     num_stages: int | None = None
@@ -84,12 +67,13 @@ class AlignerConfig:
     temperature: float | None = None
     init: Literal["zeros", "normal"] | None = None
     load_balancing_weight: float | None = None
+    options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_choice("aligner.modality", self.modality, ("image", "audio"))
         check_choice("aligner.placement", self.placement, ("output", "layers", "projector"))
-        check_choice("aligner.kind", self.kind, tuple(OPTIONS))
-        self._fill_options()
+        row = ROUTERS.find(self.kind, "aligner.kind must be one of {known}; got {got}{near}.")
+        fill_options(self, f"an aligner of kind {self.kind!r}", row.options, OPTIONS)
         for name, most in MOST.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(f"aligner.{name}", getattr(self, name), most=most))
@@ -108,16 +92,10 @@ class AlignerConfig:
         self._check_numbers()
         self._check_place()
 
-    def _fill_options(self) -> None:
-        allowed = OPTIONS[self.kind]
-        foreign = [name for name in {*DEFAULTS, "top_k"} - {*allowed} if getattr(self, name) is not None]
-        if foreign:
-            raise ConfigError(
-                f"an aligner of kind {self.kind!r} has no {', '.join(sorted(foreign))}; it has {', '.join(sorted(allowed))}."
-            )
-        for name in allowed:
-            if getattr(self, name) is None and name in DEFAULTS:
-                object.__setattr__(self, name, DEFAULTS[name])
+    @property
+    def row(self) -> Router:
+        """What the table knows of its kind."""
+        return ROUTERS[self.kind]
 
     def _check_numbers(self) -> None:
         for name, lowest, strict in (("temperature", 0, True), ("load_balancing_weight", 0, False)):
@@ -129,12 +107,13 @@ class AlignerConfig:
                 raise ConfigError(f"aligner.{name} must be {'above' if strict else 'at least'} {lowest}; got {value}.")
 
     def _check_place(self) -> None:
-        if self.kind == "layer_wise" and self.placement != "layers":
-            raise ConfigError(f"an aligner of kind 'layer_wise' goes into layers; got placement={self.placement!r}.")
-        if self.kind in CROSS_MODAL and self.placement != "projector":
+        row, kind = self.row, f"an aligner of kind {self.kind!r}"
+        if self.placement not in row.placements:
             raise ConfigError(
-                f"an aligner of kind {self.kind!r} reads the prompt's text, which meets the features behind the projector: "
-                f"use placement='projector'; got {self.placement!r}."
+                f"{kind} reads the prompt's text, which meets the features behind the projector: use placement='projector'; "
+                f"got {self.placement!r}."
+                if row.reads_text
+                else f"{kind} goes into {' or '.join(row.placements)}; got placement={self.placement!r}."
             )
         if self.layers is not None:
             if self.placement != "layers":

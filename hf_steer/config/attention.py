@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hf_steer.config.checks import (
     Heads,
@@ -19,15 +19,13 @@ from hf_steer.config.checks import (
     check_strength,
     check_tags,
     plain,
-    shown,
 )
 from hf_steer.config.gate import GateConfig
-from hf_steer.errors import ConfigError
+from hf_steer.config.options import fill_options
+from hf_steer.errors import ConfigError, shown
+from hf_steer.registry import BACKENDS, SOURCES, Source
 
 NORMALIZATIONS = ("zscore", "minmax", "rank", "none")
-PROMPT_SOURCES = ("feature_norm", "text_similarity", "decoder_attention", "gradient")
-"""Sources that look at the prompt as the decoder gets it; `saliency.SOURCES` has them."""
-SOURCES = ("vision_attention", "vision_rollout", *PROMPT_SOURCES, None)
 PHASES = ("prompt", "thinking", "answer")
 QUERIES: Mapping[str, tuple[float, float, float]] = {
     "all": (1.0, 1.0, 1.0),
@@ -37,7 +35,10 @@ QUERIES: Mapping[str, tuple[float, float, float]] = {
 }
 """Name of a scope -> what it multiplies λ with in each of `PHASES`."""
 TRAINABLE = "trainable"
-BACKENDS = ("auto", "folded", "mask", "cpu_flash", "flex", "triton")
+AUTO = "auto"
+"""The backend that is the cheapest one for each call."""
+OPTIONS = ("source_heads", "last_tokens", "answer_token")
+"""Options of sources that have a field; which of them a source has, its row of `registry.SOURCES` says."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class SaliencyConfig:
             (https://arxiv.org/abs/2005.00928). Of the prompt as the decoder gets it: `"feature_norm"`, the length of each picture
             or sound token; `"text_similarity"`, its mean cosine with the text; `"decoder_attention"`, what `source_heads` look
             at from the last `last_tokens` of the prompt in a first, unsteered pass; `"gradient"`, gradient × input of
-            `answer_token`'s logit, also in a first pass. None takes only what `use_saliency` supplies.
+            `answer_token`'s logit, also in a first pass. Others that plugins or `register_source` have added. None takes only
+            what `use_saliency` supplies.
         normalize: per picture, per video frame, or over the row's real tokens for token scores. `"zscore"` is clipped
             at `clip`, and a few far outliers do not set its scale (see `hf_steer.saliency.normalize`); `"minmax"` and
             `"rank"` give [0, 1]; `"none"` uses the scores as they are. Constant scores become zeros.
@@ -63,11 +65,10 @@ class SaliencyConfig:
         source_heads: for `"decoder_attention"`: `"all"` or `{layer: heads}`; the steered heads when None.
         last_tokens: for `"decoder_attention"`: how many of the prompt's last tokens look; 1 when None.
         answer_token: for `"gradient"`: a token id; when None the likeliest next token of each row.
+        options: those of a source that somebody else added, and for which there is no field.
     """
 
-    source: (
-        Literal["vision_attention", "vision_rollout", "feature_norm", "text_similarity", "decoder_attention", "gradient"] | None
-    ) = "vision_attention"
+    source: str | None = "vision_attention"
     normalize: Literal["zscore", "minmax", "rank", "none"] = "zscore"
     clip: float = 3.0
     blocks: tuple[int, ...] | Literal["all"] | None = None
@@ -75,9 +76,13 @@ class SaliencyConfig:
     source_heads: Heads | None = None
     last_tokens: int | None = None
     answer_token: int | None = None
+    options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("saliency.source", self.source, SOURCES)
+        row = None
+        if self.source is not None:
+            row = SOURCES.find(self.source, "saliency.source must be one of {known}; got {got}{near}.", besides=(None,))
+        fill_options(self, f"saliency source {self.source!r}", {} if row is None else row.options, OPTIONS)
         check_choice("saliency.normalize", self.normalize, NORMALIZATIONS)
         object.__setattr__(self, "clip", check_number("saliency.clip", self.clip))
         if self.clip <= 0:
@@ -87,9 +92,6 @@ class SaliencyConfig:
             one = plain(self.blocks)
             blocks = (one,) if isinstance(one, int) else self.blocks
             object.__setattr__(self, "blocks", check_indices("saliency.blocks", blocks, signed=True))
-        self._check_own("source_heads", "decoder_attention")
-        self._check_own("last_tokens", "decoder_attention")
-        self._check_own("answer_token", "gradient")
         if self.source_heads is not None:
             object.__setattr__(self, "source_heads", check_heads(self.source_heads, "saliency.source_heads"))
         if self.last_tokens is not None:
@@ -100,9 +102,15 @@ class SaliencyConfig:
                 raise ConfigError(f"saliency.answer_token must be a token id; got {shown(self.answer_token)}.")
             object.__setattr__(self, "answer_token", token)
 
-    def _check_own(self, name: str, source: str) -> None:
-        if getattr(self, name) is not None and self.source != source:
-            raise ConfigError(f"saliency.{name} is of source {source!r}; this one is {self.source!r}.")
+    @property
+    def row(self) -> Source | None:
+        """What the table knows of its source; None where only the user says where to look."""
+        return None if self.source is None else SOURCES[self.source]
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the scores come from the prompt as the decoder gets it."""
+        return self.row is not None and self.row.prompt is not None
 
 
 @dataclass(frozen=True)
@@ -127,21 +135,23 @@ class AttentionConfig:
         backend: how the bias is carried; all give the same result. `"auto"` takes what is cheapest for the device, the phase and
             the attention implementation. `"folded"`: channels of the head dimension; `"mask"`: added to the mask;
             `"cpu_flash"`: a row inside the CPU's flash kernel; `"flex"`: computed inside FlexAttention; `"triton"`: added inside
-            a flash attention kernel of hf_steer's own, on GPUs. One that cannot carry a call gives way, and that is said once.
+            a flash attention kernel of hf_steer's own, on GPUs; or one that plugins or `register_backend` have added. One that
+            cannot carry a call gives way, and that is said once.
     """
 
     heads: Heads = "all"
     strength: Strength | Literal["trainable"] = 1.0
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     queries: Literal["all", "generated", "thinking", "answer"] = "all"
-    backend: Literal["auto", "folded", "mask", "cpu_flash", "flex", "triton"] = "auto"
+    backend: str = AUTO
     schedule: Mapping[str, float] | None = None
     gate: GateConfig | None = None
     think_tags: tuple[str, str] = ("<think>", "</think>")
 
     def __post_init__(self) -> None:
         check_choice("attention.queries", self.queries, tuple(QUERIES))
-        check_choice("attention.backend", self.backend, BACKENDS)
+        if not (isinstance(self.backend, str) and self.backend == AUTO):
+            BACKENDS.find(self.backend, "attention.backend must be one of {known}; got {got}{near}.", besides=(AUTO,))
         if not isinstance(self.saliency, SaliencyConfig):
             raise ConfigError(f"attention.saliency must be a SaliencyConfig; got {type(self.saliency).__name__}.")
         object.__setattr__(self, "heads", check_heads(self.heads))
@@ -167,7 +177,7 @@ class AttentionConfig:
     def reads_tokens(self) -> bool:
         """Whether what is said matters to when it steers: the think tags, or phrases."""
         _, thinking, answer = self.phase_factors
-        return thinking != answer or (self.gate is not None and self.gate.kind == "self_report")
+        return thinking != answer or (self.gate is not None and self.gate.row.reads is not None)
 
     def _refuse_strength_elsewhere(self) -> None:
         """A strength for a layer or head that is not steered would be ignored; a steered one without would be a guess."""

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sized
 from typing import Any, Literal, TypeAlias
 
 from hf_steer.config.frozen import FrozenMap
-from hf_steer.errors import ConfigError
+from hf_steer.errors import ConfigError, shown
 
 Heads: TypeAlias = Literal["all"] | Mapping[int, "tuple[int, ...] | Literal['all']"]
 Strength: TypeAlias = float | Mapping[int, "float | Mapping[int, float]"]
 MOST_INDICES = 1024
 """Layers, heads or blocks that one field may name: more than any model has, and few enough to be looked through."""
-_LONGEST = 120
 _LARGEST = 3.4028234663852886e38
 
 
@@ -77,15 +76,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: a line at most, whatever came."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
-        return f"a {type(value).__name__} too large to print"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _finite(number: float) -> bool:

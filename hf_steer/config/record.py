@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_steer.config.checks import shown
-from hf_steer.errors import FileError
+from hf_steer.errors import FileError, shown
 
 RECORD = "saved"
 """Its key in `steer_config.json`."""

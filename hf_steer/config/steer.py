@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from hf_steer.config.aligner import AlignerConfig
 from hf_steer.config.attention import TRAINABLE, AttentionConfig, SaliencyConfig
-from hf_steer.config.checks import check_flag, shown
+from hf_steer.config.checks import check_flag
 from hf_steer.config.gate import GateConfig
+from hf_steer.config.providers import PLUGINS, note_plugins, refuse_missing
 from hf_steer.config.record import RECORD, Record
-from hf_steer.errors import ConfigError, FileError
+from hf_steer.config.written import build, to_plain
+from hf_steer.errors import ConfigError, FileError, shown
 from hf_steer.files import find_file, read_json
 from hf_steer.saving import whole_save
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "steer_config.json"
-_MOST_ALIGNERS = 6
-"""One per modality and placement."""
+_NESTED: Mapping[str, type] = MappingProxyType(
+    {"attention": AttentionConfig, "saliency": SaliencyConfig, "gate": GateConfig, "aligners": AlignerConfig}
+)
+"""Field -> what it holds, or holds several of."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,17 @@ class SteerConfig:
         return both if other in (both, alone) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives an equal object back."""
-        return cast(dict[str, Any], _plain(self))
+        """Plain JSON values; `from_dict` gives an equal object back. Names that are not ours come with their packages."""
+        noted = note_plugins(self)
+        return {**to_plain(self), **({PLUGINS: noted} if noted else {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SteerConfig:
         """Build from JSON values; what a save noted about its files (`Record`) is none of the configuration's.
 
         Raises:
-            ConfigError: an unknown key (the nearest known one is named), a missing one, or a value out of range.
+            ConfigError: an unknown key (the nearest known one is named), a missing one, or a value out of range; a name whose
+                package is not installed here.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a mapping; got {type(values).__name__}.")
@@ -106,7 +112,9 @@ class SteerConfig:
             raise ConfigError(f"schema_version is missing; this hf_steer writes {SCHEMA_VERSION}.")
         if isinstance(version, int) and version > SCHEMA_VERSION:  # before the keys: a newer file has newer ones
             cls(schema_version=version)
-        return cast(SteerConfig, _build(cls, {key: value for key, value in values.items() if key != RECORD}, ""))
+        refuse_missing(values.get(PLUGINS, {}))
+        own = {key: value for key, value in values.items() if key not in (RECORD, PLUGINS)}
+        return cast(SteerConfig, build(cls, own, _NESTED))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -202,45 +210,3 @@ def _read_where_it_lies(id_or_dir: str | os.PathLike[str], hub_kwargs: Mapping[s
                 raise
             gone = error
     raise gone
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Strictly: every key known, every nested configuration built by its own class."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the configuration'} must be a mapping; got {type(values).__name__}.")
-    names = [item.name for item in dataclasses.fields(cls)]
-    foreign = [str(key)[:60] for key in values if key not in names][:5]
-    unknown = [
-        f"{key!r}" + (f" (did you mean {near[0]!r}?)" if (near := difflib.get_close_matches(key, names, 1)) else "")
-        for key in foreign
-    ]
-    if unknown:
-        raise ConfigError(f"{where or cls.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}.")
-    lacking = [item.name for item in dataclasses.fields(cls) if item.name not in values and _is_needed(item)]
-    if lacking:
-        raise ConfigError(f"{where or cls.__name__} lacks {', '.join(lacking)}.")
-    nested: dict[str, type] = {"attention": AttentionConfig, "saliency": SaliencyConfig, "gate": GateConfig}
-    built = {
-        key: _build(nested[key], value, f"{where}.{key}".lstrip(".")) if key in nested and value is not None else value
-        for key, value in values.items()
-    }
-    if isinstance(built.get("aligners"), (list, tuple)):
-        if len(built["aligners"]) > _MOST_ALIGNERS:
-            raise ConfigError(
-                f"aligners has {len(built['aligners']):,} entries; one per modality and placement makes {_MOST_ALIGNERS}."
-            )
-        rows = enumerate(built["aligners"])
-        built["aligners"] = tuple(_build(AlignerConfig, value, f"aligners[{index}]") for index, value in rows)
-    return cls(**built)
-
-
-def _is_needed(item: dataclasses.Field[Any]) -> bool:
-    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

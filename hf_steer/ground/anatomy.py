@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,9 +13,7 @@ from hf_steer.ground.arguments import ARGUMENTS, spelling_in
 from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
 from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
-
-if TYPE_CHECKING:
-    from hf_steer.families import EncoderRow, Family
+from hf_steer.registry import EncoderRow, Family
 
 Names = Mapping[nn.Module, str]
 

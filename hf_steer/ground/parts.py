@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where things are in one live model: what a row of `families.FAMILIES` resolves to.
+    """Where things are in one live model: what a row of `registry.FAMILIES` resolves to.
 
     `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
-    `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie; None for a model that reads text only.
-    `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out as tokens (see
-    `families.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
+    `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie, or is a function of that kind; None for a
+    model that reads text only. `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out
+    as tokens (see `registry.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
     """
 
     family: str
@@ -75,7 +75,7 @@ class Anatomy:
     tower: Any
     blocks: tuple[Site, ...]
     placeholder_ids: Mapping[str, int]
-    layout: str | None
+    layout: str | Callable[..., Any] | None
     merge_size: int
     temporal_patch_size: int
     windowed: bool

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_steer.attention import READABLE, STEERABLE
-from hf_steer.config import PROMPT_SOURCES, TRAINABLE, AttentionConfig, SteerConfig
+from hf_steer.config import TRAINABLE, AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
-from hf_steer.families import FAMILIES, resolve
+from hf_steer.families import resolve
 from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
 from hf_steer.patching.gaze.phrases import read_patterns
 from hf_steer.patching.planned import Plan
+from hf_steer.registry import FAMILIES
 
 
 def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
@@ -114,10 +115,10 @@ def _by_layer(values: Mapping[int, Any], depth: int, name: str, faults: list[str
 
 def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
     """The vision blocks to read; none when only the user supplies saliency."""
-    if attention.saliency.source is None:
+    saliency, depth, row = attention.saliency, len(anatomy.blocks), attention.saliency.row
+    if row is None:
         return ()
-    saliency, depth = attention.saliency, len(anatomy.blocks)
-    if attention.saliency.source in PROMPT_SOURCES:
+    if row.prompt is not None:
         if not anatomy.placeholder_ids:
             raise ConfigError(
                 f"saliency source {attention.saliency.source!r} scores picture and sound tokens, which {anatomy.family!r} has "
@@ -132,8 +133,7 @@ def _eyes(attention: AttentionConfig, anatomy: Anatomy) -> tuple[Site, ...]:
             "use_saliency."
         )
     refuse_implementation(anatomy.tower.config, "vision tower")
-    by_default = "all" if saliency.source == "vision_rollout" else (-1,)
-    wanted = by_default if saliency.blocks is None else saliency.blocks
+    wanted = row.blocks if saliency.blocks is None else saliency.blocks
     chosen = tuple(range(depth)) if isinstance(wanted, str) else wanted
     outside = [block for block in chosen if not -depth <= block < depth]
     if outside or not depth:
@@ -148,13 +148,14 @@ def _readers(
     attention: AttentionConfig, anatomy: Anatomy, strengths: Mapping[int, tuple[float, ...]]
 ) -> dict[int, tuple[int, ...]]:
     """Layer -> heads whose attention is the saliency: those that were named, or the steered ones."""
-    if attention.saliency.source != "decoder_attention" or not strengths:
+    row = attention.saliency.row
+    if row is None or not row.reads_heads or not strengths:
         return {}
     implementation = implementation_of(anatomy.decoder.config)
     if implementation not in READABLE:
         raise PatchError(
-            f"saliency source 'decoder_attention' reads attention weights, which attention implementation {implementation!r} does "
-            f"not let out. Load the model with one of {', '.join(READABLE)}, or take another source."
+            f"saliency source {attention.saliency.source!r} reads attention weights, which attention implementation "
+            f"{implementation!r} does not let out. Load the model with one of {', '.join(READABLE)}, or take another source."
         )
     if attention.saliency.source_heads is not None:
         named = AttentionConfig(heads=attention.saliency.source_heads)

@@ -24,12 +24,18 @@ class PlannedAligner:
         encoder: whose features it steers.
         layers: the layers it steers, for placement `"layers"`.
         size: of a feature there.
+        reads_text: whether it is handed the prompt's text, too.
+        own_layers: whether one module is for all layers, and is handed the layer's number.
+        routes: whether it can say where each token went.
     """
 
     config: AlignerConfig
     encoder: Encoder
     layers: tuple[Site, ...]
     size: int
+    reads_text: bool = False
+    own_layers: bool = False
+    routes: bool = True
 
 
 @dataclass(frozen=True)

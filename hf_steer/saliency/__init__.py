@@ -1,14 +1,15 @@
 """Pure tensors in, one score per vision, audio or text token out."""
 
+from hf_steer.registry import SOURCES
 from hf_steer.saliency.cuts import Cut
-from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, attention_received, current_recorder, record_with
+from hf_steer.saliency.eyes import EyeRecord, EyeRecorder, Segment, attention_received, current_recorder, record_with
 from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.llava import CUTS
 from hf_steer.saliency.maps import map_of
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
 from hf_steer.saliency.picture_files import open_upright
-from hf_steer.saliency.sources import SOURCES, Sight
+from hf_steer.saliency.sources import Sight
 from hf_steer.saliency.spans import find_spans
 from hf_steer.saliency.tokens import scores_from_eyes, scores_from_prompt, scores_from_user
 from hf_steer.saliency.units import UNITS
@@ -22,6 +23,7 @@ __all__ = [
     "EyeRecord",
     "EyeRecorder",
     "Saliency",
+    "Segment",
     "Sight",
     "attention_received",
     "current_recorder",

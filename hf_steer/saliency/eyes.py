@@ -11,15 +11,17 @@ vector is enough for that: it goes down from the last block to the first, and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_steer.errors import SaliencyError
 from hf_steer.ground.pictures import window_order
+from hf_steer.registry import SOURCES
 
 _SCORES_PER_CHUNK = 1 << 22
 """Attention weights held at once: 16 MB in float32."""
@@ -91,20 +93,16 @@ def rolled_out(blocks: Sequence[Sequence[Segment]]) -> Tensor:
     return row
 
 
-SOURCES: Mapping[str, Callable[[Sequence[Sequence[Segment]]], Tensor]] = MappingProxyType(
-    {"vision_attention": averaged, "vision_rollout": rolled_out}
-)
-
-
 class EyeRecorder:
     """Keeps what the chosen blocks attend with during one call of the vision tower, until the call ends.
 
     Args:
-        source: a key of `SOURCES`.
+        source: a name in `SOURCES`, of one that reads the tower.
+        options: of its own.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, options: Mapping[str, Any] | None = None) -> None:
+        self.source, self.options = source, options or {}
         self._blocks: dict[nn.Module, list[Segment]] = {}
 
     def add(self, block: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -114,7 +112,10 @@ class EyeRecorder:
 
     def scores(self) -> Tensor:
         """`(patches,)` of the whole call, in the tower's order."""
-        return SOURCES[self.source](list(self._blocks.values()))
+        eyes = SOURCES[self.source].eyes
+        if eyes is None:
+            raise SaliencyError(f"source {self.source!r} reads the prompt and not the vision tower.")
+        return eyes(list(self._blocks.values()), **self.options)
 
     def pictures(self) -> EyeRecord:
         """The record of a tower whose every segment is a picture: all that it attended to, numbered by picture."""

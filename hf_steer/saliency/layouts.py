@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
+from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
@@ -37,7 +38,12 @@ def read_layouts(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatom
     Raises:
         SaliencyError: the arguments or the model's tower do not tell.
     """
-    return {} if anatomy.layout is None else LAYOUTS[anatomy.layout](given, records, anatomy, whole)
+    if anatomy.layout is None:
+        return {}
+    read = LAYOUTS.get(anatomy.layout) if isinstance(anatomy.layout, str) else anatomy.layout
+    if read is None:
+        raise SaliencyError(f"the row of family {anatomy.family!r} has layout {anatomy.layout!r}; there are {', '.join(LAYOUTS)}.")
+    return read(given, records, anatomy, whole)
 
 
 def _qwen(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:

@@ -1,6 +1,7 @@
-"""Sources that look at the prompt as the decoder gets it: one function per name, each a raw score for every token.
+"""The sources of saliency, a row each: out of the model's own eyes, or out of the prompt as the decoder gets it.
 
-To add one, write a function of a `Sight` and add its row to `SOURCES`, and its name to `config.attention.PROMPT_SOURCES`.
+To add one, write a function of a `Sight`, or of what the tower's blocks attend with, and add its row here, and a test; for one
+of your own outside of hf_steer see `docs/extending/source.md`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hf_steer.registry import Source
+from hf_steer.saliency.eyes import averaged, rolled_out
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,15 @@ def _gradient(sight: Sight) -> Tensor:
     return (sight.slope() * sight.embeds).float().sum(-1)
 
 
-SOURCES: Mapping[str, Callable[[Sight], Tensor]] = MappingProxyType(
+OURS: Mapping[str, Source] = MappingProxyType(
     {
-        "feature_norm": _feature_norm,
-        "text_similarity": _text_similarity,
-        "decoder_attention": _decoder_attention,
-        "gradient": _gradient,
+        "vision_attention": Source(eyes=averaged),
+        "vision_rollout": Source(eyes=rolled_out, blocks="all"),
+        "feature_norm": Source(prompt=_feature_norm),
+        "text_similarity": Source(prompt=_text_similarity),
+        "decoder_attention": Source(
+            prompt=_decoder_attention, options={"source_heads": None, "last_tokens": None}, reads_heads=True
+        ),
+        "gradient": Source(prompt=_gradient, options={"answer_token": None}),
     }
 )

@@ -40,14 +40,6 @@ def test_heads_and_strengths_are_taken_as_json_writes_them():
     assert AttentionConfig(heads=json.loads(json.dumps(heads)), strength=json.loads(json.dumps(strength))) == config
 
 
-def test_every_saliency_source_has_its_function():
-    from hf_steer.config.attention import SOURCES
-    from hf_steer.saliency import SOURCES as of_prompts
-    from hf_steer.saliency import eyes
-
-    assert {*SOURCES} == {*eyes.SOURCES, *of_prompts, None}
-
-
 def test_a_configuration_is_frozen_to_its_depth():
     heads = {1: [0, 3]}
     config = AttentionConfig(heads=heads)
@@ -81,7 +73,7 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: AttentionConfig(backend="flash"), "attention.backend must be one of 'auto', 'folded', 'mask'"),
         (lambda: AttentionConfig(saliency={"clip": 1}), "must be a SaliencyConfig; got dict"),
         (lambda: SaliencyConfig(normalize="l2"), "'zscore', 'minmax', 'rank', 'none'; got 'l2'"),
-        (lambda: SaliencyConfig(source="dino"), "'gradient', None; got 'dino'"),
+        (lambda: SaliencyConfig(source="dino"), "None, 'vision_attention', .*'gradient'; got 'dino'"),
         (lambda: SaliencyConfig(clip=0), "clip must be above 0"),
         (lambda: SaliencyConfig(blocks=()), "non-empty sequence"),
         (lambda: SaliencyConfig(blocks="last"), "saliency.blocks must be .*; got 'last'"),

@@ -93,7 +93,7 @@ def key_bias(stage: DecoderStage) -> Tensor:
 
 def _config(backend: str) -> SteerConfig:
     saliency = SaliencyConfig(source=None, normalize="none")
-    return SteerConfig(attention=AttentionConfig(strength=STRENGTH, saliency=saliency, backend=backend))  # type: ignore[arg-type]
+    return SteerConfig(attention=AttentionConfig(strength=STRENGTH, saliency=saliency, backend=backend))
 
 
 def _saliency(stage: DecoderStage) -> Saliency:

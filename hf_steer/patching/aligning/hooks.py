@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.aligners import Routing
-from hf_steer.config.aligner import CROSS_MODAL
 from hf_steer.errors import AlignerError
 from hf_steer.ground.arguments import Given, read_call, with_changes
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
@@ -35,7 +34,7 @@ class Aligners(nn.ModuleList):
     @property
     def reads_text(self) -> bool:
         """Whether any of them reads the prompt's text."""
-        return any(planned.config.kind in CROSS_MODAL for planned in self.plan.aligners)
+        return any(planned.reads_text for planned in self.plan.aligners)
 
     @property
     def meets_text(self) -> bool:
@@ -85,7 +84,7 @@ class Aligners(nn.ModuleList):
         if not self._held()[0]:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        if self.plan.aligners[index].config.kind == "layer_wise":
+        if self.plan.aligners[index].own_layers:
             steered = self._steer(index, hidden, number, layer=number)
         else:
             steered = self._steer(index, hidden, layer=number)
@@ -129,7 +128,7 @@ class Aligners(nn.ModuleList):
             )
         planned = self.plan.aligners[index]
         mask = placeholders_in(ids, planned)
-        if planned.config.kind in CROSS_MODAL:
+        if planned.reads_text:
             text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
@@ -152,7 +151,7 @@ class Aligners(nn.ModuleList):
         planned, module = self.plan.aligners[index], self[index]
         like = next(module.parameters())
         features = torch.linspace(-1, 1, 2 * planned.size, dtype=like.dtype, device=like.device).view(1, 2, planned.size)
-        more = (features,) if planned.config.kind in CROSS_MODAL else ()
+        more = (features,) if planned.reads_text else ()
         return torch.equal(module(features, *more), features)
 
     def with_balance(self, current: Pass, output: Any) -> Any:
@@ -175,7 +174,7 @@ class Aligners(nn.ModuleList):
         weight = planned.config.load_balancing_weight or 0.0
         balances = None if current is None or not weight else current.balances
         listeners = () if current is None else [own for own in current.scope.listeners if own.follows_routing]
-        if balances is None and not listeners:
+        if (balances is None and not listeners) or not planned.routes:
             steered: Tensor = module(features, *more, **masks)
             return steered
         routing: Routing

@@ -6,9 +6,9 @@ from torch import nn
 
 from hf_steer.config import AlignerConfig, SteerConfig
 from hf_steer.errors import ConfigError
-from hf_steer.families import FAMILIES
 from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.patching.planned import PlannedAligner
+from hf_steer.registry import FAMILIES
 
 
 def plan_aligners(config: SteerConfig, anatomy: Anatomy) -> tuple[PlannedAligner, ...]:
@@ -39,19 +39,18 @@ def _placed(config: AlignerConfig, anatomy: Anatomy) -> PlannedAligner:
             f"{', '.join(map(repr, anatomy.encoders)) or 'none'}. These families have one: {able}. To give a text-only model "
             "an ear or an eye, see hf_steer.compose."
         )
-    if config.placement == "layers":
-        return PlannedAligner(config, encoder, _layers(config, encoder), encoder.layer_size)
-    if config.placement == "output":
-        return PlannedAligner(config, encoder, (), encoder.size)
-    if encoder.projector is None:
+    if config.placement == "projector" and encoder.projector is None:
         raise ConfigError(
             f"placement='projector' needs a projector between encoder and language model, which {anatomy.family!r} lacks; "
             "use placement='output' or 'layers'."
         )
-    width = config.hidden_dim if config.kind == "cross_modal_features" else anatomy.hidden_size
-    if config.num_heads is not None and width is not None and width % config.num_heads:
-        raise ConfigError(f"aligner.num_heads must divide {width}, the width of its attention; got {config.num_heads}.")
-    return PlannedAligner(config, encoder, (), anatomy.hidden_size)
+    sizes = {"layers": encoder.layer_size, "output": encoder.size, "projector": anatomy.hidden_size}
+    layers = _layers(config, encoder) if config.placement == "layers" else ()
+    row, size = config.row, sizes[config.placement]
+    reason = row.refuse(config, size)
+    if reason is not None:
+        raise ConfigError(reason)
+    return PlannedAligner(config, encoder, layers, size, row.reads_text, row.own_layers, row.routes)
 
 
 def _layers(config: AlignerConfig, encoder: Encoder) -> tuple[Site, ...]:

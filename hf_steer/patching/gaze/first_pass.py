@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_steer.attention import AttentionCall, SteeredCall, logits_in_chunks
+from hf_steer.config.options import own_options
 from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given, with_changes
 from hf_steer.ground.caches import copy_of, past_of
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import STEERING, Enough
-from hf_steer.saliency import SOURCES, Sight
+from hf_steer.registry import SOURCES
+from hf_steer.saliency import Sight
 
 
 def look_at_prompt(
@@ -27,7 +29,7 @@ def look_at_prompt(
     """Raw scores of the tokens of this pass, by the configured source.
 
     Args:
-        plan: with a source of `SOURCES`.
+        plan: with a source that reads the prompt.
         prompt: what is new.
         given: the decoder's arguments.
         rows: of this pass: the prompt's, repeated for beams.
@@ -67,8 +69,9 @@ def look_at_prompt(
             (real & (later == 1)).float().argmax(1), saliency.answer_token,
         ),
     )  # fmt: skip
+    row = SOURCES[str(saliency.source)]
     with torch.no_grad():
-        return SOURCES[str(saliency.source)](sight)[::copies].float()
+        return row.prompt(sight, **own_options(saliency))[::copies].float()  # type: ignore[misc]
 
 
 @dataclass

@@ -102,7 +102,8 @@ class Gaze(nn.Module):
             statement = scope.call.statement
         continues = current is not None and (not isinstance(current, Pass) or current.prompt is None)
         wanted = not scope.off and statement is None and not continues
-        record_with(EyeRecorder(str(self.attention.saliency.source)) if wanted else None)
+        saliency = self.attention.saliency
+        record_with(EyeRecorder(str(saliency.source), saliency.options) if wanted else None)
         return args, kwargs
 
     def after_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -12,7 +12,7 @@ from hf_steer.patching.gaze.memory import CacheState, join_scores, join_spans
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.saliency import SOURCES, normalize, scores_from_eyes, scores_from_prompt, scores_from_user
+from hf_steer.saliency import normalize, scores_from_eyes, scores_from_prompt, scores_from_user
 
 
 def resolve_state(
@@ -48,7 +48,7 @@ def resolve_state(
         )
         given = current.statement.tokens
         adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
-    elif prompt.spans and saliency.source in SOURCES:
+    elif prompt.spans and saliency.reads_prompt:
         scores = scores_from_prompt(look(), prompt.spans, first_position=past, batch=batch, length=length, device=device)
         adds = True
     else:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_steer.config import AttentionConfig
+from hf_steer.config import AttentionConfig, GateConfig
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.gating import GateState, Patterns, Reading, fresh_state, gate_of, observe, read_tokens, state_after
 from hf_steer.patching.gaze.memory import Gates
 from hf_steer.patching.gaze.prompt import Prompt
 
-MEASURING = ("entropy", "margin")
-"""Gates that need the next-token distributions of earlier steps."""
 _PADDING = -2
 """Stands for padding tokens, so that no pattern matches them."""
 
@@ -111,7 +109,7 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
     factor = torch.where(generated, torch.where(thinking, thinking_factor, answer_factor), prompt_factor)
     gate = None
     if attention.gate is not None:
-        _refuse_blind(attention.gate.kind, facts)
+        _refuse_blind(attention.gate, facts)
         gate = gate_of(before, reading, attention.gate, generated=generated)
         factor = factor * gate
     return Pace(
@@ -202,7 +200,7 @@ def _read(before: GateState, patterns: Patterns, facts: PassFacts) -> Reading | 
             return None  # a prompt of embeddings: what is generated after it comes as tokens
         raise SaliencyError(
             "inputs_embeds came without input_ids, and think tags or phrases are read from tokens. Pass input_ids, or use "
-            "queries='all' or 'generated' without a schedule or self_report gate."
+            "queries='all' or 'generated' without a schedule or a gate that reads."
         )
     tokens = _without_padding(facts.tokens, facts, int(facts.past)) if facts.prompt is not None else facts.tokens.to(facts.device)
     said = None
@@ -224,10 +222,11 @@ def _without_padding(tokens: Tensor, facts: PassFacts, first: int) -> Tensor:
     return tokens.repeat_interleave(facts.rows // len(tokens), 0)
 
 
-def _refuse_blind(kind: str, facts: PassFacts) -> None:
+def _refuse_blind(gate: GateConfig, facts: PassFacts) -> None:
     """A gate that would silently stay where it is."""
-    if kind not in MEASURING:
+    if gate.row.measures is None:
         return
+    kind = gate.kind
     if facts.training:
         raise SaliencyError(
             f"a {kind!r} gate opens by the distributions of earlier steps, which a training step does not have. Train with "

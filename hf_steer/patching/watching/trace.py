@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_steer.config.attention import PHASES
 from hf_steer.errors import SaliencyError
-from hf_steer.gating import normalised_entropy
+from hf_steer.gates import normalised_entropy
 from hf_steer.patching.gaze.when import logits_of
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Strengths

@@ -1,0 +1,87 @@
+"""A router that somebody else has added: steered by in every place, and heard of nowhere where it does not route."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_steer.patching.aligning.passes import record_routing
+from kit.plugins import tables_as_they_were
+from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
+
+import hf_steer
+from hf_steer import AlignerConfig, ConfigError, Router, SteerConfig
+
+
+@pytest.fixture(autouse=True)
+def _own_tables():
+    with tables_as_they_were():
+        yield
+
+
+
+class Shift(torch.nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.by = torch.nn.Parameter(torch.ones(features))
+
+    def forward(self, features):
+        return features + self.by
+
+
+class Towards(Shift):
+    def forward(self, features, text, *, mask, text_mask):
+        words = (text * text_mask[..., None]).sum(1, keepdim=True)
+        return torch.where(mask[..., None], features + self.by * words, features)
+
+
+class Levels(Shift):
+    def forward(self, features, layer):
+        return features + layer * self.by
+
+
+def shown(model, inputs, **aligner):
+    hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", **aligner)))
+    with record_routing(model) as heard:
+        logits = model(**inputs).logits
+    assert not heard.read()
+    hf_steer.unpatch_model(model)
+    return logits
+
+
+@pytest.mark.parametrize("placement", ["output", "layers", "projector"])
+def test_a_router_that_does_not_route_steers_and_is_heard_of_nowhere(placement):
+    hf_steer.register_router("shift", Router(build=lambda config, size, layers: Shift(size), routes=False))
+    model, inputs = make_encoder_model("llava"), make_encoder_inputs("llava")
+    plain = model(**inputs).logits
+    assert not shown(model, inputs, placement=placement, kind="shift").equal(plain)
+    assert model(**inputs).logits.equal(plain)
+
+
+def test_a_router_that_reads_text_gets_the_prompts_text():
+    row = Router(build=lambda config, size, layers: Towards(size), placements=("projector",), reads_text=True, routes=False)
+    hf_steer.register_router("towards", row)
+    model, inputs = make_encoder_model("llava"), make_encoder_inputs("llava")
+    plain = model(**inputs).logits
+    assert not shown(model, inputs, placement="projector", kind="towards").equal(plain)
+    with pytest.raises(ConfigError, match="reads the prompt's text.*use placement='projector'; got 'output'"):
+        AlignerConfig("image", kind="towards")
+
+
+def test_a_router_with_layers_of_its_own_is_built_once_and_told_the_layer():
+    row = Router(build=lambda config, size, layers: Levels(size), placements=("layers",), own_layers=True, routes=False)
+    hf_steer.register_router("levels", row)
+    model, inputs = make_encoder_model("llava"), make_encoder_inputs("llava")
+    plain = model(**inputs).logits
+    assert shown(model, inputs, placement="layers", layers=(0,), kind="levels").equal(plain)  # 0 times the shift
+    assert not shown(model, inputs, placement="layers", kind="levels").equal(plain)
+    with pytest.raises(ConfigError, match="an aligner of kind 'levels' goes into layers; got placement='output'"):
+        AlignerConfig("image", kind="levels")
+
+
+def test_a_router_that_cannot_be_built_at_a_size_is_refused_before_anything_is_touched():
+    refuse = lambda config, size: f"aligner 'odd' needs odd sizes; got {size}." if size % 2 == 0 else None  # noqa: E731
+    hf_steer.register_router("odd", Router(build=lambda config, size, layers: Shift(size), routes=False, refuse=refuse))
+    model = make_encoder_model("llava")
+    with pytest.raises(ConfigError, match="aligner 'odd' needs odd sizes; got 16"):
+        hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", kind="odd")))
+    assert not hf_steer.get_steer_status(model).patched

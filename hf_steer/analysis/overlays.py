@@ -97,7 +97,7 @@ def draw_sources(
     wanted = tuple(sources or SOURCES)
     unknown = [name for name in wanted if name not in SOURCES]
     if unknown:
-        raise ConfigError(f"--source must be one of {', '.join(SOURCES)}; got {', '.join(unknown)}.")
+        raise ConfigError(f"--sources must be some of {', '.join(SOURCES)}; got {', '.join(unknown)}.")
     picture = read_picture(image)
     folder = str(embedded_model_dir() if model is None else model)
     live, processor = _load(folder), AutoProcessor.from_pretrained(folder)

@@ -61,6 +61,7 @@ def test_importing_the_package_is_light_and_changes_nothing():
         "import os, sys, transformers, transformers.modeling_utils as m, transformers.vision_utils\n"
         "before, loaded = dict(os.environ), set(sys.modules)\n"
         "import hf_steer\n"
+        "for name in hf_steer.__all__: getattr(hf_steer, name)\n"
         "assert dict(os.environ) == before\n"
         "heavy = {'matplotlib', 'triton', 'torch.nn.attention.flex_attention', 'sklearn', 'qwen_vl_utils', 'PIL.Image'}\n"
         "assert not heavy & (set(sys.modules) - loaded), heavy & (set(sys.modules) - loaded)\n"

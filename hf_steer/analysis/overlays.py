@@ -92,7 +92,7 @@ def draw_sources(
 
     wanted = tuple(sources or SOURCES)
     for name in wanted:
-        SOURCES.find(name, "--source must be one of {known}; got {got}{near}.")
+        SOURCES.find(name, "--sources must be some of {known}; got {got}{near}.")
     picture = open_upright(image).convert("RGB")
     folder = str(embedded_model_dir() if model is None else model)
     live, processor = _load(folder), AutoProcessor.from_pretrained(folder)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_steer.cli.command import Command, positive
-from hf_steer.errors import ConfigError, FileError
+from hf_steer.cli.command import Command, add_device, add_list, add_output
+from hf_steer.cli.kinds import check_device, positive, seconds, word
+from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
 
 if TYPE_CHECKING:
-    from hf_steer.evidence.bench import Bench
+    from hf_steer.evidence.bench import Bench, Choice
 
-_SECONDS = {"cpu": 2.0, "cuda": 1.0}
+_QUIET = {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""torch's profiler, which measures memory, logs every start and stop, and what was allocated before."""
 DESCRIPTION = """\
 Time steering against the same model unsteered, and against other ways to get the same attention. Nothing is downloaded: models
 have random weights of real sizes. Every head of every layer is steered with strength 2 towards a third of the tokens.
@@ -42,93 +45,94 @@ there before.
 Writes bench-DEVICE.csv (a row per measurement, with versions and date; anew after each cell) and bench-DEVICE.png. Bars are the
 project's own limits; a missed one is printed, and is no failure: on a shared machine time is noisy.
 
-  hf-steer bench --quick                                     everything once on a tiny shape: does it run? (seconds)
+--quick answers one question, what steering costs here: attention alone and one layer of Qwen2-VL-2B's shape in a model, prefill
+and decode, hf_steer on and off beside the dense mask; half a minute on two cores, one screen, and bench-DEVICE-quick.csv.
+
+  hf-steer bench --quick                                     what does it cost me?
   hf-steer bench                                             1024 and 4096 tokens, float32 and bfloat16 (about a quarter of an hour)
   hf-steer bench --device cuda                               1024 to 32768 tokens, bfloat16, every backend
-  hf-steer bench --level attention --shape qwen2-vl-7b --tokens 2048 --phase prefill --backend folded mask
+  hf-steer bench --levels attention --shapes qwen2-vl-7b --tokens 2048 --phases prefill --backends folded,mask
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--level", help="attention, layer, model (default: all)", **several)
-    parser.add_argument("--phase", help="prefill, decode, training (default: all)", **several)
-    parser.add_argument("--shape", help="seed, qwen2-vl-2b, qwen2-vl-7b, llama-8b, llama-1b, tiny", **several)
-    parser.add_argument("--dtype", help="float32, bfloat16, float16", **several)
-    parser.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="lengths of the prompt or the cache")
-    parser.add_argument("--layers", type=positive, metavar="N", help="of whole models")
-    parser.add_argument("--contenders", help="only these, beside plain and hf_steer", **several)
-    parser.add_argument("--backend", help="also time these backends of hf_steer by name (default on cuda: all)", **several)
-    parser.add_argument("--seconds", type=float, help="of timing per cell (default: 2, on a GPU 1; at least three rounds run)")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, 64 tokens, every level, phase and contender")
+    add_device(parser, "cpu or cuda")
+    add_list(parser, "--levels", word, "NAME", "attention, layer, model (default: all)", former="--level")
+    add_list(parser, "--phases", word, "NAME", "prefill, decode, training (default: all)", former="--phase")
+    shapes = "seed, qwen2-vl-2b, qwen2-vl-7b, llama-8b, llama-1b, tiny (default: all but the last; of layers and models, fewer)"
+    add_list(parser, "--shapes", word, "NAME", shapes, former="--shape")
+    dtypes = "float32, bfloat16, float16 (default: the first two; on cuda bfloat16)"
+    add_list(parser, "--dtypes", word, "NAME", dtypes, former="--dtype")
+    lengths = "lengths of the prompt or the cache, from 2 (default: 1024,4096; on cuda also 16384,32768)"
+    add_list(parser, "--tokens", positive, "N", lengths)
     parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_bench"), metavar="DIR",
-        help="for the table and the picture (default: %(default)s)",
+        "--layers", type=positive, metavar="N", help="of whole models, from 1 (default: 2, for long prompts 1; on cuda what fits)"
+    )
+    add_list(parser, "--contenders", word, "NAME", "only these of those above, beside plain and hf_steer (default: all)")
+    backends = "backends of hf_steer that are timed by name, too (default: none; on cuda all)"
+    add_list(parser, "--backends", word, "NAME", backends, former="--backend")
+    parser.add_argument(
+        "--seconds", type=seconds, metavar="SECONDS",
+        help="of timing per cell, after three rounds in any case (default: 2; on cuda and with --quick 1)",
     )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="few cells and one screen; options above choose others")
+    add_output(parser, "bench", "the table and the picture")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from hf_steer.evidence.plots import plot_bench
-
     started = time.perf_counter()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which measures memory, logs every start and stop
-    _check(arguments)
-    table = arguments.output / f"bench-{arguments.device}.csv"
-    bench = _measure(arguments, table)
-    files = [table, plot_bench(bench.rows, table.with_suffix(".png"))]
-    seconds = time.perf_counter() - started
-    if arguments.json:
-        report = {"rows": bench.rows, "wrong": bench.wrong, "left_out": bench.left_out, "files": [str(path) for path in files]}
-        print(json.dumps({**report, "seconds": round(seconds, 1)}))
-    else:
-        from hf_steer.evidence.bench.table import summary
+    for setting, level in _QUIET.items():  # before torch is imported
+        os.environ.setdefault(setting, level)
+    choice = _choice(arguments)
+    check_device(arguments.device)
+    table = arguments.output / f"bench-{arguments.device}{'-quick' * arguments.quick}.csv"
+    bench = _measure(arguments, choice, table)
+    files = [table]
+    if not arguments.quick:
+        from hf_steer.evidence.plots import plot_bench
 
-        print(f"\n{summary(bench.rows)}")
-        for line in bench.left_out:
-            print(f"left out: {line}")
-        for line in bench.wrong:
-            print(f"WRONG: {line}")
-        print(f"\n{', '.join(map(str, files))}  ({seconds:.0f} s)")
+        files.append(plot_bench(bench.rows, table.with_suffix(".png")))
+    taken, written = time.perf_counter() - started, [str(path) for path in files]
+    if arguments.json:
+        report = {"rows": bench.rows, "wrong": bench.wrong, "left_out": bench.left_out, "files": written}
+        print(json.dumps({**report, "quick": arguments.quick, "seconds": round(taken, 1)}))
+    else:
+        print(_text(arguments, bench))
+        print(f"\n{', '.join(written)}  ({taken:.0f} s)")
     return 1 if bench.wrong else 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """What can be refused before anything is measured."""
-    import torch
+def _text(arguments: argparse.Namespace, bench: Bench) -> str:
+    from hf_steer.evidence.bench.screen import screen
+    from hf_steer.evidence.bench.table import summary
 
-    if arguments.device not in ("cpu", "cuda"):
+    notes = [f"left out: {line}" for line in bench.left_out] + [f"WRONG: {line}" for line in bench.wrong]
+    if not arguments.quick:
+        return "\n".join(["", summary(bench.rows), *notes])
+    on = "" if arguments.device == "cpu" else f" --device {arguments.device}"
+    full = f"A quick look at few cells, few rounds each. All of it, with bars and rivals: hf-steer bench{on}"
+    return "\n".join([screen(bench.rows), *notes, "", full])
+
+
+def _choice(arguments: argparse.Namespace) -> Choice:
+    """What a run of this kind measures, and what was asked for instead."""
+    from hf_steer.evidence.bench import FULL, QUICK, Choice
+
+    if arguments.device not in FULL:
         raise ConfigError(f"--device must be cpu or cuda; got {arguments.device!r}.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda needs a GPU that torch can use, and it sees none; leave --device out to use the CPU.")
-    if arguments.seconds is not None and not arguments.seconds >= 0:
-        raise ConfigError(f"--seconds must not be negative; got {arguments.seconds}.")
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot make the folder {arguments.output}: {error.strerror}; choose another with --output") from error
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(Choice)}
+    chosen = (QUICK if arguments.quick else FULL)[arguments.device]
+    return dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 
-def _measure(arguments: argparse.Namespace, table: Path) -> Bench:
+def _measure(arguments: argparse.Namespace, choice: Choice, table: Path) -> Bench:
     """Run it; the table is written anew after each cell."""
     from tqdm.auto import tqdm
 
     from hf_steer.analysis.tables import as_csv
-    from hf_steer.attention import BACKENDS
-    from hf_steer.evidence.bench import choose_contenders, list_cells, run_bench
+    from hf_steer.evidence.bench import run_bench
 
-    quick = arguments.quick
-    cells = list_cells(
-        arguments.device,
-        levels=arguments.level,
-        phases=arguments.phase,
-        shapes=arguments.shape or (["tiny"] if quick else None),
-        tokens=arguments.tokens or ([64] if quick else None),
-        dtypes=arguments.dtype,
-        layers=arguments.layers,
-    )
-    named = tuple(BACKENDS) if arguments.device == "cuda" else ("folded", "mask") if quick else ()
-    seconds = arguments.seconds if arguments.seconds is not None else 0.0 if quick else _SECONDS[arguments.device]
+    cells, contenders = choice.cells(arguments.device), choice.rows()
     bar = tqdm(total=len(cells), desc="bench", unit="cell", disable=True if arguments.json else None)
 
     def progress(each: Any) -> Any:
@@ -138,9 +142,8 @@ def _measure(arguments: argparse.Namespace, table: Path) -> Bench:
             bar.update()
 
     with bar:
-        contenders = choose_contenders(arguments.contenders, arguments.backend or named)
         return run_bench(
-            cells, contenders, seconds=seconds, quick=quick, progress=progress,
+            cells, contenders, seconds=choice.seconds, progress=progress,
             keep=lambda rows: write_whole(table, as_csv(rows).encode()),
         )  # fmt: skip
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from hf_steer.cli import subject
-from hf_steer.cli.command import Command
+from hf_steer.cli.command import Command, add_output
+from hf_steer.cli.kinds import number
 from hf_steer.files import write_whole
 
 DESCRIPTION = f"""\
@@ -24,14 +24,15 @@ Writes the strengths as JSON, with the heads that they are for; --heads takes th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", type=float, metavar="NATS", help="mean KL per token to keep, above 0")
-    goal.add_argument("--target-mass", type=float, metavar="SHARE", help="share of attention to reach, between 0 and 1")
+    goal.add_argument("--budget", type=number, metavar="NATS", help="mean KL per token to keep, in nats, above 0")
+    goal.add_argument("--target-mass", type=number, metavar="SHARE", help="share of attention to reach, between 0 and 1")
     parser.add_argument("--per-head", action="store_true", help="with --budget: a strength for each head, not one for all")
-    parser.add_argument("--largest", type=float, default=64.0, help="with --budget: not exceeded (default: %(default)s)")
-    subject.add_arguments(parser)
     parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_calibration"), metavar="DIR", help="for the JSON (default: %(default)s)"
-    )
+        "--largest", type=number, default=64.0, metavar="NUMBER",
+        help="with --budget: λ that is not exceeded, above 0 (default: %(default)s)",
+    )  # fmt: skip
+    subject.add_arguments(parser)
+    add_output(parser, "calibration", "calibration.json")
 
 
 def run(arguments: argparse.Namespace) -> int:

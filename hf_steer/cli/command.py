@@ -1,13 +1,16 @@
-"""What one command is, and the kinds of arguments that several take."""
+"""What one command is, and the options that several have: one name, one kind and one way to explain each."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_steer.cli.kinds import Kind, Several, positive, whole
+from hf_steer.errors import FileError
 
 
 @dataclass(frozen=True)
@@ -29,31 +32,74 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+def add_option(parser: argparse.ArgumentParser, name: str, *, former: str | None = None, **settings: Any) -> None:
+    """An option, and the name that it once had, which still works and which `--help` does not show."""
+    parser.add_argument(name, **settings)
+    if former is not None:
+        settings |= {"dest": name.lstrip("-").replace("-", "_"), "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        if settings.get("action") is Several:
+            settings["nargs"] = "+"  # once there were spaces between them
+        parser.add_argument(former, **settings)
 
 
-def heads(text: str) -> dict[str, Any]:
-    """`{"layer": [heads]}` as JSON, or a file that holds it."""
-    try:
-        source = Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text
-        found = json.loads(source)
-    except (OSError, ValueError) as error:
-        form = '{"3": [0, 5]}'
-        raise argparse.ArgumentTypeError(f"must be JSON such as {form}, or a .json file; got {text!r} ({error})") from error
-    found = found.get("heads", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"3": [0, 5]}}; got {text!r}')
-    return found
+def add_list(
+    parser: argparse.ArgumentParser, name: str, kind: Kind, metavar: str, help: str, *, former: str | None = None
+) -> None:
+    """An option that takes several values, with commas between them; None when it is left out."""
+    add_option(parser, name, former=former, action=Several, kind=kind, metavar=f"{metavar},...", help=help)
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between them, such as 0,1,2; got {text!r}") from error
+def listed(values: Sequence[float]) -> str:
+    """As they are typed."""
+    return ",".join(f"{value:g}" for value in values)
+
+
+def add_model(parser: argparse.ArgumentParser, help: str = "folder or Hub repository (default: the embedded model)") -> None:
+    parser.add_argument("--model", metavar="MODEL", help=help)
+
+
+def add_prompt(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    said = default or "none, and --image needs one"
+    parser.add_argument("--prompt", metavar="TEXT", default=default, help=f"the question about each picture (default: {said})")
+
+
+def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--heads", metavar="HEADS", default="all",
+        help=f'{what}: JSON such as \'{{"1": [0, 3]}}\', or a file with it (default: %(default)s)',
+    )  # fmt: skip
+
+
+def add_scenes(parser: argparse.ArgumentParser, default: int, what: str, *, former: str | None = None) -> None:
+    add_option(
+        parser, "--scenes", former=former, type=positive, default=default, metavar="N",
+        help=f"{what}, from 1 (default: %(default)s)",
+    )  # fmt: skip
+
+
+def add_seed(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help=f"of {what}, from 0 (default: %(default)s)")
+
+
+def add_device(parser: argparse.ArgumentParser, allowed: str = "any that torch can use: cpu, cuda, cuda:1") -> None:
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help=f"where it runs; {allowed} (default: %(default)s)")
+
+
+def add_output(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path(f"hf_steer_{name}"), metavar="DIR",
+        help=f"folder for {what}; made when it is not there (default: %(default)s)",
+    )  # fmt: skip
+
+
+def check_output(folder: Path) -> None:
+    """Whether it is a folder that can be written, or can be made one, before anything is computed for it; nothing is made.
+
+    Raises:
+        FileError: it is not.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise FileError(f"{there} is no folder, and --output {folder} needs one there; choose another with --output.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FileError(f"{there} cannot be written, and --output {folder} would be there; choose another with --output.")

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 
-from hf_steer.cli.command import Command, positive
+from hf_steer.cli.command import Command, add_model, add_output, add_scenes, add_seed
+from hf_steer.files import write_whole
 
 DESCRIPTION = """\
 Load the embedded model (a Qwen2-VL of a million parameters that reads handwritten digits and thinks before it answers),
@@ -24,12 +24,10 @@ pointed-at cell with preserve_mass=False: attention then leaves the text for the
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scenes", type=positive, default=120, help="pictures to report on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, cells and questions (default: %(default)s)")
-    parser.add_argument("--model", metavar="DIR", help="another model in the manner of the embedded one")
-    parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_demo"), metavar="DIR", help="for the pictures (default: %(default)s)"
-    )
+    add_model(parser, "folder of another model in the manner of the embedded one (default: the embedded one)")
+    add_scenes(parser, 120, "held-out pictures to report on")
+    add_seed(parser, "pictures, cells and questions")
+    add_output(parser, "demo", "the pictures and the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,13 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # of weight loading; the demo's own bars say what is going on
     started = time.perf_counter()
     result = run_pointing(folder=arguments.model, scenes=arguments.scenes, seed=arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     pictures = [
         plot_examples(result, arguments.output / "examples.png"),
         plot_strength(result, arguments.output / "strength.png"),
     ]
     table = arguments.output / "pointing.csv"
-    table.write_text(result.to_csv(), encoding="utf-8")
+    write_whole(table, result.to_csv().encode())
     seconds = time.perf_counter() - started
     if arguments.json:
         rows = [dataclasses.asdict(row) for row in result.rows]

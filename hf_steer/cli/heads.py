@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_steer.cli.command import Command, positive
+from hf_steer.cli.command import Command, add_device, add_model, add_output, add_scenes, add_seed
+from hf_steer.cli.kinds import check_device, number, one_of, positive
 from hf_steer.errors import ConfigError
 from hf_steer.files import write_whole
 
@@ -45,23 +46,27 @@ heads of the same layers and the gain over the unsteered model are above 0 (95 %
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help="folder or Hub repository; the embedded model by default")
-    parser.add_argument("--examples-file", type=Path, metavar="JSONL", help="examples for your own model")
-    parser.add_argument("--count", type=positive, default=4, help="heads to choose (default: %(default)s)")
-    parser.add_argument("--rule", choices=RULES, help="default: forward with answers, selectivity without")
+    add_model(parser)
     parser.add_argument(
-        "--examples", type=positive, default=200, metavar="N",
-        help="of the embedded world, to choose with and as many to report on (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--strength", type=float, default=16.0, help="λ while measuring (default: %(default)s)")
-    parser.add_argument("--null-sets", type=positive, default=20, help="random sets of each kind (default: %(default)s)")
-    parser.add_argument("--shortlist", type=positive, help="forward tries only so many heads, the best alone; for large models")
-    parser.add_argument("--device", default="cpu", help="where your own model runs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of examples, split and random sets (default: %(default)s)")
+        "--examples-file", type=Path, metavar="FILE", help="JSON lines: examples for your own model (default: digits, as above)"
+    )
+    parser.add_argument("--count", type=positive, default=4, metavar="N", help="heads to choose, from 1 (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_heads"), metavar="DIR",
-        help="for heads.json, heads.csv and heads.png (default: %(default)s)",
-    )  # fmt: skip
+        "--rule", type=one_of(RULES), metavar="NAME", help="one of those above (default: forward with answers, selectivity without)"
+    )
+    add_scenes(parser, 200, "pictures of digits to choose with, and as many to report on", former="--examples")
+    parser.add_argument(
+        "--strength", type=number, default=16.0, metavar="NUMBER", help="λ while measuring; negative: away (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--null-sets", type=positive, default=20, metavar="N", help="random sets of each kind, from 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shortlist", type=positive, metavar="N", help="forward tries so many heads, the best alone; from 1 (default: all heads)"
+    )
+    add_seed(parser, "examples, split and random sets")
+    add_device(parser)
+    add_output(parser, "heads", "heads.json, heads.csv and heads.png")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()  # of weight loading
     started = time.perf_counter()
+    check_device(arguments.device)
     result = _find(arguments)
     output: Path = arguments.output
     write_whole(output / "heads.csv", result.to_csv().encode())
@@ -109,9 +115,9 @@ def _embedded(arguments: argparse.Namespace) -> tuple[Any, list[HeadExample], li
     if arguments.model is not None:
         raise ConfigError("--model needs --examples-file: what your model is to look at, and where.")
     folder, asked = embedded_model_dir(), arguments.rule in ("pointing", "selectivity")
-    examples = digit_examples(folder, "training", arguments.examples, seed=arguments.seed, asked=asked)
-    report = digit_examples(folder, "held-out", arguments.examples, seed=arguments.seed, asked=asked)
-    return AutoModelForImageTextToText.from_pretrained(folder).eval(), examples, report
+    examples = digit_examples(folder, "training", arguments.scenes, seed=arguments.seed, asked=asked)
+    report = digit_examples(folder, "held-out", arguments.scenes, seed=arguments.seed, asked=asked)
+    return AutoModelForImageTextToText.from_pretrained(folder).to(arguments.device).eval(), examples, report
 
 
 def _own(arguments: argparse.Namespace) -> tuple[Any, list[HeadExample], None]:

@@ -15,8 +15,8 @@ MODEL is a folder or a Hub repository; only config.json is read, never the weigh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub repository")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub repository; its config.json is read")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: its main branch)")
 
 
 def run(arguments: argparse.Namespace) -> int:

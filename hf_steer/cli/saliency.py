@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_steer.cli.command import Command, heads
+from hf_steer.cli.command import Command, add_heads, add_list, add_model, add_output, add_prompt
+from hf_steer.cli.kinds import read_heads, word
 
 DESCRIPTION = """\
 Draw what a vision-language model looks at in a picture: one overlay per source of saliency, raw, before it is normalised.
@@ -24,17 +25,17 @@ pictures says which one helps. Nothing is trained or saved but the pictures and 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="a picture")
-    parser.add_argument("--model", metavar="MODEL", help="folder or Hub repository (default: the embedded model)")
-    parser.add_argument("--prompt", default="Describe the picture.", help="question about it (default: %(default)s)")
-    parser.add_argument("--source", action="append", metavar="NAME", help="which source; may be repeated (default: all)")
-    parser.add_argument("--blocks", help="vision blocks with commas between them, or all (default: the source's own)")
-    parser.add_argument("--heads", type=heads, metavar="JSON", help='decoder heads that look: {"3": [0, 5]} (default: all)')
-    parser.add_argument("--answer", help="text whose first token is the gradient's answer")
-    parser.add_argument("--provider", metavar="MODEL", help="a Qwen2-VL whose eyes are drawn, too, on this model's tokens")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="a picture, in any format that Pillow reads")
+    add_model(parser)
+    add_prompt(parser, "Describe the picture.")
+    add_list(parser, "--sources", word, "NAME", "of those above (default: all)", former="--source")
+    add_list(parser, "--blocks", word, "N", 'of the vision tower, from 0, or "all" (default: the source\'s own)')
+    add_heads(parser, "decoder heads that look")
+    parser.add_argument("--answer", metavar="TEXT", help="its first token is the gradient's answer (default: the likeliest token)")
     parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_saliency"), metavar="DIR", help="for the pictures (default: %(default)s)"
+        "--provider", metavar="MODEL", help="a Qwen2-VL whose eyes are drawn, too, on this model's tokens (default: none)"
     )
+    add_output(parser, "saliency", "saliency.png and saliency.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,13 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     from hf_steer.analysis.overlays import draw_sources
 
     logging.disable_progress_bar()  # of weight loading
+    heads = read_heads(arguments.heads)
     drawn = draw_sources(
         arguments.image,
         model=arguments.model,
         prompt=arguments.prompt,
-        sources=arguments.source,
-        blocks=arguments.blocks,
-        heads=arguments.heads,
+        sources=arguments.sources,
+        blocks=None if arguments.blocks is None else ",".join(arguments.blocks),
+        heads=None if heads == "all" else heads,
         answer=arguments.answer,
         provider=arguments.provider,
         output=arguments.output,

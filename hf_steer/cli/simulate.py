@@ -9,11 +9,10 @@ import io
 import json
 import time
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_steer.cli.command import Command, numbers, positive
-from hf_steer.errors import FileError
+from hf_steer.cli.command import Command, add_list, add_option, add_output, listed
+from hf_steer.cli.kinds import number, positive, whole
 from hf_steer.files import write_whole
 
 if TYPE_CHECKING:
@@ -33,17 +32,20 @@ into [0, 1], steers it: A' = softmax(log(A + 1e-8) + λ·s). The command prints,
 and writes steerability_plot.png (one query before and after), lambda_tradeoff.png (entropy reduction against KL, the published
 values as crosses) and simulation.csv. The defaults give the published table to the last digit, in about ten seconds.
 """
+_SEEDS = (0, 1, 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strengths", type=numbers, metavar="λ,λ,...", help="default: the nine published ones, 0 to 1")
-    parser.add_argument("--seeds", type=whole_numbers, default=(0, 1, 2), metavar="N,N,...", help="one draw each (default: 0,1,2)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="queries, and keys, of the layer (default: %(default)s)")
-    parser.add_argument("--heads", type=positive, default=32, help="of the layer (default: %(default)s)")
+    add_list(parser, "--strengths", number, "NUMBER", "λ (default: the nine published ones, 0 to 1)")
+    add_list(parser, "--seeds", whole, "N", f"one draw each, from 0 (default: {listed(_SEEDS)})")
     parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_simulation"), metavar="DIR",
-        help="for the pictures and the table (default: %(default)s)",
+        "--tokens", type=positive, default=1024, metavar="N", help="queries, and keys, of the layer, from 1 (default: %(default)s)"
     )
+    add_option(
+        parser, "--num-heads", former="--heads", type=positive, default=32, metavar="N",
+        help="heads of the layer, from 1 (default: %(default)s)",
+    )  # fmt: skip
+    add_output(parser, "simulation", "the pictures and the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     strengths = STRENGTHS if arguments.strengths is None else arguments.strengths
-    seeds, tokens, heads, folder = arguments.seeds, arguments.tokens, arguments.heads, arguments.output
-    _make_folder(folder)
+    seeds, tokens, heads, folder = arguments.seeds or _SEEDS, arguments.tokens, arguments.num_heads, arguments.output
     rows = simulate(strengths, seeds, tokens, heads)
     conditions = {
         "seeds": seeds, "tokens": tokens, "heads": heads,
@@ -81,22 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"\nPictures and table: {', '.join(files)}  ({seconds:.0f} s)")
     return 0
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, such as 0,1,2; got {text!r}") from error
-
-
-def _make_folder(folder: Path) -> None:
-    """The folder, before anything is computed for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot make the folder {folder}: {error.strerror}; choose another with --output") from error
 
 
 def _csv(rows: tuple[SimulationRow, ...], conditions: dict[str, Any]) -> bytes:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_steer.cli.command import numbers, positive
+from hf_steer.cli.command import add_device, add_heads, add_model, add_prompt, add_scenes, add_seed
+from hf_steer.cli.kinds import UNITS, box, check_device, positive, read_heads
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import ConfigError, FileError
-from hf_steer.saliency import UNITS
 
 if TYPE_CHECKING:
     from hf_steer.evidence.pointing import Pointing
@@ -46,16 +45,26 @@ class Subject:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help="folder or Hub repository of your own model (default: the embedded one)")
-    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture to ask about; may be repeated")
-    parser.add_argument("--prompt", help="the question about each picture")
-    parser.add_argument("--box", type=numbers, metavar="LEFT,TOP,RIGHT,BOTTOM", help="where to look, in pixels of each picture")
-    parser.add_argument("--unit", choices=tuple(UNITS), help="what --box is counted in (default: pixels)")
-    parser.add_argument("--heads", default="all", help='JSON such as \'{"1": [0, 3]}\', or a file with it (default: all)')
-    parser.add_argument("--scenes", type=positive, default=32, help="pictures for the embedded model (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=positive, default=40, help="length of an answer, at most (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, cells and intervals (default: %(default)s)")
-    parser.add_argument("--device", help="such as cuda (default: where the model is loaded)")
+    add_model(parser)
+    parser.add_argument(
+        "--image", type=Path, action="append", metavar="FILE",
+        help="a picture to ask about; give it again for each further one (default: pictures of digits)",
+    )  # fmt: skip
+    add_prompt(parser)
+    parser.add_argument(
+        "--box", type=box, metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="where to look in each picture, in --unit (default: the model's own eyes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unit", choices=UNITS, help="what --box is counted in: pixels, fractions 0 to 1, or Qwen's 0 to 1000 (default: pixels)"
+    )
+    add_heads(parser, "heads to steer")
+    add_scenes(parser, 32, "pictures of digits for the embedded model")
+    parser.add_argument(
+        "--new-tokens", type=positive, default=40, metavar="N", help="length of an answer, at most, from 1 (default: %(default)s)"
+    )
+    add_seed(parser, "pictures, cells and intervals")
+    add_device(parser)
 
 
 def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
@@ -72,6 +81,7 @@ def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of weight loading; the measurement's own bar says what is going on
+    check_device(arguments.device)
     heads = read_heads(arguments.heads)
     if arguments.image:
         return _pictures(arguments, heads, saliency)
@@ -79,24 +89,6 @@ def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
     if given:
         raise ConfigError(f"{', '.join(given)} needs --image, at least one, and --prompt. Without them the embedded model is used.")
     return _scenes(arguments, heads, saliency)
-
-
-def read_heads(text: str) -> Any:
-    """Heads as `AttentionConfig` takes them, from JSON or from a file with it, such as a saved calibration.
-
-    Raises:
-        FileError: neither.
-        ConfigError: not heads.
-    """
-    if text == "all":
-        return "all"
-    try:
-        values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f'--heads must be "all", JSON such as {{"1": [0, 3]}}, or a file with it; got {text!r} ({error}).'
-        raise FileError(message) from error
-    heads = values.get("heads", values) if isinstance(values, dict) else values
-    return SteerConfig.from_dict({"schema_version": 1, "attention": {"heads": heads}}).attention.heads  # type: ignore[union-attr]
 
 
 def _scenes(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
@@ -109,7 +101,7 @@ def _scenes(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any])
     pointing = Pointing(embedded_model_dir(), scenes, seed=arguments.seed)
     settings = SaliencyConfig(**{"source": None, "preserve_mass": True, **saliency})
     config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
-    model = patch_model(unpatch_model(pointing.model), config).to(arguments.device or pointing.model.device)
+    model = patch_model(unpatch_model(pointing.model), config).to(arguments.device)
     numbered = list(pointing.batches("prompts"))
     batches = [(_moved(pointing.inputs(batch), model), pointing.saliency("pointed-at cell", batch)) for batch in numbered]
 
@@ -135,15 +127,14 @@ def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
     from hf_steer.io import from_pretrained
     from hf_steer.saliency import Saliency, open_upright
 
-    if arguments.prompt is None or (arguments.box is not None and len(arguments.box) != 4):
-        raise ConfigError("--image needs --prompt, the question about it, and --box, if any, four numbers: left,top,right,bottom.")
+    if arguments.prompt is None:
+        raise ConfigError("--image needs --prompt, the question about it.")
     images = [open_upright(path).convert("RGB") for path in arguments.image]
     unit = arguments.unit or "pixels"
     folder = arguments.model or embedded_model_dir()
     settings = SaliencyConfig(**{"source": "vision_attention" if arguments.box is None else None, **saliency})
     config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
-    model = from_pretrained(folder, steer_config=config).eval()
-    model = model.to(arguments.device or model.device)
+    model = from_pretrained(folder, steer_config=config).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     batches = []
     for image in images:  # one at a time: pictures may be large

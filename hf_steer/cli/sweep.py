@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 from hf_steer.cli import subject
-from hf_steer.cli.command import Command, numbers
+from hf_steer.cli.command import Command, add_list, add_output, listed
+from hf_steer.cli.kinds import number
 
 DESCRIPTION = f"""\
 Measure a model at several strengths λ: entropy and shift of the steered heads' attention, its share on the picture, how many
@@ -17,14 +17,13 @@ answers and tokens change, KL(unsteered ‖ steered) of the next token in nats, 
 {subject.DESCRIPTION}
 Writes a picture, and a CSV with a line per strength as each is done. Run again, it goes on where it was cut short.
 """
+_STRENGTHS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strengths", type=numbers, default=(0.0, 1.0, 2.0, 4.0, 6.0, 8.0), help="λ (default: 0,1,2,4,6,8)")
+    add_list(parser, "--strengths", number, "NUMBER", f"λ; negative turns the gaze away (default: {listed(_STRENGTHS)})")
     subject.add_arguments(parser)
-    parser.add_argument(
-        "--output", type=Path, default=Path("hf_steer_sweep"), metavar="DIR", help="for table and picture (default: %(default)s)"
-    )
+    add_output(parser, "sweep", "sweep.csv and sweep.png")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = subject.load_subject(arguments)
     table = arguments.output / "sweep.csv"
     result = sweep_strength(
-        chosen.model, chosen.batches, arguments.strengths, task=chosen.task, decode=chosen.decode,
+        chosen.model, chosen.batches, arguments.strengths or _STRENGTHS, task=chosen.task, decode=chosen.decode,
         new_tokens=arguments.new_tokens, path=table, seed=arguments.seed,
     )  # fmt: skip
     files = [str(table), str(plot_sweep(result, arguments.output / "sweep.png"))]

@@ -727,7 +727,7 @@ def test_the_picture_shows_every_score_and_the_random_sets(tmp_path):
 
 
 def test_the_command_writes_the_result_as_json_csv_and_picture(tmp_path, capsys):
-    arguments = ["heads", "--examples", "20", "--rule", "mass", "--count", "2", "--null-sets", "3", "--output", str(tmp_path)]
+    arguments = ["heads", "--scenes", "20", "--rule", "mass", "--count", "2", "--null-sets", "3", "--output", str(tmp_path)]
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     result = HeadResult.from_json((tmp_path / "heads.json").read_text())
@@ -741,7 +741,7 @@ def test_the_command_writes_the_result_as_json_csv_and_picture(tmp_path, capsys)
 
 
 def test_the_command_asks_for_the_place_when_the_rule_is_to_point(tmp_path, capsys):
-    arguments = ["heads", "--json", "--examples", "25", "--rule", "pointing", "--count", "1", "--output", str(tmp_path)]
+    arguments = ["heads", "--json", "--scenes", "25", "--rule", "pointing", "--count", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["report"]["measure"] == "pointing"

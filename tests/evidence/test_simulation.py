@@ -237,7 +237,7 @@ def test_one_query_refuses_what_the_simulation_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-ASKED = ["simulate", "--strengths", "0,0.125,3", "--seeds", "4,9", "--tokens", "21", "--heads", "3"]
+ASKED = ["simulate", "--strengths", "0,0.125,3", "--seeds", "4,9", "--tokens", "21", "--num-heads", "3"]
 
 
 def test_the_command_prints_the_table_and_writes_pictures_and_rows(tmp_path, capsys):
@@ -274,19 +274,18 @@ def test_json_is_one_object_with_the_rows_and_their_conditions(tmp_path, capsys)
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    assert main(["simulate", "--strengths", "0,nan", "--output", str(tmp_path)]) == 1
-    assert "hf-steer: strength must be a finite number; got nan" in capsys.readouterr().err
-    assert main(["simulate", "--seeds=-1", "--json", "--output", str(tmp_path)]) == 1
-    assert json.loads(capsys.readouterr().out) == {
-        "error": "seeds must not be negative; got (-1,).", "kind": ConfigError.__name__
-    }
+    for given, message in (
+        (["--strengths", "0,nan"], "--strengths: must be a finite number, such as 0.5; got 'nan'"),
+        (["--seeds", "-1"], "--seeds: must be a whole number of at least 0; got '-1'"),
+        (["--seeds", "0,x"], "--seeds: must be a whole number of at least 0; got 'x'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["simulate", *given, "--output", str(tmp_path)])
+        assert message in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["simulate", "--json", "--output", str(tmp_path / "file")]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["kind"], "choose another with --output" in report["error"]) == (FileError.__name__, True)
-    with pytest.raises(SystemExit):
-        main(["simulate", "--seeds", "0,x"])
-    assert "must be whole numbers with commas between them" in capsys.readouterr().err
 
 
 def test_the_help_teaches_what_is_simulated(capsys):

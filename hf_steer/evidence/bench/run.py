@@ -48,7 +48,6 @@ def run_bench(
     contenders: Sequence[Contender],
     *,
     seconds: float,
-    quick: bool = False,
     progress: Callable[[Sequence[Any]], Any] = iter,
     keep: Callable[[list[Row]], object] = len,
 ) -> Bench:
@@ -58,7 +57,6 @@ def run_bench(
         cells: of `list_cells`; all on one device.
         contenders: of `choose_contenders`.
         seconds: of timing per cell, beyond the first three rounds.
-        quick: patch a tiny model.
         progress: wraps the cells, as tqdm does.
         keep: is handed all rows so far after each cell, so that a run that is cut short has not been for nothing.
     """
@@ -71,7 +69,7 @@ def run_bench(
         rows += _measure(cell, ready, models, known, bench, seconds)
         bench.rows = finished(rows, cell.device)
         keep(bench.rows)
-    rows.append(patching_row(*patching_costs(quick=quick)))
+    rows.append(patching_row(*patching_costs()))
     bench.rows = finished(rows, cells[0].device)
     keep(bench.rows)
     return bench

@@ -16,22 +16,20 @@ from hf_steer.evidence.bench.timing import Call, peak_bytes
 from hf_steer.patching import patch_model, unpatch_model
 
 _VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
-_TINY_VISION = {**_VISION, "depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
-def patching_costs(*, quick: bool = False, rounds: int = 15) -> tuple[Shape, list[float], int]:
+def patching_costs(*, rounds: int = 15) -> tuple[Shape, list[float], int]:
     """Patch and unpatch, all heads of all layers, scores from the model's own eyes.
 
     Args:
-        quick: a tiny model instead of the 7B shape.
         rounds: how often it is timed.
 
     Returns:
         The shape; milliseconds of each patching; highest bytes that Python's objects and tensors of the CPU took, above what
         was there before. (Tensors of the meta device take nothing; of the weights' size there can be none on another.)
     """
-    shape = SHAPES["tiny" if quick else "qwen2-vl-7b"]
-    model = _model_without_weights(shape, _TINY_VISION if quick else _VISION)
+    shape = SHAPES["qwen2-vl-7b"]
+    model = _model_without_weights(shape)
     config = SteerConfig(attention=AttentionConfig(strength=STRENGTH))
     taken = []
     for _ in range(rounds + 1):
@@ -50,7 +48,7 @@ def patching_costs(*, quick: bool = False, rounds: int = 15) -> tuple[Shape, lis
     return shape, taken[1:], peak - before + tensors  # the first imports what it needs
 
 
-def _model_without_weights(shape: Shape, vision: dict[str, Any]) -> Any:
+def _model_without_weights(shape: Shape) -> Any:
     angles, side = shape.head_dim // 2, shape.head_dim // 6
     text = {
         "vocab_size": 152064,
@@ -61,6 +59,6 @@ def _model_without_weights(shape: Shape, vision: dict[str, Any]) -> Any:
         "num_key_value_heads": shape.key_value_heads,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [angles - 2 * side, side, side]},
     }
-    config = Qwen2VLConfig(text_config=text, vision_config={**vision, "hidden_size": shape.hidden})
+    config = Qwen2VLConfig(text_config=text, vision_config={**_VISION, "hidden_size": shape.hidden})
     with torch.device("meta"):
         return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)

@@ -68,7 +68,7 @@ def load_steering(model: Any, id_or_dir: str | os.PathLike[str], **hub_kwargs: A
 
 def from_pretrained(
     id_or_dir: str | os.PathLike[str],
-    steer_config: SteerConfig | str | os.PathLike[str] | None = None,
+    steer_config: SteerConfig | AttentionConfig | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
     **model_kwargs: Any,
@@ -77,8 +77,8 @@ def from_pretrained(
 
     Args:
         id_or_dir: folder or Hub repository of the base model. Its class is the first of `architectures` in `config.json`.
-        steer_config: a SteerConfig: aligners that it names just as the steering beside the model does keep their trained
-            weights, others start fresh (a warning says which trained ones are left out); or the folder or Hub repository of a
+        steer_config: a SteerConfig, or an AttentionConfig alone: aligners that it names just as the steering beside the model
+            does keep their trained weights, others start fresh (a warning says which trained ones are left out); or the folder or Hub repository of a
             saved steering, whose weights are loaded; when None, the steering beside the model.
         tokenizer: reads think tags and phrases, as for `patch_model`; None loads the model's own where it is needed.
         **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
@@ -93,6 +93,8 @@ def from_pretrained(
         PatchError: a model of an unknown family. Everything that can be checked is checked before weights are read.
     """
     hub = {key: model_kwargs[key] for key in _HUB_KEYS if key in model_kwargs}
+    if isinstance(steer_config, AttentionConfig):
+        steer_config = SteerConfig(attention=steer_config)
     config, record, place, keys = _wanted(id_or_dir, steer_config, hub)
     base_config = read_base_config(id_or_dir, **hub)
     model_class = model_class_of(base_config)

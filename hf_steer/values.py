@@ -26,6 +26,8 @@ class Layout:
         size: `(width, height)` in pixels, or `(seconds,)`, of the original, as far as the model's inputs tell; else None.
         slack: by how much each number of `size` may be off (what the processor rounds or pads); infinite where a sound may
             have been cut.
+        tokens: how many it has.
+        frames: how many it has; 1 where they do not form a grid.
         continues: a full window of a long sound: the next one goes on with it if no token lies between.
     """
 
@@ -35,14 +37,13 @@ class Layout:
     size: tuple[float, ...] | None = None
     slack: float = 0.0
     continues: bool = False
+    tokens: int = field(init=False)
+    frames: int = field(init=False)
 
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid or (0,)) if self.cells is None else len(self.cells)
-
-    @property
-    def frames(self) -> int:
-        return 1 if self.grid is None else self.grid[0]
+    def __post_init__(self) -> None:
+        tokens = math.prod(self.grid or (0,)) if self.cells is None else len(self.cells)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "frames", 1 if self.grid is None else self.grid[0])
 
 
 @dataclass(frozen=True)

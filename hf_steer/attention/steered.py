@@ -79,18 +79,8 @@ def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
     return call.mask is None, call.key.device, torch.is_grad_enabled(), used
 
 
-_CURRENT: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)
-"""The innermost forward pass of a patched model that this thread is in."""
-
-
-def current_pass() -> Any:
-    """The innermost forward pass of a patched model that this thread is in; None outside of all."""
-    return _CURRENT.get()
-
-
-def set_pass(current: Any) -> None:
-    """Begin a pass, or go back to the one around it."""
-    _CURRENT.set(current)
+CURRENT_PASS: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)
+"""The innermost forward pass of a patched model that this thread is in; None outside of all."""
 
 
 def registered_name(implementation: str, part: str, family: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_steer.cli.command import add_device, add_heads, add_model, add_prompt, add_scenes, add_seed
 from hf_steer.cli.kinds import UNITS, box, check_device, positive, read_heads
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
-from hf_steer.errors import ConfigError, FileError
+from hf_steer.errors import ConfigError
 
 if TYPE_CHECKING:
     from hf_steer.evidence.pointing import Pointing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_steer.config.checks import (
     Heads,
@@ -124,13 +124,13 @@ class AttentionConfig:
             layers count from the last.
         strength: λ. One number, `{layer: number}`, or `{layer: {head: number}}`. Negative turns the gaze away. `"trainable"`:
             one parameter per head, 0 at first, learned by ordinary training.
-        saliency: where the scores come from.
+        saliency: where the scores come from; the name of a source alone is taken, too.
         queries: `"all"`; `"generated"`: only queries out of which a token is generated, the prompt's last token included (the
             first new token comes out of it); `"thinking"` and `"answer"`: of these, the ones inside or after the thinking
             text. In a training step the generated ones are the positions before a label.
         schedule: factors on λ by phase instead, such as `{"prompt": 0.5, "thinking": 1.0, "answer": 0.0}`; 1 where none is
             given.
-        gate: steer only while the row is uncertain; None steers always.
+        gate: steer only while the row is uncertain; the kind of a gate alone is taken, too. None steers always.
         think_tags: what opens and closes the thinking text, in the prompt or in what is generated; the last one counts.
         backend: how the bias is carried; all give the same result. `"auto"` takes what is cheapest for the device, the phase and
             the attention implementation. `"folded"`: channels of the head dimension; `"mask"`: added to the mask;
@@ -148,10 +148,28 @@ class AttentionConfig:
     gate: GateConfig | None = None
     think_tags: tuple[str, str] = ("<think>", "</think>")
 
+    if TYPE_CHECKING:  # two fields take more than they hold
+
+        def __init__(
+            self,
+            heads: Heads = "all",
+            strength: Strength | Literal["trainable"] = 1.0,
+            saliency: SaliencyConfig | str = ...,
+            queries: Literal["all", "generated", "thinking", "answer"] = "all",
+            backend: str = AUTO,
+            schedule: Mapping[str, float] | None = None,
+            gate: GateConfig | str | None = None,
+            think_tags: tuple[str, str] = ("<think>", "</think>"),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         check_choice("attention.queries", self.queries, tuple(QUERIES))
         if not (isinstance(self.backend, str) and self.backend == AUTO):
             BACKENDS.find(self.backend, "attention.backend must be one of {known}; got {got}{near}.", besides=(AUTO,))
+        if isinstance(self.saliency, str):
+            object.__setattr__(self, "saliency", SaliencyConfig(source=self.saliency))
+        if isinstance(self.gate, str):
+            object.__setattr__(self, "gate", GateConfig(kind=self.gate))
         if not isinstance(self.saliency, SaliencyConfig):
             raise ConfigError(f"attention.saliency must be a SaliencyConfig; got {type(self.saliency).__name__}.")
         object.__setattr__(self, "heads", check_heads(self.heads))

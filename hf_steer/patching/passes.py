@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.attention import SteeredCall, current_pass, set_pass
+from hf_steer.attention import CURRENT_PASS, SteeredCall
 from hf_steer.ground.arguments import Given
 from hf_steer.patching.gaze.memory import CacheState
 from hf_steer.patching.gaze.prompt import Prompt
@@ -80,7 +80,7 @@ class Pass(SteeredCall):
         else:
             # one of an interrupted call is dropped: its last hooks have not run
             self.steering, self.outer = steering, _other_than(steering)
-            set_pass(self)
+            CURRENT_PASS.set(self)
 
     def end(self, steering: Any) -> None:
         """Go back to the pass around it."""
@@ -88,14 +88,14 @@ class Pass(SteeredCall):
             if steering.compiled_pass is not None:
                 steering.compiled_pass = None
         elif pass_of(steering) is self:
-            set_pass(_other_than(steering))
+            CURRENT_PASS.set(_other_than(steering))
 
 
 def pass_of(steering: Any) -> Pass | None:
     """The pass of this model that this thread is in."""
     if torch.compiler.is_compiling():
         return steering.compiled_pass  # type: ignore[no-any-return]
-    current: Pass | None = current_pass()
+    current: Pass | None = CURRENT_PASS.get()
     while current is not None and current.steering is not steering:
         current = current.outer
     return current
@@ -103,7 +103,7 @@ def pass_of(steering: Any) -> Pass | None:
 
 def _other_than(steering: Any) -> Pass | None:
     """The innermost pass that is none of this model."""
-    current: Pass | None = current_pass()
+    current: Pass | None = CURRENT_PASS.get()
     while current is not None and current.steering is steering:
         current = current.outer
     return current

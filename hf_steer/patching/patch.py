@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from hf_steer.config import SteerConfig
+from hf_steer.config import AttentionConfig, GateConfig, SaliencyConfig, SteerConfig
+from hf_steer.config.checks import Heads, Strength
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.ground.implementations import implementation_of, is_ours
 from hf_steer.ground.survey import survey
@@ -17,18 +18,37 @@ from hf_steer.patching.handle import Steering, note_in_force, owner_of
 from hf_steer.patching.plan import make_plan
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import STEERING, find_steering, steering_of
+from hf_steer.patching.short import whole_config
 from hf_steer.patching.unchanged import refuse_running
 from hf_steer.patching.weights import adapter_parameters
 
 Model = TypeVar("Model")
 
 
-def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None = None, tokenizer: Any = None) -> Model:
-    """Patch a live model in place.
+def patch_model(
+    model: Model,
+    config: SteerConfig | AttentionConfig | None = None,
+    *,
+    heads: Heads | None = None,
+    strength: Strength | Literal["trainable"] | None = None,
+    saliency: SaliencyConfig | str | None = None,
+    queries: str | None = None,
+    gate: GateConfig | str | None = None,
+    freeze_base: bool | None = None,
+    tokenizer: Any = None,
+) -> Model:
+    """Patch a live model in place: by a configuration, or, for one gaze, by saying it short.
+
+    `patch_model(model, heads={3: (0, 5)}, strength=4.0)` is `patch_model(model, SteerConfig(attention=AttentionConfig(...)))`.
 
     Args:
         model: a transformers model of a known family, on any device, in any dtype.
-        config: what to steer.
+        config: what to steer; an `AttentionConfig` alone is a `SteerConfig` without aligners.
+        heads: instead of a configuration: as in `AttentionConfig`, and so are the next four.
+        strength: likewise.
+        saliency: likewise; where it is not given, the model's own eyes, or only what is said where it has none that can be read.
+        queries: likewise.
+        gate: likewise.
         freeze_base: train nothing but the aligners and learned strengths (and the projector, with `train_projector`); PEFT's
             adapters are left as they are. None freezes when the configuration has something to train. Unpatching takes it back.
         tokenizer: of the model, or its processor: reads the think tags and phrases of `queries`, `schedule` and `gate`, where
@@ -46,7 +66,8 @@ def patch_model(model: Model, config: SteerConfig, *, freeze_base: bool | None =
             model is as it was.
     """
     _refuse_nested(model)
-    plan = make_plan(model, config, tokenizer)
+    said = {"heads": heads, "strength": strength, "saliency": saliency, "queries": queries, "gate": gate}
+    plan = make_plan(model, whole_config(model, config, said), tokenizer)
     trains = plan.trains
     if freeze_base and not trains:
         raise ConfigError(

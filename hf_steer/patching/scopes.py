@@ -82,8 +82,10 @@ def scope_of(steering: object) -> Scope:
     entries = entries_around(steering)
     if not entries:
         return NOTHING
-    held: dict[str, Any] = {entry.kind: entry.value for entry in entries if entry.kind != LISTENER}
-    return Scope(**held, listeners=tuple(entry.value for entry in entries if entry.kind == LISTENER))
+    held: dict[str, Any] = {}
+    for entry in entries:
+        held[entry.kind] = (*held.get(LISTENER, ()), entry.value) if entry.kind == LISTENER else entry.value
+    return Scope(**held)
 
 
 def use_saliency(model: Any, saliency: Saliency) -> AbstractContextManager[Any]:

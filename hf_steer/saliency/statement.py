@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -26,11 +26,10 @@ class Statement:
 
     tokens: Tensor | None = None
     terms: tuple[Term, ...] = ()
+    regions: tuple[Region, ...] = field(init=False, default=())
 
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """All pictures and sounds that are spoken of, one entry per statement."""
-        return regions_of(self.terms)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", regions_of(self.terms))
 
     def __deepcopy__(self: Own, memo: dict[int, Any]) -> Own:
         """Itself: it is frozen, and a copied cache still carries the same statement."""

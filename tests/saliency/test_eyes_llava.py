@@ -642,7 +642,7 @@ def test_peft_and_the_base_model_alone_are_steered_too(variant):
 @each
 def test_an_interrupted_pass_leaves_no_trace(variant):
     """In the tower, and between tower and decoder: the next call sees its own pictures, and nothing watches on."""
-    from hf_steer.attention import current_pass
+    from hf_steer.attention import CURRENT_PASS
     from hf_steer.saliency import current_recorder
 
     model = patch_model(make_model(variant), steer())
@@ -661,7 +661,7 @@ def test_an_interrupted_pass_leaves_no_trace(variant):
         hook.remove()
         assert torch.equal(generate(model, inputs)[1], tokens)
         assert torch.equal(logits(model, inputs), expected)
-    assert current_pass() is None
+    assert CURRENT_PASS.get() is None
 
 
 @pytest.mark.parametrize("source", SOURCES)

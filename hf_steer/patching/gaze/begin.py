@@ -84,7 +84,8 @@ def _begin_in_generate(current: Pass, call: Generation, given: Given) -> None:
 
 def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
     """A pass by itself: of a loop of the caller's own, in training, or one that was asked for by itself."""
-    past, state = past_of(given.cache), current.state
+    past: int | Tensor = 0 if given.cache is None else past_of(given.cache)
+    state = current.state
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
     if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):
@@ -92,7 +93,7 @@ def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
     current.steers = _continues(current, given, past)
     if current.steers:
         return
-    if not int(past):
+    if given.ids is None and not int(past):
         refuse_longer(given, None if current.statement is None else current.statement.tokens)
     current.prompt = read_prompt(given, plan, current.statement, past=int(past), whole=False)
     if current.prompt is not None and state is None and int(past):
@@ -102,9 +103,10 @@ def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
 
 def _continues(current: Pass, given: Given, past: int | Tensor) -> bool:
     """More text on a cache that has its state, and nothing new to see or said: no look at the tokens is needed."""
-    state, count = current.state, given.count_tokens()
+    state = current.state
     if state is None or given.image_pixels is not None or given.video_pixels is not None or given.encoded is not None:
         return False
+    count = given.count_tokens()
     if isinstance(past, int):
         if past == 0:
             return False

@@ -155,7 +155,7 @@ class Gaze(nn.Module):
         """This pass's biases."""
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        current.cache, past = cache, past_of(cache)
+        current.cache, past = cache, 0 if cache is None else past_of(cache)
         traced = any(listener.follows_steps for listener in current.scope.listeners)
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
@@ -172,7 +172,7 @@ class Gaze(nn.Module):
                 listener.scored(current)
         if current.state is None:
             raise PatchError("a forward pass of a patched model lost its steering state; please report this.")
-        if current.state.rows != rows:  # a cache whose rows were repeated since
+        if len(current.state.scores.values) != rows:  # a cache whose rows were repeated since
             current.state = current.state.for_rows(rows)
         if cache is None and current.scope.call is not None:
             current.scope.call.state = current.state

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_steer.attention import current_pass
+from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
 from hf_steer.ground.attention_call import layer_of
 from hf_steer.ground.implementations import sees_by_itself
@@ -49,7 +49,7 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    current = current_pass()
+    current = CURRENT_PASS.get()
     while current is not None and not (current.arrived and module in current.steering.gaze.covers):
         current = current.outer
     if current is None:

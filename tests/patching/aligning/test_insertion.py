@@ -51,7 +51,7 @@ from hf_steer import (
     unpatch_model,
 )
 from hf_steer.aligners import SteerMoEAligner
-from hf_steer.attention import current_pass
+from hf_steer.attention import CURRENT_PASS
 from hf_steer.training import record_routing
 
 
@@ -538,7 +538,7 @@ def test_a_pass_that_fails_leaves_no_trace():
     broken = dict(inputs, input_features=inputs["input_features"][:, :, :-1])
     with pytest.raises(ValueError, match="expects the mel input features"):
         model(**broken, labels=labels_for("qwen2_audio", inputs))
-    assert current_pass() is None
+    assert CURRENT_PASS.get() is None
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Several(argparse.Action):
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         parts = chain.from_iterable(values) if self.nargs else values
-        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *parts))
+        vars(namespace)[self.dest] = (*(getattr(namespace, self.dest) or ()), *parts)
 
 
 def read_heads(text: str) -> Any:

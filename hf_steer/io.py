@@ -78,8 +78,8 @@ def from_pretrained(
     Args:
         id_or_dir: folder or Hub repository of the base model. Its class is the first of `architectures` in `config.json`.
         steer_config: a SteerConfig, or an AttentionConfig alone: aligners that it names just as the steering beside the model
-            does keep their trained weights, others start fresh (a warning says which trained ones are left out); or the folder or Hub repository of a
-            saved steering, whose weights are loaded; when None, the steering beside the model.
+            does keep their trained weights, others start fresh (a warning says which trained ones are left out); or the folder or
+            Hub repository of a saved steering, whose weights are loaded; when None, the steering beside the model.
         tokenizer: reads think tags and phrases, as for `patch_model`; None loads the model's own where it is needed.
         **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
 

@@ -56,6 +56,8 @@ class AttentionCall:
         sinks: whether each head has a logit that goes to no key.
         added: a bias that the model itself adds to the logits.
         plain: whether the function underneath is transformers' own, so that another kernel may stand in for it.
+        paged: whether the keys come from a paged cache, which the implementation reads itself.
+        unknown: arguments in use whose effect on the logits is not known.
     """
 
     module: Any
@@ -75,6 +77,8 @@ class AttentionCall:
     sinks: bool = field(init=False)
     added: Tensor | None = field(init=False)
     plain: bool = field(init=False)
+    paged: bool = field(init=False)
+    unknown: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Everything is read at once: backends look at it in every layer of every step."""
@@ -87,22 +91,14 @@ class AttentionCall:
         self.cap = option("softcap")
         self.sinks = option("s_aux") is not None
         self.added = option("position_bias")
-        self.plain = _facts(self.inner)[1]
+        declared, self.plain = _facts(self.inner)
+        self.unknown = tuple(name for name in declared if option(name) is not None)
+        self.paged = option("cache") is not None or self.implementation.startswith("paged")
 
     @property
     def layer(self) -> int:
         """Its number."""
         return layer_of(self.module)
-
-    @property
-    def paged(self) -> bool:
-        """Whether the keys come from a paged cache, which the implementation reads itself."""
-        return self.options.get("cache") is not None or self.implementation.startswith("paged")
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Arguments in use whose effect on the logits is not known."""
-        return tuple(name for name in declared_unknown(self.inner) if self.options.get(name) is not None)
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float | None = None, causal: bool | None = None

@@ -72,24 +72,6 @@ class Pass(SteeredCall):
     aligns: bool = False
     trains: bool = False
 
-    def begin(self, steering: Any) -> None:
-        """Make it the current pass of this thread; in a compiled graph, which cannot trace context variables, of the model."""
-        if torch.compiler.is_compiling():
-            if self.aligns or steering.plan.eyes:
-                steering.compiled_pass = self
-        else:
-            # one of an interrupted call is dropped: its last hooks have not run
-            self.steering, self.outer = steering, _other_than(steering)
-            CURRENT_PASS.set(self)
-
-    def end(self, steering: Any) -> None:
-        """Go back to the pass around it."""
-        if torch.compiler.is_compiling():
-            if steering.compiled_pass is not None:
-                steering.compiled_pass = None
-        elif pass_of(steering) is self:
-            CURRENT_PASS.set(_other_than(steering))
-
 
 def pass_of(steering: Any) -> Pass | None:
     """The pass of this model that this thread is in."""
@@ -101,8 +83,8 @@ def pass_of(steering: Any) -> Pass | None:
     return current
 
 
-def _other_than(steering: Any) -> Pass | None:
-    """The innermost pass that is none of this model."""
+def pass_around(steering: Any) -> Pass | None:
+    """The innermost pass that is none of this model: what goes on when one of its own ends, or was interrupted."""
     current: Pass | None = CURRENT_PASS.get()
     while current is not None and current.steering is steering:
         current = current.outer

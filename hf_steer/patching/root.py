@@ -6,8 +6,10 @@ import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
 from hf_steer.ground.caches import past_of
@@ -19,7 +21,7 @@ from hf_steer.patching.gaze.learned import LearnedStrengths
 from hf_steer.patching.gaze.ledger import Generation
 from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.prompt import read_prompt
-from hf_steer.patching.passes import Pass, pass_of
+from hf_steer.patching.passes import Pass, pass_around, pass_of
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import CALL, STEERING, Scope, scope_of, take_statement
 from hf_steer.saliency import Saliency
@@ -46,10 +48,10 @@ class Root(nn.Module):
         """Root, or the base model alone, as PEFT calls it: begin a pass. What the hooks further in cannot see is read here."""
         if STEERING in kwargs:  # the root has begun it
             return None
+        said, kwargs = take_statement(self, kwargs)
         scope = scope_of(self)
         if getattr(module, "_is_replica", False) and not scope.off:
             _refuse_replica()
-        said, kwargs = take_statement(self, kwargs)
         if not (self.plan.strengths or len(self.aligners)):  # strengths of 0 change nothing
             return args, kwargs
         root = self.plan.anatomy.root
@@ -61,7 +63,7 @@ class Root(nn.Module):
             begin_gaze(self, current, given, said)
         if len(self.aligners):
             self.aligners.begin(current, given)
-        current.begin(self)
+        self.enter(current)
         return args, {**kwargs, STEERING: current} if current.steers else kwargs
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -70,7 +72,7 @@ class Root(nn.Module):
         if not isinstance(current, Pass):
             return None
         if current.by is module:
-            current.end(self)
+            self.leave(current)
         if output is None:  # interrupted
             return None
         if current.steers and not current.arrived:
@@ -79,17 +81,38 @@ class Root(nn.Module):
                 "a replaced decoder or forward) does not hand the keyword 'hf_steer' on. Let it pass **kwargs through, patch the "
                 "model after such changes, or run inside disable_steering(model)."
             )
-        if current.steers and module is self.plan.anatomy.root:
+        learns = self.gaze.remembers or bool(current.scope.listeners)
+        if learns and current.steers and module is self.plan.anatomy.root:
             self.gaze.after_model(current, output)
         return self.aligners.with_balance(current, output) if current.trains and current.by is module else None
+
+    def enter(self, current: Pass) -> None:
+        """Make a pass the current one of this thread; in a compiled graph, which cannot trace context variables, of the model."""
+        if torch.compiler.is_compiling():
+            if current.aligns or self.plan.eyes:
+                self.compiled_pass = current
+            return
+        around = CURRENT_PASS.get()
+        if around is not None:  # one of an interrupted call is dropped: its last hooks have not run
+            around = pass_around(self)
+        current.steering, current.outer = self, around
+        CURRENT_PASS.set(current)
+
+    def leave(self, current: Pass) -> None:
+        """Go back to the pass around it."""
+        if torch.compiler.is_compiling():
+            if self.compiled_pass is not None:
+                self.compiled_pass = None
+        elif current.steering is self:
+            CURRENT_PASS.set(current.outer)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its prompt kept whole for the forward passes that it is taken apart into.
 
         `saliency=` says where to look in this call, whatever thread or pool it runs in.
         """
-        said, kwargs = take_statement(self, kwargs)
         original = self.original("generate")
+        said, kwargs = take_statement(self, kwargs)
         if not (self.plan.strengths or self.aligners.reads_text):
             return original(*args, **kwargs)
         given = read_generate(args, kwargs)

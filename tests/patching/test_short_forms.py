@@ -71,7 +71,7 @@ def test_names_stand_for_a_source_and_for_a_gate():
     [
         (((), {}), r"not told what to steer. Say it short, patch_model\(model, heads='all', strength=2.0\)"),
         (((SteerConfig(),), {"heads": "all"}), "a configuration or heads=, not both"),
-        (((), {"saliency": Saliency.from_tokens([[1.0]])}), r"names a source.*got a Saliency, which is said call by call: model.gen"),
+        (((), {"saliency": Saliency.from_tokens([[1.0]])}), r"names a source.*got a Saliency, which is said call by call"),
         (((3,), {}), "must be a SteerConfig or an AttentionConfig; got int"),
     ],
     ids=["nothing", "both", "statement", "number"],

@@ -40,7 +40,7 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         PatchError: a pass inside `generate` that belongs to nobody; steered parts that were replaced.
         SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
     """
-    plan, scope, compiling = steering.plan, current.scope, torch.compiler.is_compiling()
+    plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
     current.decided, current.tokens = given.source is not None, given.ids
     if scope.off:
         refuse_changed(plan, steering.gaze.implementations, ())
@@ -49,18 +49,17 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
     current.backend = plan.config.attention.backend
     current.state = state = read_state(given.cache)
     call = scope.call
-    owned = call is not None and call.owns(given, state, said, scope.saliency, sees=plan.sees)
+    owned = call is not None and call.owns(given, state, said, scope.saliency, sees=sees)
     if call is not None and owned:
         current.statement = call.statement
+        _begin_in_generate(current, call, given)
     else:
         current.statement = scope.saliency if said is None else said
         if current.statement is None:
             warn_of_others(steering)
-    asked = current.statement is not None or plan.sees or (state is not None and state.speaks)
+    asked = current.statement is not None or sees or (state is not None and state.speaks)
     refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
-    if call is not None and owned:
-        _begin_in_generate(current, call, given)
-    else:
+    if not owned:
         _begin_alone(current, plan, given)
 
 
@@ -79,7 +78,7 @@ def _begin_in_generate(current: Pass, call: Generation, given: Given) -> None:
     if admitted is None or call.prompt is None:
         return
     current.prompt, current.state = admitted
-    current.prompt_end, current.records, current.steers = call.prompt.end, call.records, True
+    current.prompt_end, current.records, current.steers = call.prompt.first_position + call.prompt.shape[1], call.records, True
 
 
 def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:

@@ -60,7 +60,7 @@ class Gaze(nn.Module):
         )
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
-        self.remembers = remembers
+        self.remembers, self.sees = remembers, plan.sees
 
     def register_functions(self) -> None:
         """Make our attention functions known in this process; a registry entry changes no model."""
@@ -148,15 +148,16 @@ class Gaze(nn.Module):
             return begun, kwargs
         current = Pass(given=given, scope=scope_of(steering), by=module)
         begin_gaze(steering, current, given, said)
-        current.begin(steering)
+        steering.enter(current)
         return current, kwargs
 
     def _decide(self, current: Pass, module: nn.Module, given: Given) -> None:
         """This pass's biases."""
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        current.cache, past = cache, 0 if cache is None else past_of(cache)
         traced = any(listener.follows_steps for listener in current.scope.listeners)
+        matters = cache is not None and (current.prompt is not None or self.paces or traced)
+        current.cache, past, strengths = cache, past_of(cache) if matters else 0, self.strengths(current, device)
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
@@ -187,7 +188,7 @@ class Gaze(nn.Module):
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
         current.biases = make_biases(
-            current.state, self.strengths(current, device), cache=cache, queries=queries, gate=current.pace.factor,
+            current.state, strengths, cache=cache, queries=queries, gate=current.pace.factor,
             preserve_mass=self.attention.saliency.preserve_mass,
         )  # fmt: skip
 
@@ -204,7 +205,7 @@ class Gaze(nn.Module):
         if not isinstance(current, Pass):
             return
         if current.by is module:
-            current.end(self.owner[0])
+            self.owner[0].leave(current)
         if output is None or not current.steers or current.state is None:  # interrupted, or nothing to steer
             return
         missing = [layer for layer in current.biases if layer not in current.signed]

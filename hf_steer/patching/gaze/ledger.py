@@ -150,7 +150,7 @@ class Generation:
         past, tokens = int(past_of(given.cache)), given.source
         more = past - self.past
         if more == 0 and tokens is not None and tokens.ndim == 3 and prompt.ids is not None and given.ids is None:
-            more = tokens.shape[1] - (prompt.end - past)
+            more = tokens.shape[1] - (prompt.first_position + prompt.shape[1] - past)
         if more > 0:
             raise SaliencyError(f"{more} virtual tokens came before the prompt that generate was called with {VIRTUAL}")
 

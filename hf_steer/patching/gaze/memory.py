@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, stamp_of, watch_rows
+from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, shown_keys, stamp_of, watch_rows
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
@@ -169,11 +169,11 @@ def read_state(cache: Any) -> CacheState | None:
 def write_state(cache: Any, state: CacheState) -> CacheState:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
     if not torch.compiler.is_compiling():
-        keys = first_keys(cache)
-        unmarked = state.marks is None and state.speaks
-        if unmarked and keys is not None and keys.shape[2] >= state.length and _shows_prompt(cache, keys, state.length):
-            state = dataclasses.replace(state, marks=_marks(keys, state.length))
-        setattr(cache, _SEEN, stamp_of(keys))
+        length = state.scores.values.shape[1]
+        keys, stamp, shown = shown_keys(cache, length)
+        if shown and state.marks is None and state.speaks:
+            state = dataclasses.replace(state, marks=_marks(keys, length))
+        setattr(cache, _SEEN, stamp)
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)
     return state
@@ -191,11 +191,6 @@ def note_unseen(cache: Any) -> None:
     state: CacheState | None = getattr(cache, _ATTRIBUTE, None)
     if state is not None and not state.unseen_among(past := int(past_of(cache))):
         setattr(cache, _ATTRIBUTE, dataclasses.replace(state, unseen=past))
-
-
-def _shows_prompt(cache: Any, keys: Tensor, length: int) -> bool:
-    """Whether the whole prompt is in the cache, and none of it has left these keys."""
-    return int(past_of(cache)) >= length and begins_with_first(cache, keys)
 
 
 def _marks(keys: Tensor | None, length: int) -> Tensor | None:

@@ -44,11 +44,6 @@ class Prompt:
     spans: tuple[Span, ...]
     labelled: Tensor | None
 
-    @property
-    def end(self) -> int:
-        """Key position after it."""
-        return self.first_position + self.shape[1]
-
 
 def read_prompt(given: Given, plan: Plan, statement: Saliency | None, *, past: int, whole: bool) -> Prompt | None:
     """The prompt in the arguments of a forward pass or of `generate`; None when they hold no tokens.

@@ -65,4 +65,5 @@ def resolve_state(
         scores = join_scores(old.scores, scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
     unseen = None if old is None else old.unseen
-    return CacheState(scores, spans, current.statement, speaks=speaks, unseen=unseen).for_rows(rows)
+    state = CacheState(scores, spans, current.statement, speaks=speaks, unseen=unseen)
+    return state if rows == batch else state.for_rows(rows)

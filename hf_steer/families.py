@@ -72,7 +72,7 @@ def family_of(model_type: str) -> Family:
     """
     return FAMILIES.find(
         model_type,
-        "model type {got} is not known to hf_steer{near}; it can patch {known}. A new family is one row, "
+        "model type {got} is not known to hf_steer{near}; it can patch {known}. A new family is one row in hf_steer/families.py; "
         "see docs/extending/family.md.",
     )
 

@@ -67,28 +67,29 @@ def load_plugins() -> list[Failure]:
             if place in _ASKED:
                 continue
             _ASKED.add(place)
-            error = _load(point)
-            if error is not None:
+            try:
+                _load(point)
+            except BaseException as error:  # other people's code, which may raise anything; whoever asked for a name gets to see it
                 _ASKED.discard(place)
+                if not isinstance(error, Exception):  # it was interrupted
+                    raise
                 failures.append(Failure(point.name, place[0], error))
     return failures
 
 
-def _load(point: EntryPoint) -> Exception | None:
-    """Import what an entry point names and call it, unless it is a module; what went wrong, all of it taken back."""
+def _load(point: EntryPoint) -> None:
+    """Import what an entry point names and call it, unless it is a module; all of it or nothing."""
     loading = Loading(_package_of(point))
     token = _LOADING.set(loading)
     try:
         found = point.load()
         if not isinstance(found, ModuleType):
             found()
-    except Exception as error:  # other people's code, which may raise anything; whoever asked for a name gets to see it
-        for undo in reversed(loading.undo):
-            undo()
-        return error
+        loading.undo.clear()
     finally:
         _LOADING.reset(token)
-    return None
+        for undo in reversed(loading.undo):
+            undo()
 
 
 def package_of(module: str) -> str | None:

@@ -157,6 +157,16 @@ def test_a_plugin_that_fails_does_not_stand_in_the_way_of_others(plugin):
         assert GateConfig("whole").release == 0.4
 
 
+def test_a_plugin_that_is_interrupted_is_asked_again(plugin, tmp_path):
+    (tmp_path / "hf_steer_patience.py").write_text("calls = []\n")
+    calls = "    from hf_steer_patience import calls\n    calls.append(1)\n    if len(calls) < 2: raise KeyboardInterrupt\n"
+    plugin("plugin-tedious", GATE.format(name="tedious") + calls)
+    with pytest.raises(KeyboardInterrupt):
+        GateConfig("tedious")
+    assert "tedious" not in set(GATES)
+    assert GATES.provider_of("tedious") == "plugin-tedious"
+
+
 def test_two_plugins_cannot_have_one_name(plugin):
     plugin("plugin-first", GATE.format(name="wanted_by_two"))
     again = "    hf_steer.register_gate('wanted_by_two', hf_steer.Gate(reads=len, options={}))\n"

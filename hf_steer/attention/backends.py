@@ -79,7 +79,7 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
 
 def refuse(name: str, call: AttentionCall) -> str | None:
     """Why a backend cannot carry this call's bias; None where it can."""
-    backend = BACKENDS[name]
+    backend = BACKENDS.rows.get(name) or BACKENDS[name]
     if call.implementation not in backend.over:
         return f"it does not know the masks of {call.implementation!r}"
     if backend.instead and not call.plain:

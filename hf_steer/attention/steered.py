@@ -65,7 +65,8 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         bias = call.bias = on_device(bias, call.key.device)
     attend = passing.chosen.get(alike := _kind_of(call))
     if attend is None:
-        attend = passing.chosen[alike] = BACKENDS[choose_backend(passing.backend, call)].attend
+        name = choose_backend(passing.backend, call)
+        attend = passing.chosen[alike] = BACKENDS.rows[name].attend
     passing.signed.add(layer)
     return attend(call, bias)
 

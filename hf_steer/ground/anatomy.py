@@ -60,6 +60,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=1 if vision is None else setting(vision, "merge"),
+        patch_px=int(setting(vision, "patch_px")) if vision is not None and has_setting(vision, "patch_px") else 0,
         temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
         windowed=family.windowed,
         arrangement=family.arrangement,

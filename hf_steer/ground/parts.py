@@ -77,6 +77,7 @@ class Anatomy:
     placeholder_ids: Mapping[str, int]
     layout: str | Callable[..., Any] | None
     merge_size: int
+    patch_px: int
     temporal_patch_size: int
     windowed: bool
     arrangement: str | None

@@ -60,11 +60,6 @@ def square_of(anatomy: Anatomy) -> Square:
     return Square(int(setting(vision, "side_px")), int(setting(vision, "patch_px")))
 
 
-def patch_px(anatomy: Anatomy) -> int:
-    """Side of a patch."""
-    return int(setting(vision_of(anatomy), "patch_px"))
-
-
 def resolutions_of(anatomy: Anatomy) -> Any:
     """Heights and widths that an anyres model's parts may tile, in pixels."""
     return setting(anatomy.root.config, "resolutions_px")

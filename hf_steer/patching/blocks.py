@@ -71,18 +71,18 @@ class Block(contextlib.ContextDecorator):
         self.entries.append(entry)
         if frame is None:
             _STACK.set((*_STACK.get(), entry))
-        _OPEN[number] = weakref.ref(entry)
+        OPEN[number] = weakref.ref(entry)
         return self.value
 
     def __exit__(self, *_: object) -> None:
         entry = self.entries.pop()
         entry.steering = entry.value = entry.frame = None
-        _OPEN.pop(entry.number, None)
+        OPEN.pop(entry.number, None)
         _STACK.set(tuple(own for own in _STACK.get() if own.steering is not None))
 
 
 _STACK: ContextVar[tuple[Entry, ...]] = ContextVar("hf_steer_blocks", default=())
-_OPEN: dict[int, weakref.ref[Entry]] = {}
+OPEN: dict[int, weakref.ref[Entry]] = {}
 """All stays of this process that are not over, in the order in which they began."""
 
 
@@ -105,14 +105,14 @@ def steerings_with(*kinds: str) -> list[Any]:
 def _around() -> tuple[Entry, ...]:
     """The blocks that the code that runs now is in, the outermost first."""
     stack = _STACK.get()
-    if torch.compiler.is_compiling() or not _OPEN:
+    if torch.compiler.is_compiling() or not OPEN:
         return stack
     generators = [entry for entry in _all_open() if entry.frame is not None and _is_running(entry.frame)]
     return tuple(sorted((*stack, *generators), key=lambda entry: entry.number)) if generators else stack
 
 
 def _all_open() -> list[Entry]:
-    found = (reference() for reference in list(_OPEN.values()))
+    found = (reference() for reference in list(OPEN.values()))
     return [entry for entry in found if entry is not None and entry.steering is not None]
 
 

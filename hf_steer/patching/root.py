@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
@@ -42,6 +41,7 @@ class Root(nn.Module):
             own_spellings(type(module))  # looked up before anything is compiled
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
+        self.prompted = self.aligners.reads_text
         self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,33 +113,29 @@ class Root(nn.Module):
         """
         original = self.original("generate")
         said, kwargs = take_statement(self, kwargs)
-        if not (self.plan.strengths or self.aligners.reads_text):
+        scope = scope_of(self)
+        if not (self.plan.strengths or self.prompted):
             return original(*args, **kwargs)
         given = read_generate(args, kwargs)
-        call = self._begin_call(given, given.mask if given.mask is not None else inferred_mask(given, self.plan.anatomy.root), said)
-        held: AbstractContextManager[Any] = nullcontext() if call is None else Block(self, CALL, call, follows=False)
-        with held:
-            result = original(*args, **kwargs)
-        if call is not None:
-            if call.asks and inspect.isgenerator(result):
-                raise PatchError(
-                    "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
-                    "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
-                )
-            call.close()
-        return result
-
-    def _begin_call(self, given: Given, mask: Tensor | None, said: Saliency | None) -> Generation | None:
-        """What the passes of a `generate` are to know; None where no part of the steering needs any."""
-        scope, prompted = scope_of(self), self.aligners.reads_text and given.ids is not None
-        call = Generation(ids=given.ids, mask=mask)
+        if given.mask is None:
+            given = given.with_mask(inferred_mask(given, self.plan.anatomy.root))
+        call = Generation(ids=given.ids, mask=given.mask)
         if self.plan.strengths and not scope.off:
-            outer = scope.call
-            if outer is not None and outer.drafts:
+            if scope.call is not None and scope.call.drafts:
                 call.steers = True
             else:
-                self._read_call(call, given.with_mask(mask), scope, said)
-        return call if call.steers or prompted else None
+                self._read_call(call, given, scope, said)
+        if not (call.steers or (self.prompted and given.ids is not None)):
+            return original(*args, **kwargs)
+        with Block(self, CALL, call, follows=False):
+            result = original(*args, **kwargs)
+        if call.asks and inspect.isgenerator(result):
+            raise PatchError(
+                "this custom_generate gives a generator, whose passes run after generate has returned, when its prompt is no "
+                "longer known. Let it run to its end and return the tokens, or run inside disable_steering(model)."
+            )
+        call.close()
+        return result
 
     def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:
         """The gaze's part of a `generate` that is not a draft."""
@@ -156,7 +152,7 @@ class Root(nn.Module):
             known = None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past]
             refuse_unseen(self.plan, statement, unseen, known)
         root = self.plan.anatomy.root
-        sees = self.plan.sees and (prompt.ids is None or bool(prompt.spans))
+        sees = self.gaze.sees and (prompt.ids is None or bool(prompt.spans))
         call.asks = statement is not None or sees or (state is not None and state.speaks)
         call.steers, call.guided, call.drafts = True, given.guides(root), given.drafts_for(root)
 

@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_steer.errors import PatchError, SaliencyError
-from hf_steer.patching.blocks import Block, entries_around
+from hf_steer.patching.blocks import OPEN, Block, entries_around
 from hf_steer.patching.gaze.ledger import Generation
 from hf_steer.patching.planned import Strengths
 from hf_steer.saliency import Saliency
@@ -79,7 +80,8 @@ NOTHING = Scope()
 
 def scope_of(steering: object) -> Scope:
     """What holds here: of each kind the innermost block counts, and every listener."""
-    entries = entries_around(steering)
+    compiling = torch.compiler.is_compiling()  # a graph must not depend on how many blocks are open
+    entries = entries_around(steering) if compiling or OPEN else ()
     if not entries:
         return NOTHING
     held: dict[str, Any] = {}

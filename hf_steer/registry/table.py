@@ -51,13 +51,13 @@ class Table(Mapping[str, Row], Generic[Row]):
     ) -> None:
         self.noun = noun
         self._row, self._home, self._error, self._reserved = row, home, error, reserved
-        self._rows: dict[str, Row] = {}  # replaced, never changed: whoever reads needs no lock
+        self.rows: dict[str, Row] = {}  # replaced, never changed: whoever reads needs no lock
         self._origins: dict[str, Origin] = {}
         self._has_ours = False
         self._lock = RLock()
 
     def __getitem__(self, name: str) -> Row:
-        row = self._rows.get(name)
+        row = self.rows.get(name)
         return self.find(name) if row is None else row
 
     def __iter__(self) -> Iterator[str]:
@@ -110,7 +110,7 @@ class Table(Mapping[str, Row], Generic[Row]):
         if row is not None:
             return row, []
         failures = load_plugins()
-        row = self._rows.get(name)
+        row = self.rows.get(name)
         if row is not None:
             for failure in failures:  # of others than the one that was asked for
                 warnings.warn(f"{failure}; it is left out.", stacklevel=4)
@@ -136,14 +136,14 @@ class Table(Mapping[str, Row], Generic[Row]):
         loading = current_loading()
         self._with_ours()
         with self._lock:
-            taken = self._rows.get(name)
+            taken = self.rows.get(name)
             if taken is not None and taken == row:
                 return
             if taken is not None or name in self._reserved:
                 raise ConfigError(
                     f"there is a {self.noun} {name!r} already, {self._owner(name)}; a name means one thing. Take another name."
                 )
-            self._rows = {**self._rows, name: row}
+            self.rows = {**self.rows, name: row}
             self._origins[name] = Origin(None if loading is None else loading.package, module)
         if loading is not None:
             loading.undo.append(partial(self.remove, name))
@@ -158,7 +158,7 @@ class Table(Mapping[str, Row], Generic[Row]):
             if name not in self._origins:
                 added = ", ".join(map(repr, self._origins)) or "none"
                 raise ConfigError(f"{self.noun} {shown(name)} was not added by anybody; those that were: {added}.")
-            self._rows = {own: row for own, row in self._rows.items() if own != name}
+            self.rows = {own: row for own, row in self.rows.items() if own != name}
             del self._origins[name]
 
     def is_ours(self, name: str) -> bool:
@@ -182,5 +182,5 @@ class Table(Mapping[str, Row], Generic[Row]):
             ours = import_module(self._home).OURS  # before the lock is taken: another thread may be importing just that
             with self._lock:
                 if not self._has_ours:
-                    self._rows, self._has_ours = {**ours, **self._rows}, True
-        return self._rows
+                    self.rows, self._has_ours = {**ours, **self.rows}, True
+        return self.rows

@@ -50,9 +50,9 @@ def _qwen(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whol
     """The whole picture on the whole grid; the grid comes with the pixels."""
     grids: dict[str, Sequence[tuple[int, int, int]]] = {modality: record.grids for modality, record in records.items()}
     merge = anatomy.merge_size
+    side = merge * anatomy.patch_px
     for modality, patches in pictures.grids_in(given).items():
         grids[modality] = [(t, height // merge, width // merge) for t, height, width in patches]
-    side = merge * pictures.patch_px(anatomy)
     return {
         modality: [Layout(grid=grid, size=(grid[2] * side, grid[1] * side), slack=QWEN_SLACK_TOKENS * side) for grid in own]
         for modality, own in grids.items()
@@ -62,7 +62,7 @@ def _qwen(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whol
 def _llava(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
     """As many patches as fit for Pixtral; a square for the other towers."""
     if pictures.count_pictures(given, "image") and pictures.kind_of(pictures.vision_of(anatomy)) == "pixtral":
-        patch = pictures.patch_px(anatomy)
+        patch = anatomy.patch_px
         return {"image": [_pixtral_layout(height, width, patch) for height, width in pictures.seen_sizes(given)]}
     return _of_cuts(whole_pictures(given, anatomy, whole))
 

@@ -14,7 +14,7 @@ import torch
 from kit.tiny import make_model, make_prompt
 
 import hf_steer
-from hf_steer import AttentionConfig, Saliency, SaliencyConfig, patch_model, use_saliency
+from hf_steer import AttentionConfig, Saliency, SaliencyConfig, patch_model
 
 ROOT = str(Path(hf_steer.__file__).parent)
 
@@ -42,11 +42,11 @@ def steered_calls() -> dict[str, list[str]]:
     inputs = make_prompt("qwen2_vl", [[3, ("image", 2, 3), 4]])
     box = Saliency.from_boxes([(0, 0, 8, 8)], image_size=(24, 16))
     calls = {
-        "forward": lambda: model(**inputs),
-        "generate": lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False),
+        "forward": lambda: model(**inputs, saliency=box),
+        "generate": lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False, saliency=box),
     }
     found = {}
-    with use_saliency(model, box), torch.no_grad():
+    with torch.no_grad():
         for name, call in calls.items():
             call()
             found[name] = files_of(call)

@@ -12,7 +12,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.caches import past_of
 from hf_steer.patching.blocks import held_elsewhere
-from hf_steer.patching.gaze.ledger import Generation, refuse_longer
+from hf_steer.patching.gaze.ledger import refuse_longer
 from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass
@@ -47,20 +47,23 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         _pass_over(scope, given)
         return
     current.backend = plan.config.attention.backend
-    current.state = state = read_state(given.cache)
+    current.state = state = None if given.cache is None else read_state(given.cache)
     call = scope.call
     owned = call is not None and call.owns(given, state, said, scope.saliency, sees=sees)
     if call is not None and owned:
-        current.statement = call.statement
-        _begin_in_generate(current, call, given)
+        current.statement, admitted = call.statement, call.admit(given, state)
+        if admitted is not None and call.prompt is not None:
+            current.prompt, current.state = admitted
+            current.prompt_end = call.prompt.first_position + call.prompt.shape[1]
+            current.records, current.steers = call.records, True
     else:
         current.statement = scope.saliency if said is None else said
         if current.statement is None:
             warn_of_others(steering)
     asked = current.statement is not None or sees or (state is not None and state.speaks)
-    refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
     if not owned:
         _begin_alone(current, plan, given)
+    refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
 
 
 def _pass_over(scope: Scope, given: Given) -> None:
@@ -71,14 +74,6 @@ def _pass_over(scope: Scope, given: Given) -> None:
         scope.call.started = True
     if given.perceives:
         note_unseen(given.cache)
-
-
-def _begin_in_generate(current: Pass, call: Generation, given: Given) -> None:
-    admitted = call.admit(given, current.state)
-    if admitted is None or call.prompt is None:
-        return
-    current.prompt, current.state = admitted
-    current.prompt_end, current.records, current.steers = call.prompt.first_position + call.prompt.shape[1], call.records, True
 
 
 def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_steer.attention import attend_steered, recording_attention, registered_name
 from hf_steer.config import AttentionConfig
 from hf_steer.errors import PatchError
-from hf_steer.ground.arguments import Given, read_call
+from hf_steer.ground.arguments import read_call
 from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import skips_layers
@@ -60,7 +60,7 @@ class Gaze(nn.Module):
         )
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
-        self.remembers, self.sees = remembers, plan.sees
+        self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
 
     def register_functions(self) -> None:
         """Make our attention functions known in this process; a registry entry changes no model."""
@@ -126,23 +126,23 @@ class Gaze(nn.Module):
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder: by now the tower has run; turn prompt, records and statement into this pass's biases."""
         current = kwargs.get(STEERING)
-        given = read_call(module, args, kwargs)
         if current is None:
-            current, kwargs = self._take_up(module, given, kwargs)
+            current, kwargs = self._take_up(module, args, kwargs)
         if isinstance(current, Pass):  # no first pass that looks for saliency
             current.arrived = True
             if current.steers:
-                self._decide(current, module, given)
+                self._decide(current, module, args, kwargs)
                 return args, {**kwargs, STEERING: current}
         return args, kwargs
 
-    def _take_up(self, module: nn.Module, given: Given, kwargs: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
+    def _take_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
         """The pass of a decoder that no keyword tells: it is not steered, or called by itself, or what was begun got lost."""
         steering = self.owner[0]
         begun = pass_of(steering)
         if begun is not None and begun.decided and not begun.steers and not begun.arrived:
             return begun, kwargs
         said, kwargs = take_statement(steering, kwargs)
+        given = read_call(module, args, kwargs)
         if begun is not None and not begun.decided and not begun.arrived:  # of a model's call that brought no tokens
             begin_gaze(steering, begun, given, said)
             return begun, kwargs
@@ -151,13 +151,14 @@ class Gaze(nn.Module):
         steering.enter(current)
         return current, kwargs
 
-    def _decide(self, current: Pass, module: nn.Module, given: Given) -> None:
+    def _decide(self, current: Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """This pass's biases."""
+        traced = any(listener.follows_steps for listener in current.scope.listeners)
+        given = read_call(module, args, kwargs)
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        traced = any(listener.follows_steps for listener in current.scope.listeners)
         matters = cache is not None and (current.prompt is not None or self.paces or traced)
-        current.cache, past, strengths = cache, past_of(cache) if matters else 0, self.strengths(current, device)
+        current.cache, past = cache, past_of(cache) if matters else 0
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
@@ -187,6 +188,7 @@ class Gaze(nn.Module):
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
+        strengths = self.strengths(current, device) if current.scope.strengths is not None or self.learns else self.plan.strengths
         current.biases = make_biases(
             current.state, strengths, cache=cache, queries=queries, gate=current.pace.factor,
             preserve_mass=self.attention.saliency.preserve_mass,

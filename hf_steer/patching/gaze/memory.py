@@ -171,8 +171,8 @@ def write_state(cache: Any, state: CacheState) -> CacheState:
     if not torch.compiler.is_compiling():
         length = state.scores.values.shape[1]
         keys, stamp, shown = shown_keys(cache, length)
-        if shown and state.marks is None and state.speaks:
-            state = dataclasses.replace(state, marks=_marks(keys, length))
+        if shown and keys is not None and state.marks is None and state.speaks:
+            state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
         setattr(cache, _SEEN, stamp)
     setattr(cache, _ATTRIBUTE, state)
     watch_rows(cache, follow_rows)

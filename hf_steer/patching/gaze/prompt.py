@@ -144,8 +144,13 @@ def _new_spans(
     if not (layouts or needed):
         return ()
     fresh = ids[:, max(0, past - first) :]
-    count = sum(int((fresh == token).sum()) for token in placeholders.values())
-    if count == sum(layout.tokens for own in layouts.values() for layout in own):
+    unclaimed = 0
+    for token in placeholders.values():
+        unclaimed += int((fresh == token).sum())
+    for own in layouts.values():
+        for layout in own:
+            unclaimed -= layout.tokens
+    if not unclaimed:
         return find_spans(fresh, placeholders, layouts, first_position=max(past, first))
     every = find_spans(ids, placeholders, layouts, first_position=first)
     return tuple(span for span in every if int(span.positions[0]) >= past)

@@ -116,7 +116,7 @@ def test_the_demo_runs_from_an_installed_wheel_in_under_a_minute(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "hf_steer/tiny_r1_vl/model.safetensors" in names
-    assert "hf_steer/py.typed" in names
+    assert {"hf_steer/py.typed", "hf_steer/__init__.pyi"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -27,3 +27,7 @@ class GroundError(PatchError):
 
 class FileError(SteerError, OSError):
     """A file of a saved steering that is missing, truncated, foreign or from a newer version."""
+
+
+class ContractError(SteerError, AssertionError):
+    """A model that breaks a promise of the contract; see `hf_steer.testing.check_family`."""

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "hf_steer"
 ORDER = [
     {"errors"}, {"values", "saving"}, {"files", "embedded"}, {"config"}, {"ground"}, {"families"},
-    {"saliency", "aligners", "gating"}, {"attention"}, {"patching"}, {"io", "provider"}, {"compose", "training"}, {"analysis"},
-    {"evidence"}, {"cli"},
+    {"saliency", "aligners", "gating"}, {"attention"}, {"patching"}, {"io", "provider"},
+    {"compose", "training", "testing"}, {"analysis"}, {"evidence"}, {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -16,10 +16,10 @@ from hf_steer.testing.subject import Subject
 
 
 def padded(subject: Subject, count: int) -> dict[str, Any]:
-    """So many padding tokens before each row."""
-    ids = ids_of(subject)
-    blank = subject.given.setting("pad_token", subject.model.generation_config)
-    ids = F.pad(ids, (count, 0), value=0 if blank is None else int(blank))
+    """So many padding tokens before each row: another of the prompt's words, so that a mask that is not heeded shows."""
+    ids, special = ids_of(subject), _placeholders(subject)
+    words = ids[mask_of(subject).bool() & ~torch.isin(ids, special)]
+    ids = F.pad(ids, (count, 0), value=int(words[0]) if len(words) else 0)
     longer = {name: F.pad(value, (count, 0)) for name, value in _per_token(subject).items()}
     return with_changes(subject.model, Given({**subject.inputs, **longer}), ids=ids, mask=F.pad(mask_of(subject), (count, 0)))
 
@@ -35,7 +35,7 @@ def continued(subject: Subject, sequences: Tensor) -> dict[str, Any]:
 def with_other_end(subject: Subject) -> dict[str, Any]:
     """Each row's last token is another one of the prompt's words; CannotShow where it is padding, or stands for a picture."""
     ids, mask = ids_of(subject), mask_of(subject).bool()
-    special = torch.tensor(list(subject.anatomy.placeholder_ids.values()), dtype=ids.dtype, device=ids.device)
+    special = _placeholders(subject)
     words = ids[mask & ~torch.isin(ids, special)]
     changed = ids.clone()
     for row in range(len(ids)):
@@ -67,6 +67,12 @@ def mask_of(subject: Subject) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape != ids.shape:
         raise CannotShow("the mask is not one value per token")
     return mask if isinstance(mask, Tensor) else torch.ones_like(ids)
+
+
+def _placeholders(subject: Subject) -> Tensor:
+    """Tokens that stand for a picture, video or sound."""
+    ids = ids_of(subject)
+    return torch.tensor(list(subject.anatomy.placeholder_ids.values()), dtype=ids.dtype, device=ids.device)
 
 
 def _per_token(subject: Subject) -> Mapping[str, Tensor]:

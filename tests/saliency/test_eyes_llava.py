@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import threading
 
@@ -30,7 +31,7 @@ from hf_steer import (
 )
 from hf_steer.ground.arguments import Given
 from hf_steer.patching.gaze.arrange import read_arrangements
-from hf_steer.saliency import EyeRecord
+from hf_steer.saliency import EyeRecord, current_recorder
 
 SIDE = 3
 PIXELS = 12
@@ -641,8 +642,7 @@ def test_peft_and_the_base_model_alone_are_steered_too(variant):
 
 @each
 def test_an_interrupted_pass_leaves_no_trace(variant):
-    """In the tower, and between tower and decoder: the next call sees its own pictures, and nothing watches on."""
-    from hf_steer.saliency import current_recorder
+    """In the tower, and between tower and decoder: the next call sees its own pictures, and nothing watches on or is kept."""
 
     model = patch_model(make_model(variant), steer())
     inputs, other = make_prompt(variant, ROWS), make_prompt(variant, ROWS, seed=5)
@@ -660,7 +660,8 @@ def test_an_interrupted_pass_leaves_no_trace(variant):
         hook.remove()
         assert torch.equal(generate(model, inputs)[1], tokens)
         assert torch.equal(logits(model, inputs), expected)
-    assert not any(hf_steer.patching.scopes._SINKS.get().values())
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, EyeRecord)]
 
 
 @pytest.mark.parametrize("source", SOURCES)

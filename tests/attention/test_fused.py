@@ -18,7 +18,6 @@ from kit.tiny import make_model
 from torch.nn import functional as F
 
 from hf_steer import patch_model, unpatch_model
-from hf_steer.attention import fused
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.values import HeadBias
 

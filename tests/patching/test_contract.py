@@ -26,25 +26,12 @@ from kit.gazing import (
     sighted,
     steer,
 )
-from kit.tiny import (
-    HEADS,
-    IMPLEMENTATIONS,
-    LAYERS,
-    PAD,
-    SEEING,
-    make_model,
-)
+from kit.tiny import HEADS, IMPLEMENTATIONS, LAYERS, PAD, SEEING, make_model
 from kit.versions import ENCODES_FIRST, cache_of, cached, generates_from_embeds, repeats_pictures
 from transformers import DynamicCache, StaticCache
 
 import hf_steer
-from hf_steer import (
-    Saliency,
-    disable_steering,
-    patch_model,
-    unpatch_model,
-    use_saliency,
-)
+from hf_steer import Saliency, disable_steering, patch_model, unpatch_model, use_saliency
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "qwen2"])

@@ -16,6 +16,7 @@ _HOMES = {
     "AttentionConfig": "config",
     "Backend": "registry",
     "ConfigError": "errors",
+    "ContractError": "errors",
     "EncoderRow": "registry",
     "Family": "registry",
     "FileError": "errors",

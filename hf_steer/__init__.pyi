@@ -18,6 +18,7 @@ from hf_steer.config import SaliencyConfig as SaliencyConfig
 from hf_steer.config import SteerConfig as SteerConfig
 from hf_steer.errors import AlignerError as AlignerError
 from hf_steer.errors import ConfigError as ConfigError
+from hf_steer.errors import ContractError as ContractError
 from hf_steer.errors import FileError as FileError
 from hf_steer.errors import GroundError as GroundError
 from hf_steer.errors import PatchError as PatchError

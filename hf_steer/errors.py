@@ -35,6 +35,10 @@ class FileError(SteerError, OSError):
     """A file of a saved steering that is missing, truncated, foreign or from a newer version."""
 
 
+class ContractError(SteerError, AssertionError):
+    """A model that breaks a promise of the contract; see `hf_steer.testing.check_family`."""
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it: a line at most, whatever came."""
     try:

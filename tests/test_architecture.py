@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "hf_steer"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "hf_steer"
 ORDER = [
     {"errors"}, {"values", "saving"}, {"registry", "files", "embedded"}, {"config"}, {"ground"}, {"families"},
-    {"saliency", "aligners", "gating", "gates"}, {"attention"}, {"patching"}, {"io", "provider"}, {"compose", "training"},
-    {"analysis"}, {"evidence"}, {"cli"},
+    {"saliency", "aligners", "gating", "gates"}, {"attention"}, {"patching"}, {"io", "provider"},
+    {"compose", "training", "testing"}, {"analysis"}, {"evidence"}, {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+BESIDE_ROOMS = {"kit", "open", "files", "docs", "cli"}
+"""Folders of tests that need no room of the package: helpers, laws that hold across rooms, and what users read and run."""
+MOST_LINES = 500
 
 
 def part_of(path):
@@ -76,3 +81,74 @@ def test_every_public_name_is_documented():
 
     for name in hf_steer.__all__:
         assert (getattr(hf_steer, name).__doc__ or "").strip(), name
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names_of(tree):
+    """Functions, classes, methods, constants and attributes that a file of ours keeps to itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+PRIVATE = {name for path in FILES for name in private_names_of(ast.parse(path.read_text())) if is_private(name)}
+
+
+def private_names_used(tree):
+    """Line and name of all that a test takes of ours and that is private: imported, reached into, or named in a string.
+
+    Names of torch and transformers that begin alike are no concern of ours.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "hf_steer":
+            found = [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            found = [node.attr] if node.attr in PRIVATE else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            path = node.value.split(".")
+            found = path if path[0] == "hf_steer" or node.value in PRIVATE else []
+        else:
+            found = []
+        yield from ((node.lineno, name) for name in found if is_private(name) and name.isidentifier())
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_tests_see_the_package_from_outside_and_share_through_the_kit(path):
+    tree = ast.parse(path.read_text())
+    found = [f"line {line}: {name}" for line, name in private_names_used(tree)]
+    assert not found, f"use what is public, or make a seam of it: {'; '.join(found)}"
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    shared = [name for name in modules if any(part.startswith("test_") or part == "conftest" for part in name.split("."))]
+    assert not shared, f"what tests share lies in tests/kit, not in {', '.join(shared)}"
+    assert len(path.read_text().splitlines()) <= MOST_LINES, "split it by what its tests say"
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        "from hf_steer.saving import {}", "from hf_steer import saving\nsaving.{}", "model.part.{}()",
+        "monkeypatch.setattr('hf_steer.saving.{}', None)", "monkeypatch.setattr(saving, '{}', None)",
+    ],
+)  # fmt: skip
+def test_a_private_name_that_a_test_uses_is_found(used):
+    name = min(PRIVATE)
+    assert [found for _, found in private_names_used(ast.parse(used.format(name)))] == [name]
+
+
+def test_private_names_of_others_are_no_concern_of_ours():
+    theirs = "from torch._dynamo.utils import counters\nmodule._forward_hooks\nconfig._attn_implementation = 'eager'"
+    assert not list(private_names_used(ast.parse(theirs)))
+
+
+def test_tests_mirror_the_package():
+    rooms = {path.relative_to(ROOT).with_suffix("").as_posix() for path in [*ROOT.rglob("*.py"), *ROOT.rglob("*")]}
+    folders = {path.parent.relative_to(TESTS) for path in TEST_FILES if path.parent != TESTS}
+    assert not {folder.as_posix() for folder in folders if folder.parts[0] not in BESIDE_ROOMS} - rooms
+    names = [path.name for path in TEST_FILES]
+    assert not {name for name in names if names.count(name) > 1}

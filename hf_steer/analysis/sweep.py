@@ -156,7 +156,7 @@ def _scores(
     return scores
 
 
-def _changed(before: Sequence[int], after: Sequence[int]) -> float:
+def changed_share(before: Sequence[int], after: Sequence[int]) -> float:
     """Share of the positions of the longer one whose tokens differ."""
     same = sum(one == other for one, other in zip(before, after, strict=False))
     return 1 - same / max(len(before), len(after))
@@ -175,7 +175,7 @@ def _row(
     pairs = [
         pair for one, other in zip(said, answers, strict=True) for pair in zip(one.rows(), other.rows(), strict=True)
     ]
-    changed = [_changed(before, after) for before, after in pairs]
+    changed = [changed_share(before, after) for before, after in pairs]
     low, high = (None, None) if scores is None else bootstrap_interval(scores, seed=origin.seed)
     return SweepRow(
         strength=strength,

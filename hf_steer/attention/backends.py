@@ -68,7 +68,7 @@ def choose_backend(wanted: str, call: AttentionCall) -> str:
         reasons[name] = refuse(name, call)
         if reasons[name] is None:
             if wanted not in (AUTO, name) and not torch.compiler.is_compiling():
-                _say_once(f"backend {wanted!r} gives way to {name!r}, with the same result: {reasons[wanted]}.")
+                say_once(f"backend {wanted!r} gives way to {name!r}, with the same result: {reasons[wanted]}.")
             return name
     why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
     raise SteerError(
@@ -88,5 +88,6 @@ def refuse(name: str, call: AttentionCall) -> str | None:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, once per message and process; `say_once.cache_clear()` lets all be said anew."""
     warnings.warn(message, stacklevel=2)

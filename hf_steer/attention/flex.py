@@ -70,15 +70,24 @@ def attend_flex(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, None]:
     added = [] if call.added is None else [call.added]
     if mask is None and call.causal and call.queries > 1:
         sizes = call.queries, call.key.shape[2], query.device
-        mask = once(bias.forms, ("causal", *sizes), lambda: _causal_blocks(*sizes))
+        mask = once(bias.forms, ("causal", *sizes), lambda: causal_blocks(*sizes))
     elif isinstance(mask, Tensor):  # transformers' function reads the first head's alone
         added.append(merge_mask(query.new_zeros(1, 1, 1, 1), mask, causal_queries=None))
         mask = None
     return flex_attention(call, mask, Entries(bias, added)), None
 
 
-def _causal_blocks(queries: int, keys: int, device: torch.device) -> Any:
-    """Which blocks of keys a block of queries sees wholly, and which in part, without a queries × keys tensor."""
+def causal_blocks(queries: int, keys: int, device: torch.device) -> Any:
+    """FlexAttention's causal block mask, aligned to the top left, made without a queries × keys tensor.
+
+    Args:
+        queries: of the call.
+        keys: of the call.
+        device: of the mask.
+
+    Returns:
+        A `BlockMask`: which blocks of keys a block of queries sees wholly, and which in part.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

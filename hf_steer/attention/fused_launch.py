@@ -30,7 +30,7 @@ Tiling = tuple[int, int, int, int]
 _ROOMY_BYTES = 160 * 1024
 """Shared memory that a block may have on data-centre GPUs (A100: 163 KB, H100: 227 KB); others have 99 KB."""
 
-_TILINGS: Mapping[tuple[int, bool], tuple[Tiling, Tiling, Tiling]] = MappingProxyType({
+TILINGS: Mapping[tuple[int, bool], tuple[Tiling, Tiling, Tiling]] = MappingProxyType({
     (64, True): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
     (128, True): ((128, 64, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)),
     (256, True): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
@@ -150,7 +150,7 @@ def _tiling(query: Tensor, value: Tensor, kernel: int, masked: bool) -> dict[str
         width = triton.next_power_of_2(max(64, query.shape[3], value.shape[3]))
         device: Any = torch.cuda.get_device_properties(query.device)  # the stubs of torch < 2.15 do not know the next name
         roomy = device.shared_memory_per_block_optin >= _ROOMY_BYTES
-        queries, keys, warps, stages = _TILINGS[width, roomy and not masked][kernel]  # a mask takes registers
+        queries, keys, warps, stages = TILINGS[width, roomy and not masked][kernel]  # a mask takes registers
         if kernel == 0 and query.shape[2] <= _FEW_QUERIES:
             queries, warps = _FEW_QUERIES, 4
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

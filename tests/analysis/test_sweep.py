@@ -65,9 +65,9 @@ def test_a_row_holds_what_its_parts_measure(family, implementation):
 
 
 def test_rows_that_end_early_differ_in_the_positions_that_the_other_one_has():
-    assert sweep._changed([4, 5, 6, 2], [4, 5, 2]) == 0.5
-    assert sweep._changed([4, 2], [4, 2]) == 0
-    assert sweep._changed([2], [3, 2]) == 1
+    assert sweep.changed_share([4, 5, 6, 2], [4, 5, 2]) == 0.5
+    assert sweep.changed_share([4, 2], [4, 2]) == 0
+    assert sweep.changed_share([2], [3, 2]) == 1
 
 
 def test_several_batches_are_pooled_by_their_queries_and_scored_one_by_one():

@@ -279,14 +279,14 @@ def test_auto_takes_the_cheapest_backend_that_is_exact(expected, situation):
     ],
 )
 def test_what_a_backend_cannot_carry_another_does_and_that_is_said_once(wanted, situation, taken, reason):
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     with pytest.warns(UserWarning, match=f"backend '{wanted}' gives way to '{taken}', with the same result: .*{reason}"):
         assert choose_backend(wanted, call(**situation)) == taken
     assert choose_backend(wanted, call(**situation)) == taken  # a second warning would be an error
 
 
 def test_a_backend_that_needs_gradients_gives_way_where_there_are_none():
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     asked = call()
     with pytest.warns(match="'flex' gives way to 'cpu_flash'.*no backward pass on CPUs"):
         assert choose_backend("flex", dataclasses.replace(asked, query=asked.query.requires_grad_())) == "cpu_flash"
@@ -325,9 +325,9 @@ def test_masks_of_every_shape_are_heeded(backend, kind, shape):
 def test_the_blocks_that_flex_attention_skips_are_those_of_the_causal_triangle(queries, keys):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from hf_steer.attention.flex import _causal_blocks
+    from hf_steer.attention.flex import causal_blocks
 
-    blocks = _causal_blocks(queries, keys, torch.device("cpu"))
+    blocks = causal_blocks(queries, keys, torch.device("cpu"))
     expected = create_block_mask(lambda b, h, q, k: q >= k, None, None, queries, keys, device="cpu")
     seen, due = (own.to_dense() > 0 for own in (blocks, expected))
     assert torch.equal(seen, due)  # partly or wholly

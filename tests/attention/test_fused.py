@@ -18,7 +18,6 @@ from kit.tiny import make_model
 from torch.nn import functional as F
 
 from hf_steer import patch_model, unpatch_model
-from hf_steer.attention import fused
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.values import HeadBias
 
@@ -335,16 +334,17 @@ def test_what_the_kernel_cannot_carry_is_refused_with_its_reason(reason, monkeyp
 def test_machines_that_cannot_run_the_kernel_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     leaf, _, mask, _ = changed(head=16)
-    reason = refusal(leaf | {"mask": mask, "bias": bias_of(leaf), "kwargs": {}})
-    assert reason == "the tensors are on cpu, the kernel runs on cuda"
-    gpu = torch.device("cuda", 0)
+    call = leaf | {"mask": mask, "bias": bias_of(leaf), "kwargs": {}}
+    assert refusal(call) == "the tensors are on cpu, the kernel runs on cuda"
+    there = {name: SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=leaf[name].shape) for name in QKV}
+    on_gpu = call | there  # of a tensor only these are asked
     for capability, reason in (((7, 5), "the GPU has compute capability 7.5, 8.0 is needed"), ((8, 0), None), ((12, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert fused._refuse_machine(gpu) == reason
+        assert refusal(on_gpu) == reason
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert fused._refuse_machine(gpu) == "AMD GPUs are not supported"
+    assert refusal(on_gpu) == "AMD GPUs are not supported"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert fused._refuse_machine(gpu) == "triton is not installed"
+    assert refusal(on_gpu) == "triton is not installed"
 
 
 KINDS = {"query": 4, "key": 4, "value": 4, "output": 4, "output_grad": 4, "query_grad": 4, "key_grad": 4, "value_grad": 4}
@@ -386,7 +386,7 @@ def test_the_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path, monke
     constants = dict.fromkeys(("HEAD", "HEAD_WIDTH", "VALUE", "VALUE_WIDTH"), 64) | {"RANK": 2, "RANKS": 2, "CAUSAL": True}
     constants |= dict.fromkeys(("NEEDS_QUERY", "NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS"), True) | {"MASK": kernels.FLOAT_MASK.value}
     all_three = (kernels.forward_kernel, kernels.query_gradient_kernel, kernels.key_gradient_kernel)
-    for kernel, tiling in zip(all_three, launch._TILINGS[64, True], strict=True):
+    for kernel, tiling in zip(all_three, launch.TILINGS[64, True], strict=True):
         chosen = {name: size for name, size in constants.items() if name in kernel.arg_names}
         shared, ptx = compile_kernel(kernel, tiling, chosen | {"BLOCK_M": tiling[0], "BLOCK_N": tiling[1]})
         assert 0 < shared <= 163 * 1024

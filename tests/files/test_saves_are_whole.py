@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, WhisperForConditionalGener
 
 import hf_steer
 from hf_steer import FileError, SteerConfig, patch_model, unpatch_model
-from hf_steer.saving import whole_save
+from hf_steer.saving import SAVED, whole_save
 
 HERE = Path(__file__).parents[1]
 WEIGHTS = "hf_steer/steer_model.safetensors"
@@ -34,6 +34,22 @@ def whisper(seed=3, kind="simple", **options):
 
 def loaded(folder):
     return logits(hf_steer.from_pretrained(folder).eval(), make_encoder_inputs("whisper"))
+
+
+def save_until_all_is_written(model, folder, monkeypatch):
+    """The saver is killed when nothing is in its place yet."""
+    real = os.replace
+
+    def replace(source, target):
+        if SAVED in Path(source).parts:
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr("hf_steer.saving.os.replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(folder)
+    assert (folder / SAVED).is_dir()
 
 
 def expected(model):
@@ -166,9 +182,7 @@ def test_a_save_needs_a_folder(tmp_path):
 
 def test_a_save_that_cannot_be_finished_from_here_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     model = whisper()
-    with monkeypatch.context() as killed:
-        killed.setattr("hf_steer.saving._settle", lambda *_, **__: None)
-        model.save_pretrained(tmp_path)
+    save_until_all_is_written(model, tmp_path, monkeypatch)
 
     def read_only(*_):
         raise PermissionError("read-only")
@@ -224,9 +238,7 @@ def test_a_stale_steering_is_found_on_the_hub_as_well(tmp_path):
 
 def test_what_transformers_saved_after_a_save_was_killed_is_not_undone(tmp_path, monkeypatch):
     model = whisper()
-    monkeypatch.setattr("hf_steer.saving._settle", lambda *_, **__: None)  # killed when all was written, and nothing in its place
-    model.save_pretrained(tmp_path)
-    monkeypatch.undo()
+    save_until_all_is_written(model, tmp_path, monkeypatch)
     plain = make_encoder_model("whisper", seed=5)
     plain.save_pretrained(tmp_path)
     with pytest.raises(FileError, match="is stale"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
+
+from hf_steer import disable_steering, get_steer_status
 
 
 def reclass(module: Any, **methods: Any) -> None:
@@ -45,3 +48,56 @@ def state_of(model: Any) -> tuple[Any, ...]:
         for name, module in model.named_modules()
     ]  # fmt: skip
     return modules, [(name, tensor.data_ptr()) for name, tensor in model.state_dict().items()], vars(model.config).keys()
+
+
+def spoil(model: Any, change: Any) -> Any:
+    """The same model, whose output goes wrong.
+
+    Args:
+        model: gets a class of its own.
+        change: is called with the model, the arguments of each forward pass by name, and its output, which it may write to.
+    """
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        output = kind.forward(self, *args, **kwargs)
+        change(self, kwargs, output)
+        return output
+
+    reclass(model, forward=forward)
+    return model
+
+
+def spoil_where(model: Any, condition: Any) -> Any:
+    """The same model, with other logits in the passes of a patched model that meet a condition on it and on their arguments."""
+
+    def change(self, kwargs, output):
+        if is_patched(self) and condition(self, kwargs):
+            output.logits = 1.5 * output.logits
+
+    return spoil(model, change)
+
+
+def is_patched(model: Any) -> bool:
+    return get_steer_status(model).patched
+
+
+def is_steered(model: Any) -> bool:
+    return get_steer_status(model).steers
+
+
+def swallow(model: Any, errors: Any) -> Any:
+    """The same model, which runs unsteered where it fails, and says nothing."""
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        try:
+            return kind.forward(self, *args, **kwargs)
+        except errors:
+            with disable_steering(self):
+                return kind.forward(self, *args, **{name: value for name, value in kwargs.items() if name != "hf_steer"})
+
+    reclass(model, forward=forward)
+    return model

@@ -1,6 +1,7 @@
-"""The contract of DESIGN: six families × two implementations × every kind of call.
+"""The contract in the kinds of call that `check_family` knows nothing of: chunks, turns, other caches, rows alone, training.
 
-Each test patches a tiny random model of the family and compares with what the mathematics says the call must give.
+Each test patches a tiny random model of the family and compares with what the mathematics says the call must give. What can be
+checked on any one model and batch is in `tests/testing`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import pytest
 import torch
 from kit.gazing import (
     CHUNKABLE,
-    EVERYTHING,
     SIGHTED,
     TOLERANCE,
     every,
@@ -26,65 +26,19 @@ from kit.gazing import (
     sighted,
     steer,
 )
-from kit.tiny import (
-    HEADS,
-    IMPLEMENTATIONS,
-    LAYERS,
-    PAD,
-    SEEING,
-    make_model,
-)
+from kit.tiny import HEADS, IMPLEMENTATIONS, LAYERS, PAD, SEEING, make_model
 from kit.versions import ENCODES_FIRST, cache_of, cached, generates_from_embeds, repeats_pictures
 from transformers import DynamicCache, StaticCache
 
 import hf_steer
-from hf_steer import (
-    Saliency,
-    disable_steering,
-    patch_model,
-    unpatch_model,
-    use_saliency,
-)
+from hf_steer import Saliency, disable_steering, patch_model, unpatch_model, use_saliency
 
 
-@every
-def test_strength_zero_and_disabled_are_bit_equal(family, implementation):
-    model = make_model(family, implementation)
-    inputs = prompt_for(family)
-    plain = logits(model, inputs)
-    patch_model(model, steer(family, strength=0.0))
-    assert torch.equal(logits(model, inputs, gaze(family, inputs)), plain)
-    unpatch_model(model)
-    patch_model(model, steer(family))
-    assert not torch.equal(logits(model, inputs, gaze(family, inputs)), plain)
-    with disable_steering(model):
-        assert torch.equal(logits(model, inputs), plain)
-
-
-@every
-def test_unpatching_restores_bit_equal_logits_keys_hooks_and_configs(family, implementation):
-    model = make_model(family, implementation)
-    inputs = prompt_for(family)
-    plain, keys = logits(model, inputs), list(model.state_dict())
-    modules = list(model.modules())
-    before = [(vars(module).get("config"), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
-    attributes = [set(vars(module)) for module in modules]
-    assert patch_model(model, steer(family)) is model
-    logits(model, inputs, gaze(family, inputs))
-    assert unpatch_model(model) is model
-    after = [(vars(module).get("config"), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
-    assert all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, after, strict=True))
-    assert attributes == [set(vars(module)) for module in modules]
-    assert list(model.modules()) == modules
-    assert list(model.state_dict()) == keys
-    assert torch.equal(logits(model, inputs), plain)
-
-
-@every
-def test_a_failure_at_any_edit_leaves_the_model_as_it_was(family, implementation, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "qwen2"])
+def test_a_failure_at_any_edit_of_patch_model_leaves_the_model_as_it_was(family, monkeypatch):
     from hf_steer.patching import handle
 
-    model = make_model(family, implementation)
+    model = make_model(family)
     inputs = prompt_for(family)
     plain = logits(model, inputs)
     real_edits = handle.Steering.edits
@@ -133,31 +87,15 @@ def test_backends_agree_with_each_other(family, implementation, backend, rows):
     torch.testing.assert_close(generated[0][1], generated[1][1], **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("family", "implementation", "preserve_mass"),
-    # token scores are one group over the prompt, which one pass cannot tell from the new tokens: see the test without a cache
-    [(*case, False) for case in EVERYTHING] + [(*case, True) for case in SIGHTED],
-)
-def test_prefill_and_decode_equal_one_pass(family, implementation, preserve_mass):
-    model = patch_model(make_model(family, implementation), steer(family, preserve_mass=preserve_mass))
+@sighted
+def test_prefill_and_decode_equal_one_pass_where_mass_is_preserved(family, implementation):
+    """Only in pictures: token scores are one group over the prompt, which one pass cannot tell from the new tokens."""
+    model = patch_model(make_model(family, implementation), steer(family, preserve_mass=True))
     inputs = prompt_for(family, rows=[[4, ("image", 2, 3), 5]])
-    statement = gaze(family, inputs)
-    sequences, steps = generate(model, inputs, statement, max_new_tokens=5)
+    sequences, steps = generate(model, inputs, max_new_tokens=5)
     whole = dict(inputs, input_ids=sequences, attention_mask=torch.ones_like(sequences))
-    if family in SEEING:
-        extra = torch.zeros(1, 5, dtype=torch.int)
-        whole["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], extra], 1)
-    else:
-        pad = torch.zeros(1, 5)
-        # the same normalised scores; the new tokens say nothing
-        from hf_steer.saliency import normalize
-        from hf_steer.values import TokenScores
-
-        scores = normalize(TokenScores(statement.tokens, torch.zeros_like(statement.tokens).long()), "zscore", 3.0).values
-        statement = Saliency.from_tokens(torch.cat([scores, pad], 1))
-        patch_model(unpatch_model(model), steer(family, normalize="none"))
-    one_pass = logits(model, whole, statement)[:, -6:-1]
-    torch.testing.assert_close(steps, one_pass, **TOLERANCE)
+    whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 5))
+    torch.testing.assert_close(steps, logits(model, whole)[:, -6:-1], **TOLERANCE)
 
 
 @torch.no_grad()
@@ -239,22 +177,6 @@ def test_saved_and_loaded_gives_equal_outputs(family, implementation, tmp_path):
 
 
 @every
-def test_a_deepcopy_is_independent(family, implementation):
-    model = make_model(family, implementation)
-    inputs = prompt_for(family)
-    plain = logits(model, inputs)
-    patch_model(model, steer(family))
-    steered = logits(model, inputs, gaze(family, inputs))
-    twin = copy.deepcopy(model)
-    unpatch_model(model)
-    assert torch.equal(logits(model, inputs), plain)
-    assert torch.equal(logits(twin, inputs, gaze(family, inputs)), steered)
-    assert generate(twin, inputs, gaze(family, inputs))[0].shape == (3, inputs["input_ids"].shape[1] + 4)
-    unpatch_model(twin)
-    assert torch.equal(logits(twin, inputs), plain)
-
-
-@every
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_gives_the_gradients_of_the_mask(family, implementation, checkpointing):
     """Gradients through the folded channel, with and without recomputation, equal those through a dense mask."""
@@ -275,23 +197,9 @@ def test_training_gives_the_gradients_of_the_mask(family, implementation, checkp
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
-@every
-def test_a_later_token_never_changes_an_earlier_output(family, implementation):
-    model = patch_model(make_model(family, implementation), steer(family))
-    inputs = prompt_for(family)
-    statement = gaze(family, inputs)
-    first = logits(model, inputs, statement)
-    changed = dict(inputs, input_ids=inputs["input_ids"].clone())
-    changed["input_ids"][:, -1] = 7
-    second = logits(model, changed, statement)
-    real = inputs["attention_mask"].bool()[:, :-1]
-    torch.testing.assert_close(first[:, :-1][real], second[:, :-1][real], rtol=0, atol=0)
-    assert not torch.equal(first[:, -1], second[:, -1])
-
-
-@every
+@sighted
 @pytest.mark.filterwarnings("ignore:this call of a patched model says nothing about where to look")
-def test_threads_with_different_saliency_equal_the_same_in_turn(family, implementation):
+def test_a_thread_that_follows_its_own_eyes_beside_others_that_are_told_equals_the_same_in_turn(family, implementation):
     model = patch_model(make_model(family, implementation), steer(family))
     inputs = prompt_for(family, rows=[[4, ("image", 2, 3), 5]])
     statements = [Saliency.from_tokens(torch.randn(inputs["input_ids"].shape) * 2) for _ in range(4)] + [gaze(family, inputs)]
@@ -346,9 +254,8 @@ def test_sliding_windows_steer_the_keys_that_are_left(family, implementation, st
 
 
 @every
-@pytest.mark.parametrize("preserve_mass", [False, True])
-def test_generation_without_a_cache_equals_generation_with_one(family, implementation, preserve_mass):
-    model = patch_model(make_model(family, implementation), steer(family, preserve_mass=preserve_mass))
+def test_generation_without_a_cache_equals_generation_with_one_where_mass_is_preserved(family, implementation):
+    model = patch_model(make_model(family, implementation), steer(family, preserve_mass=True))
     inputs = prompt_for(family)
     statement = gaze(family, inputs)
     torch.testing.assert_close(
@@ -357,10 +264,11 @@ def test_generation_without_a_cache_equals_generation_with_one(family, implement
 
 
 @pytest.mark.parametrize(("family", "implementation"), CHUNKABLE)
-@pytest.mark.parametrize("queries", ["all", "generated"])
-@pytest.mark.parametrize("chunk", [1, 5])
-@pytest.mark.parametrize("preserve_mass", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "chunk", "preserve_mass"), [("all", 1, False), ("all", 5, True), ("generated", 1, True), ("generated", 5, False)]
+)
 def test_chunked_prefill_equals_prefill(family, implementation, queries, chunk, preserve_mass):
+    """Each value of one beside each value of another."""
     model = patch_model(make_model(family, implementation), steer(family, queries=queries, preserve_mass=preserve_mass))
     inputs = prompt_for(family)
     statement = gaze(family, inputs)

@@ -1,0 +1,121 @@
+"""The contract as a function: all promises, on a user's own model and inputs."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+
+from hf_steer.config import SteerConfig
+from hf_steer.errors import ConfigError, PatchError
+from hf_steer.families import resolve
+from hf_steer.ground.arguments import ARGUMENTS
+from hf_steer.ground.implementations import implementation_of
+from hf_steer.patching import get_steer_status
+from hf_steer.saliency import Saliency
+from hf_steer.testing.promises import PROMISES
+from hf_steer.testing.report import CannotShow, Check, ContractReport, Finding
+from hf_steer.testing.settled import settle
+from hf_steer.testing.subject import Subject
+
+
+def check_family(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    saliency: Saliency | None = None,
+    config: SteerConfig | None = None,
+    tokenizer: Any = None,
+    copies: bool = True,
+    only: Sequence[str] | None = None,
+) -> ContractReport:
+    """Check hf_steer's contract on a model and a batch of one's own. Afterwards the model is as it was.
+
+    Each promise of `PROMISES` is checked by running the model unpatched and patched. What must be equal is compared bit by bit.
+    Where the same is computed in two ways, the bar is 4 times what lies between the unpatched model's own results in these two
+    ways, and 1e-4 of the largest value (in half precision 8 epsilons of the type). What a kill during a save leaves behind takes
+    another process to see, and is not checked.
+
+    Args:
+        model: a transformers model of a known family, not patched, on any device.
+        inputs: of its forward pass, as its processor makes them: two or three rows of unequal length, padded on the left, which end
+            with text. Without a picture or a sound in them nothing is shown of aligners.
+        saliency: what steers; when None its own eyes if it has some and the inputs hold a picture, else random scores.
+        config: what is checked; when None a gaze of all heads, each with a strength of its own, and an aligner in each place that
+            the model has. Strengths that are trainable, and 0 at first, count as 1 here.
+        tokenizer: as for `patch_model`.
+        copies: whether the model may be copied, once in float32. Without there is no oracle, and no check of copies.
+        only: names of promises, of `PROMISES`; all when None.
+
+    Returns:
+        The report. It raises nothing for a broken promise: ask `report.passed`, or call `report.raise_if_failed()`.
+
+    Raises:
+        PatchError: the model is patched already, or of an unknown family.
+        ConfigError: promises that are not there; saliency for a configuration without a gaze.
+        SaliencyError: saliency that does not fit the inputs.
+    """
+    names = _wanted(only)
+    if get_steer_status(model).patched:
+        raise PatchError("check_family takes a model that is not patched; call hf_steer.unpatch_model(model) first.")
+    anatomy, begun = resolve(model), time.monotonic()
+    with _evaluating(model):
+        config, said = settle(model, inputs, anatomy, config=config, saliency=saliency)
+        own = {name: value for name, value in inputs.items() if name not in ARGUMENTS["labels"]}
+        subject = Subject(model, own, anatomy, config, said, tokenizer, copies)
+        subject.changes()  # notes what the model is, while nothing has been patched
+        checks = tuple(_check(name, subject) for name in names)
+    decoder, weights = anatomy.decoder, next(model.parameters())
+    return ContractReport(
+        model=type(model).__name__,
+        family=anatomy.family,
+        implementation=None if decoder is None else implementation_of(decoder.config),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(weights.device),
+        versions=(("torch", torch.__version__), ("transformers", transformers.__version__)),
+        seconds=time.monotonic() - begun,
+        checks=checks,
+    )
+
+
+def _wanted(only: Sequence[str] | None) -> list[str]:
+    if only is None:
+        return list(PROMISES)
+    unknown = [name for name in only if name not in PROMISES]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], PROMISES, 1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"the contract has no promise {unknown[0]!r}{guess}; it has {', '.join(PROMISES)}.")
+    return [name for name in PROMISES if name in only]
+
+
+def _check(name: str, subject: Subject) -> Check:
+    promise = PROMISES[name]
+    try:
+        finding = promise.find(subject)
+        changes = subject.changes()
+        if finding.holds and changes:
+            finding = Finding(False, note=f"afterwards the model was not as before: {'; '.join(changes[:5])}")
+    except CannotShow as reason:
+        return Check(name, promise.says, None, why=str(reason))
+    except Exception as error:  # a model may fail in any way, and that it fails is what is looked for
+        finding = Finding(False, note=f"{type(error).__name__}: {error}")
+    return Check(name, promise.says, finding.holds, finding.error, finding.bar, finding.note)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Eval mode, then each module's own again; and the random numbers that come next are those that would have come."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices if device.index is not None]):
+        try:
+            yield model.eval()
+        finally:
+            for module, training in modes:
+                module.training = training

@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to look in each picture, in --unit (default: the model's own eyes)",
     )  # fmt: skip
     parser.add_argument(
-        "--unit", choices=UNITS, help="what --box is counted in: pixels, fractions 0 to 1, or Qwen's 0 to 1000 (default: pixels)"
-    )
+        "--unit", choices=UNITS, metavar="UNIT",
+        help="what --box is counted in: pixels; fraction, 0 to 1; or thousandths, Qwen's 0 to 1000 (default: pixels)",
+    )  # fmt: skip
     add_heads(parser, "heads to steer")
     add_scenes(parser, 32, "pictures of digits for the embedded model")
     parser.add_argument(

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_steer.errors import ConfigError
-from hf_steer.values import HeadBias
+
+if TYPE_CHECKING:  # configurations are checked against these rows, and do without torch
+    from torch import Tensor, nn
+
+    from hf_steer.values import HeadBias
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Blocks = tuple[int, ...] | Literal["all"]

@@ -10,16 +10,14 @@ from kit.documents import PAGES, README, ROOT, table_under, words_of
 import hf_steer
 from hf_steer.attention import BACKENDS
 from hf_steer.cli.main import COMMANDS
-from hf_steer.config.aligner import DEFAULTS as ALIGNER_DEFAULTS
-from hf_steer.config.aligner import OPTIONS
-from hf_steer.config.attention import NORMALIZATIONS, QUERIES, SOURCES
-from hf_steer.config.gate import DEFAULTS as GATE_DEFAULTS
+from hf_steer.config.attention import NORMALIZATIONS, QUERIES
 from hf_steer.families import FAMILIES
+from hf_steer.registry import GATES, ROUTERS, SOURCES
 
 DOCS = ROOT / "docs"
 NAMED = {
-    "kind of aligner": OPTIONS, "source": [source for source in SOURCES if source], "normalization": NORMALIZATIONS,
-    "queries": QUERIES, "gate": GATE_DEFAULTS, "backend": BACKENDS,
+    "kind of aligner": ROUTERS, "source": SOURCES, "normalization": NORMALIZATIONS,
+    "queries": QUERIES, "gate": GATES, "backend": BACKENDS,
 }  # fmt: skip
 
 
@@ -75,9 +73,11 @@ def test_defaults_on_the_pages_are_those_of_the_code():
     said = {}
     for names, _, values in aligners:
         said |= dict(zip(names.replace("`", "").split(", "), values.split(", "), strict=True))
-    for name, value in ALIGNER_DEFAULTS.items():
+    defaults = {name: value for row in ROUTERS.values() for name, value in row.options.items() if value is not None}
+    assert len(defaults) > 8
+    for name, value in defaults.items():
         assert said[name] == (f'`"{value}"`' if isinstance(value, str) else f"{value:g}"), name
-    for kind, own in GATE_DEFAULTS.items():
+    for kind, own in ((kind, row.options) for kind, row in GATES.items()):
         row = next(row for row in gates if row[0] == f'`"{kind}"`')
         assert all(f"`{name}={value!r}`".replace("'", '"') in row[2] for name, value in own.items()), kind
 

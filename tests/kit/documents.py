@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 
+RUN_BY_THEMSELVES = {"docs/where.md": "test_where.py", "docs/extending/": "test_recipes.py"}
+"""Pages whose blocks go on with one another without markers -> the test that runs them."""
+
 _MARKER = re.compile(r"<!-- (.+) -->")
 _FENCE = re.compile(r"\s*```(\w*)")
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -64,7 +67,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def every_block() -> list[Block]:
-    return [block for page in PAGES for block in blocks_of(page)]
+    """Those of all pages but the ones that run by themselves."""
+    own = tuple(RUN_BY_THEMSELVES)
+    return [block for page in PAGES if not name_of(page).startswith(own) for block in blocks_of(page)]
 
 
 def block(marker: str) -> str:

@@ -2,7 +2,16 @@
 
 from hf_steer.compose import compose
 from hf_steer.config import AlignerConfig, AttentionConfig, GateConfig, SaliencyConfig, SteerConfig
-from hf_steer.errors import AlignerError, ConfigError, FileError, GroundError, PatchError, SaliencyError, SteerError
+from hf_steer.errors import (
+    AlignerError,
+    ConfigError,
+    ContractError,
+    FileError,
+    GroundError,
+    PatchError,
+    SaliencyError,
+    SteerError,
+)
 from hf_steer.io import from_pretrained, load_steering, save_steering
 from hf_steer.patching import (
     SteerStatus,
@@ -26,6 +35,7 @@ __all__ = [
     "AlignerError",
     "AttentionConfig",
     "ConfigError",
+    "ContractError",
     "FileError",
     "GateConfig",
     "GroundError",

@@ -1,6 +1,7 @@
 """Where things are in each model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
 
 To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest.
+Whether a model of it keeps the contract is told by `hf_steer.testing.check_family`.
 """
 
 from __future__ import annotations

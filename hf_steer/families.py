@@ -1,7 +1,7 @@
 """Where things are in each model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
 
 To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest. For one
-of your own outside of hf_steer see `docs/extending/family.md`.
+of your own outside of hf_steer see `docs/extending/family.md`; `hf_steer.testing.check_family` tells whether it keeps the contract.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def test_no_other_file_pins_a_version_of_transformers(matrix):
 def test_every_kind_of_test_finds_its_files_and_new_ones_join_by_their_names(matrix, monkeypatch, tmp_path):
     found = matrix.files()
     files = "test_files.py", "test_bad_files.py", "test_saves_are_whole.py", "test_saved_with_adapters.py", "test_kept_aligners.py"
-    for name in (*files, "test_contract.py", "test_gaze_of_every_family.py", "test_conversations.py", "test_versions.py"):
+    contract = "test_contract.py", "test_contract_of_families.py"
+    for name in (*files, *contract, "test_gaze_of_every_family.py", "test_conversations.py", "test_versions.py"):
         assert any(path.endswith(f"/{name}") for path in found), name
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))

@@ -28,7 +28,7 @@ def learned(subject: Subject) -> Finding:
 
 def trained(subject: Subject) -> Finding:
     """What asks for gradients, and what gets some. They are computed beside the parameters, which stay as they are."""
-    with subject.patched(subject.aligned) as model:
+    with torch.enable_grad(), subject.patched(subject.aligned) as model:
         steering = steering_of(model)
         own = {id(parameter) for part in (steering, *steering.plan.projectors) for parameter in part.parameters()}
         loss = logits_in(model(**subject.inputs)).float().square().mean()

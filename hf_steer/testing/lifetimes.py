@@ -107,12 +107,11 @@ def statement(subject: Subject) -> Finding:
     with subject.patched(subject.silent) as model:
         kept = equal(subject.logits(from_buffer), subject.logits(first), "after its buffer was written to")
         expected = subject.logits(second)
-        outer, inner = use_saliency(model, first), use_saliency(model, second)
-        outer.__enter__()
-        inner.__enter__()
-        outer.__exit__(None, None, None)
-        still = equal(subject.logits(), expected, "in the block that is still open")
-        inner.__exit__(None, None, None)
+        with ExitStack() as outer, ExitStack() as inner:
+            outer.enter_context(use_saliency(model, first))
+            inner.enter_context(use_saliency(model, second))
+            outer.close()
+            still = equal(subject.logits(), expected, "in the block that is still open")
         return all_of(kept, still, equal(subject.logits(), subject.plain, "after all blocks"))
 
 

@@ -7,7 +7,7 @@ import io
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[1] / "docs" / "where.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "where.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 
 

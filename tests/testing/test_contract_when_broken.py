@@ -12,8 +12,7 @@ from kit.tiny import make_model
 from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 from kit.versions import cache_of
 
-from hf_steer import PatchError, SaliencyError, get_steer_status
-from hf_steer.errors import ContractError
+from hf_steer import ContractError, PatchError, SaliencyError, get_steer_status
 from hf_steer.testing import PROMISES, check_family
 
 PROMPT = prompt_for("qwen2")["input_ids"]

@@ -397,10 +397,10 @@ def test_what_was_decided_for_one_layer_does_not_hold_for_a_layer_with_another_m
     bias = head_bias(TokenScores(scores, torch.zeros_like(scores).long()), strength, None, None)
     outputs = []
     for masks in ((None, allowed[:, None], None), (allowed[:, None],), (None,)):
-        ride = SteeredCall(biases={0: bias})
+        passing = SteeredCall(biases={0: bias})
         outputs.append([
             steered_function(attend_steered, never, inner=INNER["sdpa"], implementation="sdpa")(
-                Module(), query, key, value, mask, hf_steer=ride
+                Module(), query, key, value, mask, hf_steer=passing
             )[0]
             for mask in masks
         ])
@@ -437,7 +437,7 @@ def test_softcaps_that_sdpa_refuses_are_refused_with_a_bias_too():
 def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once():
     """`device_map` spreads layers over devices; meta stands for another one."""
     bias = HeadBias(torch.ones(1, HEADS, 1, 1), torch.ones(1, KEYS, 1))
-    ride = SteeredCall(biases={0: bias})
+    passing = SteeredCall(biases={0: bias})
     seen = []
 
     def inner(module, query, key, value, mask, **kwargs):
@@ -446,7 +446,7 @@ def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once
 
     for device in ("meta", "cpu", "meta"):
         tensors = [torch.zeros(1, HEADS, count, 8, device=device) for count in (1, KEYS, KEYS)]
-        steered_function(attend_steered, never, inner=inner, implementation="sdpa")(Module(), *tensors, None, hf_steer=ride)
+        steered_function(attend_steered, never, inner=inner, implementation="sdpa")(Module(), *tensors, None, hf_steer=passing)
     assert seen == [(device,) * 3 for device in ("meta", "cpu", "meta")]
     moved = on_device(bias, torch.device("meta"))
     assert on_device(bias, torch.device("meta")) is moved

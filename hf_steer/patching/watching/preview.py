@@ -12,7 +12,7 @@ from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.patching.patch import patch_model, unpatch_model
 from hf_steer.patching.scopes import Enough, find_steering, listen, use_saliency
-from hf_steer.patching.watching.reading import Reading, SaliencyReading
+from hf_steer.patching.watching.reading import Preview, SaliencyReading
 from hf_steer.saliency import Saliency
 
 
@@ -42,7 +42,7 @@ def read_saliency(
             during.callback(unpatch_model, model)
         if given is not None:
             during.enter_context(use_saliency(model, given))
-        with listen(model, Reading()) as listener, torch.no_grad(), suppress(Enough):
+        with listen(model, Preview()) as listener, torch.no_grad(), suppress(Enough):
             model(**inputs)
     found: SaliencyReading | None = listener.found
     if found is None or not bool((found.raw.group >= 0).any()):

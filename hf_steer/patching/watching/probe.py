@@ -89,8 +89,8 @@ def probing_attention(
     """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
     read = _READERS.get().get(decoder)
     if read is not None:
-        ride: SteeredCall | None = options.get(STEERING)
-        bias = None if ride is None else ride.biases.get(layer_of(module))
+        passing: SteeredCall | None = options.get(STEERING)
+        bias = None if passing is None else passing.biases.get(layer_of(module))
         own = {name: value for name, value in options.items() if name != STEERING}
         read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
     return inner(module, query, key, value, mask, **options)

@@ -49,7 +49,7 @@ class SaliencyReading:
         }
 
 
-class Reading(Listener):
+class Preview(Listener):
     """Takes what the steering finds in the first call inside the block, which ends there.
 
     Attributes:

@@ -77,7 +77,7 @@ def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
     Numbers among the options count as given or not, all others by being there.
     """
     used = tuple(name for name, value in call.options.items() if value is not None and not (isinstance(value, float) and not value))
-    return call.mask is None, call.key.device, torch.is_grad_enabled(), used
+    return call.mask is None, call.causal, call.key.device, torch.is_grad_enabled(), used
 
 
 CURRENT_PASS: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from kit.gazing import gaze, logits, prompt_for
@@ -11,6 +12,7 @@ from hf_steer import (
     AttentionConfig,
     ConfigError,
     GateConfig,
+    PatchError,
     Saliency,
     SaliencyConfig,
     SteerConfig,
@@ -85,3 +87,14 @@ def test_what_cannot_be_meant_is_an_error_and_nothing_changes(arguments, message
         patch_model(model, *positional, **named)
     assert set(dict(model.named_modules())) == before
     assert torch.equal(logits(model, inputs), plain)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_around_peft_it_says_what_to_call(short):
+    adapted = peft.get_peft_model(make_model("qwen2"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    config = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(source=None)))
+    with pytest.raises(PatchError, match=r"Patch the model inside: peft_model.get_base_model\(\)"):
+        patch_model(adapted, strength=2.0) if short else patch_model(adapted, config)
+    patch_model(adapted.get_base_model(), strength=2.0)
+    inputs = prompt_for("qwen2")
+    assert not torch.equal(logits(adapted, inputs, gaze("qwen2", inputs)), logits(adapted, inputs))

@@ -89,6 +89,7 @@ def test_what_cannot_be_meant_is_an_error_and_nothing_changes(arguments, message
     assert torch.equal(logits(model, inputs), plain)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("short", [False, True])
 def test_around_peft_it_says_what_to_call(short):
     adapted = peft.get_peft_model(make_model("qwen2"), peft.LoraConfig(r=2, target_modules=["q_proj"]))

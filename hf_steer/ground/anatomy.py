@@ -45,6 +45,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
     text = text_settings(model)
     heads = setting(text, "heads")
     tower = _readable_tower(model, family)
+    eye = setting(model.config, "vision") if has_setting(model.config, "vision") else None
     vision = None if tower is None or family.arrangement is not None else setting(model.config, "vision")
     return Anatomy(
         family=kind_of(model.config),
@@ -60,7 +61,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=1 if vision is None else setting(vision, "merge"),
-        patch_px=int(setting(vision, "patch_px")) if vision is not None and has_setting(vision, "patch_px") else 0,
+        patch_px=int(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
         temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
         windowed=family.windowed,
         arrangement=family.arrangement,

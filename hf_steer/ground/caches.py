@@ -80,11 +80,16 @@ def stamp_of(keys: Tensor | None) -> tuple[int, int | None]:
     return id(keys), None if keys is None or keys.is_inference() else keys._version
 
 
-def shown_keys(cache: Any, length: int) -> tuple[Tensor | None, tuple[int, int | None], bool]:
-    """The keys by which rows are known, their stamp, and whether they show the first `length` tokens, none of which has left."""
+def shown_keys(cache: Any, length: int | None) -> tuple[Tensor | None, tuple[int, int | None], bool]:
+    """The keys by which rows are known, their stamp, and whether they show the first `length` tokens, none of which has left.
+
+    Without a length the last is not asked: a static cache would have to ask the device.
+    """
     keys = first_keys(cache)
-    there = keys is not None and keys.shape[2] >= length and int(past_of(cache)) >= length and begins_with_first(cache, keys)
-    return keys, stamp_of(keys), there
+    shown = length is not None and keys is not None and keys.shape[2] >= length
+    if shown and keys is not None and length is not None:
+        shown = int(past_of(cache)) >= length and begins_with_first(cache, keys)
+    return keys, stamp_of(keys), shown
 
 
 def copy_of(cache: Any) -> Any:

@@ -44,7 +44,7 @@ def asking(**attention):
         (asking(heads={1: "all"}, strength={1: {0: 1.0}}), r"layer 1: strength names heads \[0\], steered are \[0, 1, 2, 3\]"),
         (asking(saliency=SaliencyConfig()), "needs a vision tower, which 'llama' lacks.*qwen2_vl.*source=None"),
         (SteerConfig(attention=None, base_model_type="qwen2"), "saved with a 'qwen2' model; this one is 'llama'"),
-        ({"heads": "all"}, "must be a SteerConfig; got dict"),
+        ({"heads": "all"}, "must be a SteerConfig or an AttentionConfig; got dict"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(config, message):

@@ -47,7 +47,8 @@ SIZES = [(48, 64), (64, 48), (31, 200), (200, 31), (30, 30), (97, 101), (150, 14
 
 def anatomy_of(config, layout, **encoder):
     """What a layout function reads of a model."""
-    return SimpleNamespace(layout=layout, root=SimpleNamespace(config=config), merge_size=2, encoders=encoder)
+    patch_px = getattr(getattr(config, "vision_config", None), "patch_size", 0)
+    return SimpleNamespace(layout=layout, root=SimpleNamespace(config=config), merge_size=2, patch_px=patch_px, encoders=encoder)
 
 
 def ramp(height, width):

@@ -170,8 +170,8 @@ def write_state(cache: Any, state: CacheState) -> CacheState:
     """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
     if not torch.compiler.is_compiling():
         length = state.scores.values.shape[1]
-        keys, stamp, shown = shown_keys(cache, length)
-        if shown and keys is not None and state.marks is None and state.speaks:
+        keys, stamp, shown = shown_keys(cache, length if state.marks is None and state.speaks else None)
+        if shown and keys is not None:
             state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
         setattr(cache, _SEEN, stamp)
     setattr(cache, _ATTRIBUTE, state)

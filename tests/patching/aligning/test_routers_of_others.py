@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_steer.patching.aligning.passes import record_routing
 from kit.plugins import tables_as_they_were
 from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 
 import hf_steer
 from hf_steer import AlignerConfig, ConfigError, Router, SteerConfig
+from hf_steer.training import record_routing
 
 
 @pytest.fixture(autouse=True)

@@ -454,7 +454,7 @@ def test_gates_that_make_no_sense_are_refused(arguments, message):
         ({"schedule": {"end": 1.0}}, "must map some of prompt, thinking, answer to factors"),
         ({"schedule": {"prompt": float("nan")}}, "attention.schedule of prompt must be a finite number"),
         ({"schedule": {"prompt": 0.0}, "queries": "answer"}, "leave queries at 'all'"),
-        ({"gate": "entropy"}, "attention.gate must be a GateConfig or None"),
+        ({"gate": 0.5}, "attention.gate must be a GateConfig or None"),
         ({"think_tags": ("<think>",)}, "must be two different strings"),
     ],
 )

@@ -74,10 +74,12 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
 def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
     """In which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with.
 
-    Numbers among the options count as given or not, all others by being there.
+    Numbers among the options count unless they are 0, all others by being there.
     """
-    used = tuple(name for name, value in call.options.items() if value is not None and not (isinstance(value, float) and not value))
-    return call.mask is None, call.causal, call.key.device, torch.is_grad_enabled(), used
+    options = call.options.items()
+    used = tuple(name for name, value in options if value is not None and not (isinstance(value, (int, float)) and not value))
+    learns = call.bias is not None and call.bias.query.requires_grad
+    return call.mask is None, call.causal, call.key.device, torch.is_grad_enabled(), learns, used
 
 
 CURRENT_PASS: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)

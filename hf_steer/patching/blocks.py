@@ -107,7 +107,7 @@ def _around() -> tuple[Entry, ...]:
     stack = _STACK.get()
     if torch.compiler.is_compiling() or not OPEN:
         return stack
-    generators = [entry for entry in _all_open() if entry.frame is not None and _is_running(entry.frame)]
+    generators = [entry for entry in _all_open() if entry.frame is not None and is_running(entry.frame)]
     return tuple(sorted((*stack, *generators), key=lambda entry: entry.number)) if generators else stack
 
 
@@ -135,7 +135,8 @@ def _is_ours(frame: FrameType) -> bool:
     return frame.f_code.co_filename in _OWN or str(frame.f_globals.get("__name__", "")).startswith("hf_steer.patching.")
 
 
-def _is_running(wanted: FrameType) -> bool:
+def is_running(wanted: FrameType) -> bool:
+    """Whether a frame goes on below the code that asks, in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not wanted:
         frame = frame.f_back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_steer.attention import CURRENT_PASS, SteeredCall
 from hf_steer.ground.arguments import Given
+from hf_steer.patching.blocks import is_running
 from hf_steer.patching.gaze.memory import CacheState
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.gaze.when import Pace
@@ -27,7 +29,8 @@ class Pass(SteeredCall):
         given: what the model was called with.
         scope: what holds for the code that called it.
         by: the module whose call it is.
-        outer: the pass around it, of another model, or of this one around its tower.
+        frame: of that call, while it runs.
+        outer: the pass around it, of another model or of this one.
         decided: whether it is settled if the gaze is steered in it.
         steers: whether it is.
         prompt: what is new in this pass; None when it only continues.
@@ -39,6 +42,7 @@ class Pass(SteeredCall):
         raw: scores of a new prompt before they are normalised.
         pace: when it is steered.
         cache: as the decoder gets it.
+        joined: whether the base model has been called by the root that began it.
         arrived: whether the decoder has got it.
         watched: whether the root model's own call surrounds it, so that its logits can be seen.
         perceives: whether pictures or sounds come with it.
@@ -52,6 +56,7 @@ class Pass(SteeredCall):
     given: Given | None = None
     scope: Scope = NOTHING
     by: Any = None
+    frame: FrameType | None = None
     outer: Any = None
     decided: bool = False
     steers: bool = False
@@ -64,6 +69,7 @@ class Pass(SteeredCall):
     raw: TokenScores | None = None
     pace: Pace | None = None
     cache: Any = None
+    joined: bool = False
     arrived: bool = False
     watched: bool = False
     perceives: bool = False
@@ -73,19 +79,23 @@ class Pass(SteeredCall):
     trains: bool = False
 
 
-def pass_of(steering: Any) -> Pass | None:
-    """The pass of this model that this thread is in."""
-    if torch.compiler.is_compiling():
-        return steering.compiled_pass  # type: ignore[no-any-return]
+def live_pass() -> Pass | None:
+    """The innermost pass, of any model, whose call goes on in this thread.
+
+    One that was interrupted is passed over: hooks that always run do not run on KeyboardInterrupt. And so is one that a copied
+    context brings into another thread.
+    """
     current: Pass | None = CURRENT_PASS.get()
-    while current is not None and current.steering is not steering:
+    while current is not None and (current.frame is None or not is_running(current.frame)):
         current = current.outer
     return current
 
 
-def pass_around(steering: Any) -> Pass | None:
-    """The innermost pass that is none of this model: what goes on when one of its own ends, or was interrupted."""
-    current: Pass | None = CURRENT_PASS.get()
-    while current is not None and current.steering is steering:
+def pass_of(steering: Any) -> Pass | None:
+    """The pass of this model that goes on in this thread."""
+    if torch.compiler.is_compiling():
+        return steering.compiled_pass  # type: ignore[no-any-return]
+    current = live_pass()
+    while current is not None and current.steering is not steering:
         current = current.outer
     return current

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from hf_steer.patching.gaze.learned import LearnedStrengths
 from hf_steer.patching.gaze.ledger import Generation
 from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.prompt import read_prompt
-from hf_steer.patching.passes import Pass, pass_around, pass_of
+from hf_steer.patching.passes import Pass, live_pass, pass_of
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import CALL, STEERING, Scope, scope_of, take_statement
 from hf_steer.saliency import Saliency
@@ -55,7 +57,7 @@ class Root(nn.Module):
         if not (self.plan.strengths or len(self.aligners)):  # strengths of 0 change nothing
             return args, kwargs
         root = self.plan.anatomy.root
-        if module is not root and (begun := pass_of(self)) is not None and begun.by is root and not begun.arrived:
+        if module is not root and said is None and self._joins(scope):
             return args, kwargs
         given = read_call(module, args, kwargs)
         current = Pass(given=given, scope=scope, by=module, watched=module is root)
@@ -86,16 +88,25 @@ class Root(nn.Module):
             self.gaze.after_model(current, output)
         return self.aligners.with_balance(current, output) if current.trains and current.by is module else None
 
+    def _joins(self, scope: Scope) -> bool:
+        """Whether the base model is called by a root whose pass is not steered, and so says nothing to it by keyword."""
+        begun = pass_of(self)
+        if begun is None or begun.by is not self.plan.anatomy.root or begun.steers or begun.joined or begun.arrived:
+            return False
+        begun.joined = begun.scope == scope
+        return begun.joined
+
     def enter(self, current: Pass) -> None:
         """Make a pass the current one of this thread; in a compiled graph, which cannot trace context variables, of the model."""
         if torch.compiler.is_compiling():
             if current.aligns or self.plan.eyes:
                 self.compiled_pass = current
             return
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_call_impl":  # the call of the module whose hook runs now
+            frame = frame.f_back
         around = CURRENT_PASS.get()
-        if around is not None:  # one of an interrupted call is dropped: its last hooks have not run
-            around = pass_around(self)
-        current.steering, current.outer = self, around
+        current.steering, current.frame, current.outer = self, frame, None if around is None else live_pass()
         CURRENT_PASS.set(current)
 
     def leave(self, current: Pass) -> None:
@@ -103,7 +114,8 @@ class Root(nn.Module):
         if torch.compiler.is_compiling():
             if self.compiled_pass is not None:
                 self.compiled_pass = None
-        elif current.steering is self:
+        elif current.frame is not None:
+            current.frame = None
             CURRENT_PASS.set(current.outer)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -67,9 +67,7 @@ class Aligners(nn.ModuleList):
         """Whether steering is on here, and the pass, where the aligners take part in one."""
         steering = self.owner[0]
         current = pass_of(steering)
-        if current is None:
-            return not scope_of(steering).off, None
-        return not current.scope.off, current if current.aligns else None
+        return not scope_of(steering).off, current if current is not None and current.aligns else None
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Encoder: some are told which of their frames are real; nothing is more exact."""
@@ -173,7 +171,7 @@ class Aligners(nn.ModuleList):
         _, current = self._held()
         weight = planned.config.load_balancing_weight or 0.0
         balances = None if current is None or not weight else current.balances
-        listeners = () if current is None else [own for own in current.scope.listeners if own.follows_routing]
+        listeners = [own for own in scope_of(self.owner[0]).listeners if own.follows_routing]
         if (balances is None and not listeners) or not planned.routes:
             steered: Tensor = module(features, *more, **masks)
             return steered

@@ -32,6 +32,7 @@ from hf_steer.patching.passes import Pass, pass_of
 from hf_steer.patching.planned import Plan, Strengths
 from hf_steer.patching.scopes import STEERING, scope_of, take_statement
 from hf_steer.patching.unchanged import place_of
+from hf_steer.registry import BACKENDS
 from hf_steer.saliency import EyeRecorder, record_with
 
 
@@ -67,7 +68,8 @@ class Gaze(nn.Module):
         if self.files[0] is not None:
             implementation = str(self.implementations[0])
             inner = function_of(implementation, self.files[0])
-            declared_unknown(inner)  # looked up before anything is compiled
+            declared_unknown(inner)  # looked up before anything is compiled, and so are the backends
+            len(BACKENDS)
             steered = steered_function(attend_steered, refuse_lost, inner=inner, implementation=implementation)
             register_function(self.function, steered)
         if self.files[1] is not None:
@@ -138,15 +140,17 @@ class Gaze(nn.Module):
     def _take_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
         """The pass of a decoder that no keyword tells: it is not steered, or called by itself, or what was begun got lost."""
         steering = self.owner[0]
-        begun = pass_of(steering)
-        if begun is not None and begun.decided and not begun.steers and not begun.arrived:
-            return begun, kwargs
         said, kwargs = take_statement(steering, kwargs)
+        begun, scope = pass_of(steering), scope_of(steering)
+        if begun is not None and (said is not None or begun.arrived or begun.scope != scope):  # a call of its own inside that one
+            begun = None
+        if begun is not None and begun.decided and not begun.steers:
+            return begun, kwargs
         given = read_call(module, args, kwargs)
-        if begun is not None and not begun.decided and not begun.arrived:  # of a model's call that brought no tokens
+        if begun is not None and not begun.decided:  # of a model's call that brought no tokens
             begin_gaze(steering, begun, given, said)
             return begun, kwargs
-        current = Pass(given=given, scope=scope_of(steering), by=module)
+        current = Pass(given=given, scope=scope, by=module)
         begin_gaze(steering, current, given, said)
         steering.enter(current)
         return current, kwargs

@@ -24,7 +24,7 @@ VIRTUAL = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """One call of `generate`: its whole prompt, known before chunks, beams and encoding take it apart; and its ledger.
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
 from hf_steer.ground.attention_call import layer_of
 from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import steerings_with
+from hf_steer.patching.passes import live_pass
 from hf_steer.patching.scopes import OFF, SAID, STATEMENT, scope_of
 from hf_steer.patching.unchanged import Place, still_there
 
@@ -49,7 +49,7 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    current = CURRENT_PASS.get()
+    current = live_pass()
     while current is not None and not (current.arrived and module in current.steering.gaze.covers):
         current = current.outer
     if current is None:

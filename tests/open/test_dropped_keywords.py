@@ -12,17 +12,19 @@ from kit.asking import (
     TOLERANCE,
     generate,
     logits,
+    look,
     plain_generate,
     plain_logits,
     prompt,
     right_or_refused,
     saying,
+    steer,
     steered,
 )
 from torch import nn
 
 import hf_steer
-from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, disable_steering, patch_model, unpatch_model
+from hf_steer import AttentionConfig, PatchError, SaliencyConfig, SteerConfig, disable_steering, patch_model, unpatch_model
 
 OURS = "hf_steer"
 TELLING = r"layer|disable_steering"
@@ -222,3 +224,19 @@ def test_nothing_asked_nothing_signed():
         unpatch_model(model), SteerConfig(attention=AttentionConfig(strength=0.0, saliency=SaliencyConfig(source=None)))
     )
     assert torch.equal(logits(zero, inputs, saying("qwen2", inputs)), logits(unpatched, inputs))
+
+
+def test_a_layer_whose_attention_was_not_run_is_named():
+    """Another library has replaced its forward, or leaves it out."""
+    model, inputs = steered("qwen2"), prompt("qwen2")
+    skipped = model.model.layers[1].self_attn
+    skipped.forward = lambda hidden_states, **_: (hidden_states * 0.5, None)
+    with torch.no_grad():
+        for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
+            with pytest.raises(PatchError, match=r"layers \[1\] were to be steered in this pass and were not"):
+                call(**inputs, saliency=look(inputs))
+        model(**inputs)  # nothing was asked
+        with disable_steering(model):
+            model(**inputs)
+        patch_model(unpatch_model(model), steer("qwen2", heads={0: "all", 2: "all"}))
+        model(**inputs, saliency=look(inputs))

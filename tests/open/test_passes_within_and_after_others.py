@@ -97,18 +97,26 @@ def test_after_an_interrupted_call_the_parts_do_what_is_asked_of_them(seeing, pa
 
 @pytest.mark.parametrize("part", [0, 1], ids=["base", "decoder"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["nested", "in a thread with the context"])
-def test_a_call_within_another_is_steered_as_it_says_itself(seeing, part, elsewhere):
+@pytest.mark.parametrize("block", [False, True], ids=["by itself", "by a block around it"])
+def test_a_call_within_another_is_steered_as_is_said_of_it(seeing, part, elsewhere, block):
     model, inputs, said = seeing
-    call = parts_alone(model, inputs)[part]
-    steered = call(saliency=said)
+    alone = parts_alone(model, inputs)[part]
+    steered = alone(saliency=said)
+
+    def call():
+        if not block:
+            return alone(saliency=said)
+        with use_saliency(model, said):
+            return alone()
+
     with torch.no_grad():
         outer = model(**inputs).logits
 
     def act():
         if not elsewhere:
-            return call(saliency=said)
+            return call()
         found, context = [], contextvars.copy_context()
-        thread = threading.Thread(target=lambda: found.append(context.run(call, saliency=said)))
+        thread = threading.Thread(target=lambda: found.append(context.run(call)))
         thread.start()
         thread.join()
         return found[0]
@@ -156,6 +164,22 @@ def test_a_reference_within_a_training_step_is_plain_and_adds_no_balance():
     done, _ = once(model.model.language_model, act)
     assert torch.equal(model(**inputs, labels=labels).loss.detach(), loss)
     assert torch.equal(done[1], plain)
+
+
+def test_features_that_a_pass_makes_inside_disable_steering_are_plain():
+    model, inputs = patch_model(make_encoder_model("llava"), align("llava", "output", "simple")), make_encoder_inputs("llava")
+    stir(model)
+    with disable_steering(model), torch.no_grad():
+        plain = model(**inputs).logits
+    original = model.model.get_image_features
+
+    def unsteered(*args, **kwargs):
+        with disable_steering(model):
+            return original(*args, **kwargs)
+
+    model.model.get_image_features = unsteered
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain)
 
 
 def test_routing_is_heard_where_generate_or_the_caller_encodes_first():

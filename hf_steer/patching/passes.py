@@ -29,6 +29,7 @@ class Pass(SteeredCall):
         given: what the model was called with.
         scope: what holds for the code that called it.
         by: the module whose call it is.
+        alone: whether the decoder began it, called by itself.
         frame: of that call, while it runs.
         outer: the pass around it, of another model or of this one.
         decided: whether it is settled if the gaze is steered in it.
@@ -56,6 +57,7 @@ class Pass(SteeredCall):
     given: Given | None = None
     scope: Scope = NOTHING
     by: Any = None
+    alone: bool = False
     frame: FrameType | None = None
     outer: Any = None
     decided: bool = False

@@ -182,6 +182,27 @@ def test_features_that_a_pass_makes_inside_disable_steering_are_plain():
         assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_a_plain_reference_within_a_steered_pass_owes_no_bias(family):
+    """Before the steered layers have run; where the base model is the decoder itself, too."""
+    model = patch_model(make_model(family), steer(family, source=None))
+    inputs = make_prompt(family, ROWS if family == "qwen2_vl" else [[9]])
+    layers = model.get_decoder().layers
+
+    def reference():
+        with disable_steering(model), torch.no_grad():
+            return model(**inputs).logits, model.model(**inputs).last_hidden_state
+
+    plain = reference()
+    with torch.no_grad():
+        steered = model(**inputs, saliency=look(inputs)).logits
+    done, handle = once(layers[0], reference)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, saliency=look(inputs)).logits, steered)
+    handle.remove()
+    assert all(torch.equal(found, expected) for found, expected in zip(done[1], plain, strict=True))
+
+
 def test_routing_is_heard_where_generate_or_the_caller_encodes_first():
     model, inputs = patch_model(make_encoder_model("llava"), align("llava", "output", "simple")), make_encoder_inputs("llava")
     with record_routing(model) as listener, torch.no_grad():

@@ -150,7 +150,7 @@ class Gaze(nn.Module):
         if begun is not None and not begun.decided:  # of a model's call that brought no tokens
             begin_gaze(steering, begun, given, said)
             return begun, kwargs
-        current = Pass(given=given, scope=scope, by=module)
+        current = Pass(given=given, scope=scope, by=module, alone=True)
         begin_gaze(steering, current, given, said)
         steering.enter(current)
         return current, kwargs
@@ -207,12 +207,13 @@ class Gaze(nn.Module):
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Decoder: check the receipt; the keys are in the cache now, the caller's or its own, so the state goes there, too."""
-        current = kwargs.get(STEERING) or pass_of(self.owner[0])
+        told = STEERING in kwargs
+        current = kwargs[STEERING] if told else pass_of(self.owner[0])
         if not isinstance(current, Pass):
             return
-        if current.by is module:
+        if current.alone and current.by is module:
             self.owner[0].leave(current)
-        if output is None or not current.steers or current.state is None:  # interrupted, or nothing to steer
+        if not told or output is None or not current.steers or current.state is None:  # interrupted, or nothing to steer
             return
         missing = [layer for layer in current.biases if layer not in current.signed]
         if missing and not (module.training and skips_layers(module)):

@@ -41,7 +41,7 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
     """
     plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
-    current.decided, current.tokens = given.source is not None, given.ids
+    current.decided, current.tokens, current.source = given.source is not None, given.ids, given.source
     if scope.off:
         refuse_changed(plan, steering.gaze.implementations, ())
         _pass_over(scope, given)

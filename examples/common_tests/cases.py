@@ -44,6 +44,8 @@ EAR = {
     "max_target_positions": 40, "pad_token_id": 98, "bos_token_id": 98, "eos_token_id": 98, "decoder_start_token_id": 85,
     "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
+SEEN = {**TEXT, "seq_length": 13}
+HEARD = {**EAR, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "encoder_seq_length": 20}
 HYBRID = {
     "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_experts": 4,
@@ -110,7 +112,7 @@ class Qwen3NextTest(Reads, unittest.TestCase):
 
 
 class Qwen2VLTest(Case, unittest.TestCase):
-    sizes = {**TEXT, "seq_length": 13}
+    sizes = SEEN
     all_model_classes = (Qwen2VLModel, Qwen2VLForConditionalGeneration)
     _is_composite = True
 
@@ -135,7 +137,7 @@ class Qwen2VLTest(Case, unittest.TestCase):
 
 
 class WhisperTest(Case, unittest.TestCase):
-    sizes = {**EAR, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "encoder_seq_length": 20}
+    sizes = HEARD
     all_model_classes = (WhisperModel, WhisperForConditionalGeneration)
     is_encoder_decoder = True
     test_missing_keys = False

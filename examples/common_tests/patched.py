@@ -1,7 +1,7 @@
 """A plugin of pytest: writes what became of each test, and, where it is asked to, patches every model that the tests make.
 
 A model is patched when its outermost constructor is done (`Model(config)`, `_from_config`, `from_pretrained`), so as users do it:
-at λ = 0 with a source where the model has a gaze, with a fresh aligner where it has an encoder, and its base left trainable.
+with a gaze that changes nothing where the model has one, a fresh aligner where it has an encoder, and its base left trainable.
 """
 
 import contextlib
@@ -19,7 +19,10 @@ import hf_steer
 from hf_steer import AlignerConfig, AttentionConfig, SaliencyConfig, SteerConfig
 
 RECORD, PATCHES = "COMMON_TESTS_RECORD", "COMMON_TESTS_PATCHED"
-GAZE = {
+"""Variables of the environment: the file for the record, and which of `GAZES` the models get; empty for none."""
+GAZES = ("zero", "silent")
+"""At λ = 0, with a source; or at λ = 2, and nobody says where to look."""
+SOURCES = {
     "llama": "text_similarity",
     "qwen3_next": "text_similarity",
     "qwen2_vl": "vision_attention",
@@ -35,17 +38,18 @@ current = None
 
 def config_for(model_type):
     """What all models of a type are patched with."""
-    gaze = GAZE.get(model_type)
-    attention = AttentionConfig(strength=0.0, saliency=SaliencyConfig(source=gaze)) if gaze else None
-    aligners = (AlignerConfig(ALIGNED[model_type], num_experts=2),) if model_type in ALIGNED else ()
-    return SteerConfig(attention=attention, aligners=aligners)
+    strength, source = (0.0, SOURCES.get(model_type)) if os.environ[PATCHES] == "zero" else (2.0, None)
+    gaze = AttentionConfig(strength=strength, saliency=SaliencyConfig(source=source)) if model_type in SOURCES else None
+    # the balance joins the loss, and refuses training steps without labels, of which these tests have some
+    aligner = AlignerConfig(ALIGNED[model_type], num_experts=2, load_balancing_weight=0.0) if model_type in ALIGNED else None
+    return SteerConfig(attention=gaze, aligners=() if aligner is None else (aligner,))
 
 
 def take(model):
     """Patch a model that a test has made. The test's random numbers are those that it draws without a patch."""
     if not isinstance(model, PreTrainedModel) or hasattr(model, "hf_steer"):
         return
-    if model.config.model_type not in {*GAZE, *ALIGNED}:
+    if model.config.model_type not in {*SOURCES, *ALIGNED}:
         return
     state = torch.get_rng_state()
     try:
@@ -86,6 +90,24 @@ def wrap_constructors():
     PreTrainedModel.from_pretrained, PreTrainedModel._from_config = makes(load), makes(build)
 
 
+def wrap_setter():
+    """Another attention implementation is set as hf_steer asks for it: steering off, set, steering on."""
+    setter = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(setter)
+    def change(self, *args, **kwargs):
+        patched = hasattr(self, "hf_steer")
+        if patched:
+            hf_steer.unpatch_model(self)
+        try:
+            return setter(self, *args, **kwargs)
+        finally:
+            if patched:
+                take(self)
+
+    PreTrainedModel.set_attn_implementation = change
+
+
 def wrap_init(model_class):
     """`Model(config)` gives a patched model."""
     init = model_class.__init__
@@ -104,6 +126,7 @@ def pytest_collection_finish(session):
     if not os.environ.get(PATCHES):
         return
     wrap_constructors()
+    wrap_setter()
     for model_class in {model_class for item in session.items for model_class in item.cls.all_model_classes}:
         wrap_init(model_class)
 

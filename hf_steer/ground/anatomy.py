@@ -52,6 +52,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         layers=attention.layers,
         crosses=attention.crosses,
         carried=attention.carried,
+        carried_across=attention.carried_across,
         left_out=attention.left_out,
         reason=attention.reason,
         num_heads=heads,
@@ -62,13 +63,14 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=1 if vision is None else setting(vision, "merge"),
-        patch_px=int(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
+        patch_px=_side(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
         temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
         windowed=family.windowed,
         arrangement=family.arrangement,
         class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
         hidden_size=int(setting(text, "features")) if has_setting(text, "features") else 0,
         encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+        frame_seconds=family.frame_seconds,
     )
 
 
@@ -81,6 +83,12 @@ def _sizes(text: Any, attention: Attention) -> tuple[int, int, int]:
     if has_setting(text, "head_size"):
         return heads, shared, int(setting(text, "head_size"))
     return heads, shared, int(setting(text, "features")) // heads if heads and has_setting(text, "features") else 0
+
+
+def _side(px: Any) -> int:
+    """Of a patch, which configurations write as a number or as one per side; 0 for patches that are not square."""
+    sides = set(px) if isinstance(px, (list, tuple)) else {px}
+    return int(sides.pop()) if len(sides) == 1 else 0
 
 
 def _readable_tower(model: Any, family: Family) -> Any | None:

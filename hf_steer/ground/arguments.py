@@ -25,6 +25,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "logits_kept": ("logits_to_keep",),
         # of a decoder that reads an encoder
         "encoder_states": ("encoder_hidden_states", "cross_attention_states"),
+        "encoder_mask": ("encoder_attention_mask", "cross_attention_mask"),
         "decoder_ids": ("decoder_input_ids",),
         "decoder_embeds": ("decoder_inputs_embeds",),
         "decoder_mask": ("decoder_attention_mask",),

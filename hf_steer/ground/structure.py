@@ -20,7 +20,7 @@ from hf_steer.ground.proof import TOKENS, Proof, Seen, prove
 from hf_steer.ground.settings import has_setting, setting
 
 Names = Mapping[nn.Module, str]
-Attends = Literal["self", "cross"]
+Carried = Literal["keyword", "pass"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Attention:
         crosses: attention to what an encoder hands on, by number.
         carried: how the bias reaches them: `"keyword"`, as an argument that the decoder hands on; `"pass"`, out of the pass that
             this thread is in, where a decoder drops such arguments.
+        carried_across: the same for attention to an encoder.
         left_out: modules that cannot be steered, and why.
         reason: why there is no decoder; empty where there is one.
     """
@@ -40,7 +41,8 @@ class Attention:
     decoder: Any
     layers: tuple[Site, ...] = ()
     crosses: tuple[Site, ...] = ()
-    carried: Literal["keyword", "pass"] = "keyword"
+    carried: Carried = "keyword"
+    carried_across: Carried = "keyword"
     left_out: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -82,14 +84,18 @@ def _attention(decoder: Any, found: Mapping[str, Any], seen: Mapping[str, Seen],
     left_out = {name: _why_odd(seen[name]) for name in found if name in seen and name not in (*own, *others)}
     if not own and not others:
         left_out[type(decoder).__name__] = proof.fault or "a pass calls none of the modules that look an attention function up"
-    carried: Literal["keyword", "pass"] = "keyword" if all(seen[name].keyword for name in own if name in seen) else "pass"
     return Attention(
         decoder,
         _sites({name: found[name] for name in own}, seen, decoder),
         _sites({name: found[name] for name in others}, seen, decoder),
-        carried,
+        _how_carried(own, seen),
+        _how_carried(others, seen),
         left_out,
     )
+
+
+def _how_carried(names: Sequence[str], seen: Mapping[str, Seen]) -> Carried:
+    return "keyword" if all(seen[name].keyword for name in names if name in seen) else "pass"
 
 
 def _why_odd(seen: Seen) -> str:

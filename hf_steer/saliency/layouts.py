@@ -7,6 +7,7 @@ taken for granted: what CLIP's is told to do otherwise (no centre crop, padding 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -14,6 +15,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
+from hf_steer.saliency.ears import EARS, heard
 from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.llava import Cuts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
@@ -40,10 +42,13 @@ def read_layouts(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatom
     """
     if anatomy.layout is None:
         return {}
-    read = LAYOUTS.get(anatomy.layout) if isinstance(anatomy.layout, str) else anatomy.layout
-    if read is None:
-        raise SaliencyError(f"the row of family {anatomy.family!r} has layout {anatomy.layout!r}; there are {', '.join(LAYOUTS)}.")
-    return read(given, records, anatomy, whole)
+    layouts: Layouts = {}
+    for layout in anatomy.layout if isinstance(anatomy.layout, tuple) else (anatomy.layout,):
+        read = LAYOUTS.get(layout) if isinstance(layout, str) else layout
+        if read is None:
+            raise SaliencyError(f"the row of family {anatomy.family!r} has layout {layout!r}; there are {', '.join(LAYOUTS)}.")
+        layouts.update(read(given, records, anatomy, whole))
+    return layouts
 
 
 def _qwen(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
@@ -76,6 +81,10 @@ def _of_cuts(cuts: Cuts) -> Layouts:
     return {modality: [cut.layout() for cut in own] for modality, own in cuts.items()}
 
 
+def _heard(name: str, given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
+    return heard(given, EARS[name](anatomy))
+
+
 LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], Layouts]] = MappingProxyType(
     {
         "qwen": _qwen,
@@ -84,5 +93,6 @@ LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], 
         "qwen2_audio": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=False),
         "audioflamingo3": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=True),
         "voxtral": lambda given, records, anatomy, whole: padded_sounds(given, anatomy),
+        **{name: partial(_heard, name) for name in EARS},
     }
 )

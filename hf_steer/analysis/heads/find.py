@@ -113,8 +113,8 @@ def _shape_of(anatomy: Anatomy) -> tuple[int, int]:
     counts = sorted({site.heads for site in anatomy.layers})
     if len(counts) > 1:
         raise ConfigError(
-            f"the layers of this {anatomy.family!r} have {' or '.join(map(str, counts))} heads, and heads are compared across layers "
-            "of as many. Name heads yourself: AttentionConfig(heads={layer: heads})."
+            f"the layers of this {anatomy.family!r} have {' or '.join(map(str, counts))} heads, and heads are compared across "
+            "layers of as many. Name heads yourself: AttentionConfig(heads={layer: heads})."
         )
     return len(anatomy.layers), anatomy.num_heads
 

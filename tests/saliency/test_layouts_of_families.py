@@ -1,0 +1,88 @@
+"""A box lights the tokens whose features change when the picture's pixels in it change: an oracle that knows no layout."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from kit.pictured import KINDS, features_of, make_pictured_model, make_processor, noise_picture
+from PIL import Image
+
+from hf_steer import Saliency, SaliencyError
+from hf_steer.families import resolve
+from hf_steer.ground.arguments import Given
+from hf_steer.saliency import find_spans, read_layouts, scores_from_user
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # transformers' GLM processors
+SIZES = [(64, 64), (70, 110), (131, 67), (50, 150), (97, 101)]
+"""Height and width: square, wide, tall, a strip, almost square and prime."""
+BOXES = [(0.0, 0.0, 0.3, 0.3), (0.55, 0.1, 0.9, 0.35), (0.1, 0.6, 0.4, 1.0), (0.35, 0.35, 0.7, 0.7), (0.75, 0.7, 1.0, 1.0)]
+"""Left, top, right, bottom, in fractions."""
+ENLARGED_AT_LEAST = 0.2
+"""By which a picture's sides are multiplied: none of these becomes smaller than a fifth."""
+
+
+@functools.cache
+def built(family):
+    processor = make_processor(KINDS[family])
+    model = make_pictured_model(KINDS[family], processor.tokenizer)
+    return processor, model, resolve(model)
+
+
+def processed(family, pictures, prompt=None):
+    processor, _, _ = built(family)
+    text = " w3 ".join([KINDS[family].written] * len(pictures))
+    inputs = processor(images=[[Image.fromarray(own) for own in pictures]], text=[f"w1 w2 {text} w4"], return_tensors="pt")
+    return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def lit(family, inputs, saliency):
+    """`(placeholder tokens,)` which of them a statement gives a score."""
+    _, _, anatomy = built(family)
+    ids = inputs["input_ids"]
+    layouts = read_layouts(Given(inputs), {}, anatomy, whole=True)
+    spans = find_spans(ids, anatomy.placeholder_ids, layouts)
+    placeholders, real = ids == anatomy.placeholder_ids["image"], torch.ones_like(ids, dtype=torch.bool)
+    try:
+        scores = scores_from_user(saliency, spans, real=real, first_position=0, temporal_patch_size=1)
+    except SaliencyError as error:
+        if "lies where no token looks" not in str(error):  # CLIP's centre square
+            raise
+        return torch.zeros(int(placeholders.sum()), dtype=torch.bool)
+    return scores.values[placeholders] > 0
+
+
+def boxed(box, size, grown=0):
+    """A box in whole pixels, so many larger on each side, clipped."""
+    height, width = size
+    left, top, right, bottom = (round(part * side) for part, side in zip(box, (width, height) * 2, strict=True))
+    return max(left - grown, 0), max(top - grown, 0), min(right + grown, width), min(bottom + grown, height)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("family", KINDS)
+def test_a_box_lights_the_tokens_whose_features_its_pixels_change(family, size):
+    """Resizing spreads a pixel over its neighbours, so what a box that is smaller by as much lights must change, and what one that
+    is larger by as much does not light must not.
+    """
+    height, width = size
+    _, model, _ = built(family)
+    picture = noise_picture(*size)
+    inputs = processed(family, [picture])
+    before = features_of(model, inputs)
+    assert len(before) == int((inputs["input_ids"] == built(family)[2].placeholder_ids["image"]).sum())
+    told = 0
+    for number, box in enumerate(BOXES):
+        left, top, right, bottom = boxed(box, size)
+        other = picture.copy()
+        other[top:bottom, left:right] = noise_picture(bottom - top, right - left, seed=number + 1)
+        difference = (features_of(model, processed(family, [other])) - before).abs().amax(1)
+        changed = difference > 1e-5 * difference.max()
+        inner, outer = (lit(family, inputs, Saliency.from_boxes(boxed(box, size, by), (width, height))) for by in (-5, 8))
+        assert not (inner & ~changed).any(), (box, (inner & ~changed).nonzero().flatten())
+        assert not (changed & ~outer).any(), (box, (changed & ~outer).nonzero().flatten())
+        told += int((inner | ~outer).sum())
+        assert inner.any() or not changed.any()
+    assert told > 0.5 * len(BOXES) * len(before)

@@ -54,6 +54,7 @@ OURS: Mapping[str, Family] = MappingProxyType(
         **dict.fromkeys(("vipllava", "mistral3"), Family(placeholders=("image",), layout="llava")),
         "llava_next": Family(placeholders=("image",), layout="llava_next"),
         **dict.fromkeys(("gemma3", "gemma3n", "paligemma"), Family(placeholders=("image",), layout="square")),
+        **dict.fromkeys(("deepseek_vl", "janus"), Family(placeholders=("image",), layout="padded_square")),
         "gemma4": Family(placeholders=("image",), layout="gemma4"),
         "internvl": Family(placeholders=("image",), layout="internvl"),
         "aya_vision": Family(placeholders=("image",), layout="aya_vision"),

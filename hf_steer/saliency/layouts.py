@@ -21,7 +21,7 @@ from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.llava import Cuts, all_in_parts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.runs import count_by_runs
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
-from hf_steer.saliency.tiles import Tiled, Tiling
+from hf_steer.saliency.tiles import Centred, Tiled, Tiling
 from hf_steer.values import Layout
 
 Layouts: TypeAlias = dict[str, list[Layout]]
@@ -104,13 +104,16 @@ def _pooled_grids(given: Given, records: Mapping[str, EyeRecord], anatomy: Anato
     return {"image": layouts}
 
 
-def _squares(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
-    """Each picture squashed to a square of so many tokens; the prompt tells how many there are, next to each other or not."""
+def _squares(
+    given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool, *, padded: bool = False
+) -> Layouts:
+    """Each picture squashed, or padded, to a square; the prompt tells how many there are, next to each other or not."""
     if given.ids is None or not pictures.pictures_came(given):
         return {}
     square = tokens_in_square(anatomy)
     per_row = (given.ids == anatomy.placeholder_ids["image"]).sum(1) // square.patches**2
-    return {"image": [Tiled(square, 0, nearest_ratio).layout()] * int(per_row.sum())}
+    cut = Centred(square) if padded else Tiled(square, 0, nearest_ratio)
+    return {"image": [cut.layout()] * int(per_row.sum())}
 
 
 def _tiles(
@@ -140,6 +143,7 @@ LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], 
         "gemma4": _pooled_grids,
         # pictures on a square
         "square": _squares,
+        "padded_square": partial(_squares, padded=True),
         "llava": _llava,
         # pictures in parts
         "llava_next": lambda given, records, anatomy, whole: _of_cuts(all_in_parts(given, anatomy)),

@@ -1,4 +1,4 @@
-"""A picture in tiles of one size, row by row, with the whole of it in one more: where its tokens lie."""
+"""A picture in tiles of one size, row by row, with the whole of it in one more, or amid padding: where its tokens lie."""
 
 from __future__ import annotations
 
@@ -65,3 +65,27 @@ class Tiled:
         shares = torch.tensor([canvas.columns * canvas.width, canvas.rows * canvas.height] * 2, dtype=torch.float64)
         tiles = inside(((whole + corners) / shares).view(-1, 4))
         return torch.cat([whole, tiles] if self.whole_first else [tiles, whole])
+
+
+@dataclass(frozen=True)
+class Centred:
+    """One picture, whose longer side is as long as the square, in the middle of padding (DeepSeek-VL, Janus).
+
+    Attributes:
+        square: that the tower sees, in prompt tokens.
+        least_px: to which the processor stretches a shorter side.
+    """
+
+    square: Square
+    least_px: int = 14
+
+    def layout(self) -> Layout:
+        """How much of the square is padding is known with the picture's shape."""
+        return Layout(cells=patch_cells(self.square), fit=self.of_picture)
+
+    def of_picture(self, size: tuple[float, float]) -> Tensor:
+        """`(tokens, 4)` cells of a picture of this width and height; NaN for a token that shows nothing but padding."""
+        side = self.square.side_px
+        resized = torch.tensor([max(round(length * side / max(size)), self.least_px) for length in size] * 2, dtype=torch.float64)
+        before = (side - resized).div(2, rounding_mode="floor")
+        return inside((patch_cells(self.square) * side - before) / resized)

@@ -155,6 +155,16 @@ KINDS: Mapping[str, Kind] = {
         "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", "SiglipImageProcessor", {**_sized(), "image_seq_length": 64}, _SIGLIP,
         text={"model_type": "gemma"}, own={"projection_dim": 32},
     ),
+    "deepseek_vl": Kind(
+        "DeepseekVLForConditionalGeneration", "DeepseekVLProcessor", "DeepseekVLImageProcessor", {**_sized(), "min_size": 14},
+        _SIGLIP, text={"model_type": "llama"}, told={"num_image_tokens": 64},
+    ),
+    "janus": Kind(
+        "JanusForConditionalGeneration", "JanusProcessor", "JanusImageProcessor", {**_sized(96), "min_size": 14},
+        {**_SQUARE, "image_size": 96, "projection_dim": 32, "mlp_ratio": 2.0}, text={"model_type": "llama"},
+        own={"vq_config": {"base_channels": 32, "embed_dim": 8, "num_embeddings": 8, "num_res_blocks": 1, "channel_multiplier": [1]}},
+        tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
+    ),
     "gemma4": Kind(
         "Gemma4ForConditionalGeneration", "Gemma4Processor", "Gemma4ImageProcessor",
         {"patch_size": 2, "max_soft_tokens": 70, "pooling_kernel_size": 3},
@@ -303,9 +313,10 @@ def without_mixing(model: Any) -> Iterator[None]:
 
 def features_of(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """`(placeholder tokens, features)` that the model puts in the placeholders' stead, in their order."""
-    names = inspect.signature(inspect.unwrap(type(model).get_image_features)).parameters
+    owner = model if hasattr(model, "get_image_features") else model.base_model
+    names = inspect.signature(inspect.unwrap(type(owner).get_image_features)).parameters
     with torch.no_grad(), without_mixing(model):
-        output = model.get_image_features(**{name: value for name, value in inputs.items() if name in names})
+        output = owner.get_image_features(**{name: value for name, value in inputs.items() if name in names})
     found = output.last_hidden_state if output.pooler_output is None else output.pooler_output  # Llama 4 pools in its tower
     parts = list(found) if isinstance(found, (list, tuple)) else [found]
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])

@@ -31,10 +31,12 @@ def built(family):
     return processor, model, resolve(model)
 
 
-def processed(family, pictures, prompt=None):
+def processed(family, *rows):
+    """What the family's processor makes of rows of pictures."""
     processor, _, _ = built(family)
-    text = " w3 ".join([KINDS[family].written] * len(pictures))
-    inputs = processor(images=[[Image.fromarray(own) for own in pictures]], text=[f"w1 w2 {text} w4"], return_tensors="pt")
+    texts = [f"w1 w2 {' w3 '.join([KINDS[family].written] * len(row))} w4" for row in rows]
+    images = [[Image.fromarray(own) for own in row] for row in rows]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
     return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
@@ -86,3 +88,25 @@ def test_a_box_lights_the_tokens_whose_features_its_pixels_change(family, size):
         told += int((inner | ~outer).sum())
         assert inner.any() or not changed.any()
     assert told > 0.5 * len(BOXES) * len(before)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_several_pictures_in_several_rows_are_told_apart(family):
+    """Each lights what it lights alone, in its own place, left padding or not."""
+    sizes = [(70, 110), (131, 67), (64, 64)]
+    first, second, third = (noise_picture(*size, seed=number) for number, size in enumerate(sizes))
+    together = processed(family, [first, second], [third])
+    assert not together["attention_mask"].all()
+    alone, expected = [], []
+    for size, picture in zip(sizes, (first, second, third), strict=True):
+        height, width = size
+        box = boxed((0.1, 0.2, 0.5, 0.6), size)
+        alone.append(lit(family, processed(family, [picture]), Saliency.from_boxes(box, (width, height))))
+        expected.append((box, (width, height)))
+    for number, (row, image) in enumerate(((0, 0), (0, 1), (1, 0))):
+        box, size = expected[number]
+        found = lit(family, together, Saliency.from_boxes(box, size, row=row, image=image))
+        own = [lights if place == number else torch.zeros_like(lights) for place, lights in enumerate(alone)]
+        assert torch.equal(found, torch.cat(own)), (row, image)
+    with pytest.raises(SaliencyError, match="no image 2 in row 0"):
+        lit(family, together, Saliency.from_boxes((0, 0, 5, 5), (110, 70), image=2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -107,3 +106,23 @@ def rounded_up(size: Sides, side_px: int, tiles: int) -> Canvas | None:
     # the processor rounds twice before it counts tiles, to a pixel or two of the resized picture; the user's sides may be rounded
     slack = max(canvas.rows, canvas.columns) / min(size) + 4 / side_px
     return canvas if off <= slack else None
+
+
+def padded_up(size: Sides, tokens: Sides, token_px: int, patch_px: int) -> Canvas | None:
+    """A canvas of whole tokens in whose top left corner the picture lies, made smaller where it has too many (Kimi-K2.5).
+
+    Where the processor allows other numbers than it does by itself, the scale is known to within a token: the middle is taken.
+    None for a picture that needs other tokens.
+    """
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor, navit_resize
+
+    canvas = [count * token_px for count in tokens]
+    most, sides = Kimi_K25ImageProcessor.max_patches, Kimi_K25ImageProcessor.size["max_height"]
+    resized, padded = navit_resize(*size, patch_px, token_px // patch_px, most, sides)
+    if list(padded) != canvas:
+        largest = min(whole / length for whole, length in zip(canvas, size, strict=True))
+        least = max((whole - token_px) / length for whole, length in zip(canvas, size, strict=True))
+        if least > largest + 1 / min(size):  # sides are rounded down, and the user's may be rounded, too
+            return None
+        resized = tuple(min(length * (least + largest) / 2, whole) for whole, length in zip(canvas, size, strict=True))
+    return Canvas(*tokens, *(length / whole for length, whole in zip(resized, canvas, strict=True)))

@@ -21,7 +21,7 @@ from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.llava import Cuts, all_in_parts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.runs import count_by_runs
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
-from hf_steer.saliency.tiles import Centred, Tiled, Tiling
+from hf_steer.saliency.tiles import Centred, Cornered, Tiled, Tiling
 from hf_steer.values import Layout
 
 Layouts: TypeAlias = dict[str, list[Layout]]
@@ -76,6 +76,13 @@ def _grids_of_one_token(given: Given, records: Mapping[str, EyeRecord], anatomy:
     return {"image": [*found.get("image", ()), *frames]}
 
 
+def _padded_grids(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
+    """The picture in the corner of a grid that comes with the pixels (Kimi-K2.5)."""
+    merge, patch = anatomy.merge_size, anatomy.patch_px
+    grids = pictures.grids_in(given).get("image", [])
+    return {"image": [Cornered((h // merge, w // merge), merge * patch, patch).layout() for _, h, w in grids]} if grids else {}
+
+
 def _llava(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
     """As many patches as fit for Pixtral; a square for the other towers."""
     if pictures.count_pictures(given, "image") and pictures.kind_of(pictures.vision_of(anatomy)) == "pixtral":
@@ -117,10 +124,10 @@ def _squares(
 
 
 def _tiles(
-    given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool, *, tiling: Tiling, marked: Literal["first", "last"],
-    whole_first: bool = False,
+    given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool, *, tiling: Tiling,
+    marked: Literal["first", "last"],
 ) -> Layouts:  # fmt: skip
-    """Tiles of each picture, and the whole; the prompt tells how many there are."""
+    """Tiles of each picture, and then the whole; the prompt tells how many there are."""
     if given.ids is None or not pictures.pictures_came(given):
         return {}
     square = tokens_in_square(anatomy)
@@ -128,7 +135,7 @@ def _tiles(
         max(0, count // square.patches**2 - 1)
         for count in count_by_runs(given.ids, anatomy.placeholder_ids["image"], marked)
     ]
-    return {"image": [Tiled(square, own, tiling, whole_first).layout() for own in tiles]}
+    return {"image": [Tiled(square, own, tiling).layout() for own in tiles]}
 
 
 def _of_cuts(cuts: Cuts) -> Layouts:
@@ -141,6 +148,7 @@ LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], 
         "qwen": _grids,
         "glm4v": _grids_of_one_token,
         "gemma4": _pooled_grids,
+        "kimi_k25": _padded_grids,
         # pictures on a square
         "square": _squares,
         "padded_square": partial(_squares, padded=True),

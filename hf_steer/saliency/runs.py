@@ -1,4 +1,4 @@
-"""How many placeholder tokens each picture of a prompt has, where only the prompt tells: they stand in runs, with others between."""
+"""How many placeholder tokens each picture of a prompt has, where only the prompt tells: they stand in runs."""
 
 from __future__ import annotations
 

@@ -87,27 +87,28 @@ _GLM_TOKENS = {"image_token": "<|image|>", "video_token": "<|video|>"}
 _GLM_MORE = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
 
-def _qwen(model: str, *, text: Any = None, vision: Any = None, newer: bool = True) -> Kind:
+def _qwen(model: str, *, text: Any = None, vision: Any = None, own: Any = None, newer: bool = True) -> Kind:
     return Kind(
         model, "Qwen3VLProcessor" if newer else "Qwen2VLProcessor", "Qwen2VLImageProcessor",
         {**_TINY_PIXELS, "patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2},
         {**_QWEN, **({"num_position_embeddings": 64} if newer else {}), **(vision or {})}, text={**_MROPE, **(text or {})},
-        tokens=_QWEN_TOKENS, written="<|vision_start|><|image_pad|><|vision_end|>",
+        own=own or {}, tokens=_QWEN_TOKENS, written="<|vision_start|><|image_pad|><|vision_end|>",
         video_processor="Qwen3VLVideoProcessor" if newer else "Qwen2VLVideoProcessor",
     )  # fmt: skip
 
 
 def _glm(model: str, processor: str, images: str, videos: str, *, text: Any = None) -> Kind:
+    rope = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
     return Kind(
         model, processor, images, {"size": {"shortest_edge": 256, "longest_edge": 12000}, "patch_size": PATCH, "merge_size": 2},
-        {**_QWEN, "image_size": SIDE}, text={"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}, **(text or {})},
+        {**_QWEN, "image_size": SIDE}, text={**rope, **(text or {})},
         tokens=_GLM_TOKENS, others=_GLM_MORE, written="<|begin_of_image|><|image|><|end_of_image|>", video_processor=videos,
     )  # fmt: skip
 
 
-def _llava_next(vision: dict[str, Any], strategy: str) -> Kind:
+def _llava_next(vision: dict[str, Any], strategy: str, films: str = "") -> Kind:
     return Kind(
-        "LlavaNextForConditionalGeneration", "LlavaNextProcessor", "LlavaNextImageProcessor",
+        f"LlavaNext{films}ForConditionalGeneration", "LlavaNextProcessor", "LlavaNextImageProcessor",
         {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "image_grid_pinpoints": _PINPOINTS},
         vision, text={"model_type": "llama"},
         own={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": strategy, "vision_feature_layer": -1},
@@ -118,6 +119,13 @@ def _llava_next(vision: dict[str, Any], strategy: str) -> Kind:
     )  # fmt: skip
 
 
+_OMNI = {
+    "vision_start_token_id": 21,
+    "audio_config": {
+        "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "output_dim": 32, "num_mel_bins": 8,
+        "max_source_positions": 20, "n_window": 4, "downsample_hidden_size": 4,
+    },
+}  # fmt: skip
 _PINPOINTS = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
 _IDEFICS = {
     "pixels": {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}, "return_row_col_info": True},
@@ -139,6 +147,25 @@ KINDS: Mapping[str, Kind] = {
     "qwen3_vl_moe": _qwen("Qwen3VLMoeForConditionalGeneration", vision={"deepstack_visual_indexes": [0]}, text=_MOE),
     "qwen3_5": _qwen("Qwen3_5ForConditionalGeneration", text=_HYBRID),
     "qwen3_5_moe": _qwen("Qwen3_5MoeForConditionalGeneration", text={**_HYBRID, **_MOE, "shared_expert_intermediate_size": 24}),
+    "qwen2_5_omni_thinker": _qwen(
+        "Qwen2_5OmniThinkerForConditionalGeneration", newer=False, vision={"window_size": 16, "fullatt_block_indexes": [1]},
+        own=_OMNI,
+    ),
+    "qwen3_omni_moe_thinker": _qwen(
+        "Qwen3OmniMoeThinkerForConditionalGeneration", newer=False, text=_MOE, own=_OMNI,
+        vision={"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+    ),
+    "kimi_k25": Kind(
+        "Kimi_K25ForConditionalGeneration", "Kimi_K25Processor", "Kimi_K25ImageProcessor", {"patch_size": PATCH, "merge_size": 2},
+        {**_VIT, "patch_size": PATCH, "merge_kernel_size": [2, 2]},
+        text={
+            "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4, "v_head_dim": 6, "first_k_dense_replace": 2, "head_dim": 4,
+        },
+        own={"projection_hidden_size": 16},
+        tokens={"image_token": "<|media_pad|>", "video_token": "<|video|>"}, written="<|media_pad|>",
+        video_processor="Kimi_K25VideoProcessor",
+    ),
     "glm4v": _glm("Glm4vForConditionalGeneration", "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor"),
     "glm4v_moe": _glm(
         "Glm4vMoeForConditionalGeneration", "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor",
@@ -152,8 +179,8 @@ KINDS: Mapping[str, Kind] = {
         others=("\n\n",), written="<start_of_image>", told={"image_seq_length": 16},
     ),
     "paligemma": Kind(
-        "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", "SiglipImageProcessor", {**_sized(), "image_seq_length": 64}, _SIGLIP,
-        text={"model_type": "gemma"}, own={"projection_dim": 32},
+        "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", "SiglipImageProcessor", {**_sized(), "image_seq_length": 64},
+        _SIGLIP, text={"model_type": "gemma"}, own={"projection_dim": 32},
     ),
     "deepseek_vl": Kind(
         "DeepseekVLForConditionalGeneration", "DeepseekVLProcessor", "DeepseekVLImageProcessor", {**_sized(), "min_size": 14},
@@ -243,6 +270,7 @@ KINDS: Mapping[str, Kind] = {
         own={"spatial_merge_size": 2, "vision_feature_layer": -1}, tokens={}, others=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         image="[IMG]", written="[IMG]", told={"patch_size": PATCH, "spatial_merge_size": 2},
     ),
+    "llava_next_video": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default", "Video"),
     "llava_next": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default"),
     "granite_vision": _llava_next(_SIGLIP, "full"),
 }  # fmt: skip
@@ -284,6 +312,21 @@ def make_pictured_model(kind: Kind, tokenizer: Any, *, seed: int = 0) -> Any:
         text_config={**_TEXT, **kind.text}, vision_config=dict(kind.vision), **{**ids, **kind.own}
     )
     model = model_class(config)
+    spread(model, seed)
+    return model.eval()
+
+
+def make_model_without_places(seed: int = 0) -> Any:
+    """An Idefics2, whose four tokens of a picture, all of id 30, come out of a resampler."""
+    torch.manual_seed(seed)
+    resampler = {
+        "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "num_key_value_heads": 1,
+        "resampler_head_dim": 8,
+    }  # fmt: skip
+    config = transformers.Idefics2Config(
+        text_config={**_TEXT, "model_type": "mistral"}, vision_config=_SQUARE, perceiver_config=resampler, image_token_id=30
+    )
+    model = transformers.Idefics2ForConditionalGeneration(config)
     spread(model, seed)
     return model.eval()
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 
 import numpy as np
 import pytest
 import torch
-from kit.pictured import KINDS, features_of, make_pictured_model, make_processor, noise_picture
+from kit.pictured import KINDS, features_of, make_model_without_places, make_pictured_model, make_processor, noise_picture
 from PIL import Image
+from transformers import Idefics3ImageProcessor
+from transformers.image_utils import SizeDict
+from transformers.models.cohere2_vision import image_processing_cohere2_vision as cohere2_vision
+from transformers.models.got_ocr2 import image_processing_got_ocr2 as got_ocr2
+from transformers.models.llama4 import image_processing_llama4 as llama4
 
 from hf_steer import (
     AttentionConfig,
@@ -22,6 +28,7 @@ from hf_steer import (
 )
 from hf_steer.families import resolve
 from hf_steer.ground.arguments import Given
+from hf_steer.ground.tilings import least_enlarged, least_padded, nearest_ratio, rounded_up
 from hf_steer.saliency import find_spans, read_layouts, scores_from_user
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # transformers' GLM processors
@@ -165,3 +172,91 @@ def test_several_pictures_in_several_rows_are_told_apart(family):
     with pytest.raises(SaliencyError, match="no image 2 in row 0"):
         lit(family, together, Saliency.from_boxes((0, 0, 5, 5), (110, 70), image=2))
 
+
+@pytest.mark.parametrize(
+    ("family", "size", "said"),
+    [
+        ("internvl", (60, 120), (100, 60)),  # eight tiles came; 3 x 2 are nearer to this shape than 4 x 2
+        ("aya_vision", (60, 120), (60, 60)),
+        ("cohere2_vision", (60, 120), (60, 60)),
+        ("llama4", (60, 120), (60, 60)),
+        ("idefics3", (60, 120), (100, 100)),
+        ("kimi_k25", (60, 120), (60, 120)),
+    ],
+)
+def test_a_picture_of_a_shape_that_makes_other_tiles_is_refused(family, size, said):
+    inputs = processed(family, [noise_picture(*size)])
+    assert scores_of(family, inputs, Saliency.from_boxes((10, 10, 50, 50), size[::-1])).any()
+    with pytest.raises(SaliencyError, match=r"one of this shape does not make so many\. Give image_size=.*from_tokens"):
+        scores_of(family, inputs, Saliency.from_boxes((10, 10, 50, 50), said))
+
+
+def arrangements(height, width):
+    """Of each way to cut: rows and columns of tiles, as transformers' processors choose them, and ours."""
+    for most in (6, 12):
+        columns, rows = got_ocr2.get_optimal_tiled_canvas((height, width), (448, 448), 1, most)
+        yield (rows, columns), nearest_ratio((height, width), 448, rows * columns)
+        coarse = max(1, round(height / 4)), max(1, round(width / 4))  # a mask of a quarter of the size
+        yield (rows, columns), nearest_ratio(coarse, 448, rows * columns)
+        columns, rows = (int(side) for side in cohere2_vision.get_optimal_tiled_canvas((height, width), (512, 512), 1, most))
+        yield (rows, columns), least_enlarged((height, width), 512, rows * columns)
+    llama4.find_supported_resolutions.cache_clear()
+    resolutions = llama4.find_supported_resolutions(max_num_chunks=16, patch_size=SizeDict(height=336, width=336))
+    rows, columns = (int(side) // 336 for side in llama4.get_best_fit((height, width), torch.tensor(resolutions)))
+    yield (rows, columns), least_padded((height, width), 336, rows * columns)
+    splitting = Idefics3ImageProcessor(size={"longest_edge": 4 * 364}, max_image_size={"longest_edge": 364})
+    _, rows, columns = splitting.get_number_of_image_patches(height, width)
+    yield (rows, columns), rounded_up((height, width), 364, rows * columns)
+
+
+def test_tiles_are_arranged_as_processors_arrange_them_for_hundreds_of_shapes():
+    """A number of tiles and the picture's shape tell how many rows and columns there are."""
+    shapes = random.Random(0)
+    for number in range(300):
+        height = shapes.randint(16, 2500)
+        width = height if number % 5 == 0 else int(shapes.choice((1.5, 2, 3)) * height) if number % 7 == 0 else shapes.randint(16, 2500)
+        for chosen, canvas in arrangements(height, width):
+            assert canvas is not None, (height, width, chosen)
+            assert (canvas.rows, canvas.columns) == chosen, (height, width)
+
+
+def test_a_family_whose_layout_is_not_known_takes_scores_of_tokens_and_refuses_boxes():
+    """Idefics2's picture tokens are what a resampler made of the whole picture, and lie nowhere in it."""
+    model = make_model_without_places()
+    inputs = {"input_ids": torch.tensor([[3, 4, *[30] * 4, 5, 6]]), "pixel_values": torch.randn(1, 1, 3, 32, 32)}
+    scores = torch.zeros(1, 8)
+    scores[0, 3] = 1
+    saliency = SaliencyConfig(source=None, normalize="none")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        patch_model(model, SteerConfig(attention=AttentionConfig(heads={1: (0,)}, strength=2.0, saliency=saliency)))
+        assert torch.equal(model(**inputs).logits, plain)
+        assert not torch.equal(model(**inputs, saliency=Saliency.from_tokens(scores)).logits, plain)
+        for said in (Saliency.from_boxes((0, 0, 5, 5), (10, 10)), Saliency.from_mask(np.ones((4, 4))), Saliency.from_seconds((0, 1))):
+            for run in (model, functools.partial(model.generate, max_new_tokens=1)):
+                with pytest.raises(SaliencyError, match=r"not known for 'idefics2'\. Give one score per token with Saliency.from_tok"):
+                    run(**inputs, saliency=said)
+
+
+def test_a_modality_whose_places_are_not_known_is_named_beside_those_that_are():
+    inputs = processed("gemma3", [noise_picture(40, 40)])
+    with patched("gemma3") as model, pytest.raises(SaliencyError, match="of video 0.*not known for 'gemma3', though it is for image"):
+        model(**inputs, saliency=Saliency.from_boxes((0, 0, 5, 5), (10, 10), video=0))
+
+
+def test_pictures_and_videos_that_share_a_token_are_refused_together():
+    """GLM-4V's frames stand for pictures; each is one."""
+    _, _, anatomy = built("glm4v")
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 6]]), "video_grid_thw": torch.tensor([[2, 4, 8]])}
+    (frames,) = read_layouts(Given({"video_grid_thw": grids["video_grid_thw"]}), {}, anatomy, whole=True).values()
+    assert [layout.grid for layout in frames] == [(1, 2, 4)] * 2
+    with pytest.raises(SaliencyError, match="stand for one token in the prompts of 'glm4v'"):
+        read_layouts(Given(grids), {}, anatomy, whole=True)
+
+
+def test_places_that_did_not_come_with_the_pixels_are_asked_for():
+    _, _, anatomy = built("gemma4")
+    inputs = processed("gemma4", [noise_picture(40, 40)])
+    del inputs["image_position_ids"]
+    with pytest.raises(SaliencyError, match="image_position_ids did not come with pixel_values"):
+        read_layouts(Given(inputs), {}, anatomy, whole=True)

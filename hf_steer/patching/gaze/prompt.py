@@ -114,10 +114,10 @@ def _refuse_unknown_places(plan: Plan, statement: Saliency | None) -> None:
         if region.modality not in known:
             told = f", though it is for {' and '.join(known)}" if known else ""
             raise SaliencyError(
-                f"something is said of {region.modality} {region.index} in row {region.row}, but where each prompt token lies in it is "
-                f"not known for {family!r}{told}. Give one score per token with Saliency.from_tokens(...), or speak of the text with "
-                "Saliency.from_text(...). docs/families.md lists the families where it is known; a layout of your own is one row, see "
-                "docs/extending/family.md."
+                f"something is said of {region.modality} {region.index} in row {region.row}, but where each token lies in it "
+                f"is not known for {family!r}{told}. Give one score per token with Saliency.from_tokens(...), or speak of the text "
+                "with Saliency.from_text(...). docs/families.md lists the families where it is known; a layout of your own is one "
+                "row, see docs/extending/family.md."
             )
 
 

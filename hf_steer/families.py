@@ -66,7 +66,7 @@ OURS: Mapping[str, Family] = MappingProxyType(
         ),
         "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3", encoders=_ear(mask="mel_mask")),
         "voxtral": Family(placeholders=("audio",), layout="voxtral", encoders=_ear(outlet="output")),
-        "whisper": Family(counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
+        "whisper": Family(frame_seconds=0.02, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,
         **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "deepseek_v3", "gpt_oss"), Family(composes=True)),

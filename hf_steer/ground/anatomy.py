@@ -51,6 +51,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         layers=attention.layers,
         crosses=attention.crosses,
         carried=attention.carried,
+        carried_across=attention.carried_across,
         left_out=attention.left_out,
         reason=attention.reason,
         num_heads=heads,
@@ -61,13 +62,14 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=side_of(eye, "merge") if eye is not None and has_setting(eye, "merge") else 1,
-        patch_px=side_of(eye, "patch_px") if eye is not None and has_setting(eye, "patch_px") else 0,
-        temporal_patch_size=setting(eye, "frames_per_step") if eye is not None and has_setting(eye, "frames_per_step") else 1,
+        patch_px=_side(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
+        temporal_patch_size=side_of(eye, "frames_per_step") if eye is not None and has_setting(eye, "frames_per_step") else 1,
         windowed=family.windowed,
         arrangement=family.arrangement,
         class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
         hidden_size=int(setting(text, "features")) if has_setting(text, "features") else 0,
         encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+        frame_seconds=family.frame_seconds,
     )
 
 
@@ -80,6 +82,12 @@ def _sizes(text: Any, attention: Attention) -> tuple[int, int, int]:
     if has_setting(text, "head_size"):
         return heads, shared, int(setting(text, "head_size"))
     return heads, shared, int(setting(text, "features")) // heads if heads and has_setting(text, "features") else 0
+
+
+def _side(px: Any) -> int:
+    """Of a patch, which configurations write as a number or as one per side; 0 for patches that are not square."""
+    sides = set(px) if isinstance(px, (list, tuple)) else {px}
+    return int(sides.pop()) if len(sides) == 1 else 0
 
 
 def _readable_tower(model: Any, family: Family) -> Any | None:

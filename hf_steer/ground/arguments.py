@@ -25,6 +25,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "logits_kept": ("logits_to_keep",),
         # of a decoder that reads an encoder
         "encoder_states": ("encoder_hidden_states", "cross_attention_states"),
+        "encoder_mask": ("encoder_attention_mask", "cross_attention_mask"),
         "decoder_ids": ("decoder_input_ids",),
         "decoder_embeds": ("decoder_inputs_embeds",),
         "decoder_mask": ("decoder_attention_mask",),
@@ -110,6 +111,12 @@ class Given:
     def with_mask(self, mask: Tensor | None) -> Given:
         """The same arguments with a mask."""
         return self if mask is self.mask else Given({**self.named, ARGUMENTS["mask"][0]: mask}, self.own)
+
+    def every(self, copies: int) -> Given:
+        """The same with one of every so many rows of tokens and mask."""
+        ours = {name for word in ("ids", "embeds", "mask") for name in ARGUMENTS[word]}
+        rows = {name: value[::copies] for name, value in self.named.items() if name in ours and isinstance(value, Tensor)}
+        return Given({**self.named, **rows}, self.own)
 
     def of_decoder(self) -> Given:
         """What the decoder of an encoder-decoder is going to get, whose own tokens come under other names."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.decoders import decoder_of, encoders_inside
@@ -20,7 +21,7 @@ from hf_steer.ground.proof import TOKENS, Proof, Seen, prove
 from hf_steer.ground.settings import has_setting, setting
 
 Names = Mapping[nn.Module, str]
-Attends = Literal["self", "cross"]
+Carried = Literal["keyword", "pass"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Attention:
         crosses: attention to what an encoder hands on, by number.
         carried: how the bias reaches them: `"keyword"`, as an argument that the decoder hands on; `"pass"`, out of the pass that
             this thread is in, where a decoder drops such arguments.
+        carried_across: the same for attention to an encoder.
         left_out: modules that cannot be steered, and why.
         reason: why there is no decoder; empty where there is one.
     """
@@ -40,7 +42,8 @@ class Attention:
     decoder: Any
     layers: tuple[Site, ...] = ()
     crosses: tuple[Site, ...] = ()
-    carried: Literal["keyword", "pass"] = "keyword"
+    carried: Carried = "keyword"
+    carried_across: Carried = "keyword"
     left_out: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -55,6 +58,9 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     """
     decoder = decoder_of(model) if decoder is None else decoder
     kind = type(decoder).__name__
+    speaker = _speaking_part(model)
+    if speaker is not None:
+        return Attention(None, reason=f"{kind} has no forward pass of its own; patch the part of it that speaks, model.{speaker}")
     if spelling_in(decoder, "ids") is None:
         return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")
     inside = {module for tower in encoders_inside(model, decoder) for module in tower.modules()}
@@ -82,14 +88,18 @@ def _attention(decoder: Any, found: Mapping[str, Any], seen: Mapping[str, Seen],
     left_out = {name: _why_odd(seen[name]) for name in found if name in seen and name not in (*own, *others)}
     if not own and not others:
         left_out[type(decoder).__name__] = proof.fault or "a pass calls none of the modules that look an attention function up"
-    carried: Literal["keyword", "pass"] = "keyword" if all(seen[name].keyword for name in own if name in seen) else "pass"
     return Attention(
         decoder,
         _sites({name: found[name] for name in own}, seen, decoder),
         _sites({name: found[name] for name in others}, seen, decoder),
-        carried,
+        _how_carried(own, seen),
+        _how_carried(others, seen),
         left_out,
     )
+
+
+def _how_carried(names: Sequence[str], seen: Mapping[str, Seen]) -> Carried:
+    return "keyword" if all(seen[name].keyword for name in names if name in seen) else "pass"
 
 
 def _why_odd(seen: Seen) -> str:
@@ -136,6 +146,14 @@ def stack_of(name: str) -> str:
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+
+def _speaking_part(model: Any) -> str | None:
+    """Of a model that only holds others (Qwen-Omni), the one whose `generate` reads the prompt; None for any other model."""
+    if "forward" in {name for own in type(model).__mro__ if issubclass(own, PreTrainedModel) for name in vars(own)}:
+        return None
+    parts = ((name, part) for name, part in model.named_children() if isinstance(part, PreTrainedModel) and part.can_generate())
+    return next((name for name, part in parts if spelling_in(part, "ids") is not None), None)
 
 
 def _why_none(decoder: Any) -> str:

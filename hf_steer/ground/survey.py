@@ -15,6 +15,7 @@ from hf_steer.errors import GroundError
 from hf_steer.ground.arguments import PERCEIVED, spelling_in
 from hf_steer.ground.attention_call import SEGMENTS
 from hf_steer.ground.caches import ROW_MOVES, unknown_moves
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING, function_of, implementation_of, unknown_batching
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.versions import tested_range, warn_untested
@@ -64,6 +65,15 @@ def _takes(part: str, *words: str) -> Callable[[Planned], str | None]:
         return f"{type(module).__name__}.forward names none of ours for {', '.join(lacking)}" if lacking else None
 
     return find
+
+
+def _root_takes(plan: Planned) -> str | None:
+    """A model whose token numbers are an encoder's is told its decoder's under other names."""
+    if reads_encoder(plan.anatomy.root):
+        return _takes("root", "decoder_ids", "cache")(plan)
+    parameters = inspect.signature(inspect.unwrap(type(plan.anatomy.root).forward)).parameters.values()
+    further = any(own.kind is own.VAR_KEYWORD for own in parameters)
+    return _takes("root", "ids", "mask", *(() if further else ("embeds", "cache")))(plan)
 
 
 def _finds_functions(plan: Planned) -> str | None:
@@ -120,7 +130,7 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
     Assumption("decoder_arguments", "a decoder takes token numbers, embeddings, a mask and a cache", "gaze",
                _takes("decoder", "ids", "embeds", "mask", "cache", "keeps_cache")),
     Assumption("root_arguments", "a model takes token numbers, embeddings, a mask and a cache", "gaze",
-               _takes("root", "ids", "embeds", "mask", "cache")),
+               _root_takes),
     Assumption("attention_functions", "an attention implementation's function is registered, or lies in the model's file", "gaze",
                _finds_functions),
     Assumption("cache_methods", "caches tell length and sizes, and move rows by methods that are known", "gaze", _moves_rows),

@@ -49,7 +49,7 @@ def patches_a_token(anatomy: Anatomy) -> int:
         if has_setting(owner, "patches_joined"):
             return int(setting(owner, "patches_joined"))
         if has_setting(owner, "patches_shrunk"):
-            return round(1 / setting(owner, "patches_shrunk"))
+            return round(1 / float(setting(owner, "patches_shrunk")))
     return 1
 
 
@@ -118,6 +118,7 @@ def padded_up(size: Sides, tokens: Sides, token_px: int, patch_px: int) -> Canva
 
     canvas = [count * token_px for count in tokens]
     most, sides = Kimi_K25ImageProcessor.max_patches, Kimi_K25ImageProcessor.size["max_height"]
+    resized: tuple[float, ...]
     resized, padded = navit_resize(*size, patch_px, token_px // patch_px, most, sides)
     if list(padded) != canvas:
         largest = min(whole / length for whole, length in zip(canvas, size, strict=True))

@@ -48,12 +48,25 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
     attention = config.attention
     if anatomy.decoder is None:
         raise ConfigError(f"a gaze cannot be put into this {anatomy.family!r} model: {anatomy.reason}. {_instead(anatomy)}")
+    if attention.attends == "cross":
+        anatomy = _across(anatomy)
     strengths = resolve_strengths(attention, anatomy) if anatomy.layers else {}  # `survey` says why there are none
     refuse_implementation(anatomy.decoder.config, "decoder")
     eyes = _eyes(attention, anatomy) if strengths or not anatomy.layers else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
     readers = _readers(attention, anatomy, strengths)
     return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns, readers)
+
+
+def _across(anatomy: Anatomy) -> Anatomy:
+    """With cross-attention as what is steered; ConfigError where the decoder reads no encoder by it."""
+    if not anatomy.crosses:
+        raise ConfigError(
+            "attention.attends='cross' needs a decoder that reads an encoder by cross-attention, and "
+            f"{type(anatomy.decoder).__name__} does not: what its encoder hands on, if it has one, stands among its prompt's "
+            "tokens. Leave attends at 'self'."
+        )
+    return anatomy.across()
 
 
 def _instead(anatomy: Anatomy) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import reads_encoder
+from hf_steer.ground.longform import SEGMENT, goes_by_stretches, rows_in, seconds_of, source_in, stretch_in
 from hf_steer.patching.aligning.hooks import Aligners
 from hf_steer.patching.blocks import Block
 from hf_steer.patching.gaze.begin import begin_gaze, refuse_unseen, warn_of_others
@@ -26,7 +27,7 @@ from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass, live_pass, pass_of
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import CALL, SAID, STEERING, Scope, scope_of, take_statement
+from hf_steer.patching.scopes import CALL, SAID, SOURCE, STEERING, STRETCH, Scope, Source, Stretch, scope_of, take_statement
 from hf_steer.saliency import Saliency
 
 
@@ -36,7 +37,7 @@ class Root(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
+        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained", SEGMENT)}
         self.warned = False
         self.compiled_pass: Pass | None = None
         anatomy = plan.anatomy
@@ -135,9 +136,8 @@ class Root(nn.Module):
         scope = scope_of(self)
         if not (self.plan.strengths or self.prompted):
             return original(*args, **kwargs)
-        if self.pairs:  # what its decoder begins with is not known yet; each pass of it says what it is
-            with nullcontext() if said is None else Block(self, SAID, said):
-                return original(*args, **kwargs)
+        if self.pairs or self.gaze.crosses:  # what its decoder begins with is not known yet; each pass of it says what it is
+            return self._generate_apart(original, args, kwargs, said)
         given = read_generate(args, kwargs)
         if given.mask is None:
             given = given.with_mask(inferred_mask(given, self.plan.anatomy.root))
@@ -158,6 +158,28 @@ class Root(nn.Module):
             )
         call.close()
         return result
+
+    def _generate_apart(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], said: Saliency | None) -> Any:
+        """A `generate` whose passes each begin by themselves, with what is said around them."""
+        with ExitStack() as blocks:
+            if said is not None:
+                blocks.enter_context(Block(self, SAID, said, follows=False))
+            source = source_in(args, kwargs)
+            if source is not None:
+                seconds = seconds_of(source) if goes_by_stretches(self.plan.anatomy.root) and source.ndim == 3 else 0.0
+                blocks.enter_context(Block(self, SOURCE, Source(len(source), seconds), follows=False))
+            return original(*args, **kwargs)
+
+    def generate_stretch(self, **kwargs: Any) -> Any:
+        """transformers' decoding of one stretch of each sound, with where that lies in the whole sound."""
+        original, source = self.original(SEGMENT), scope_of(self).source
+        if source is None:
+            return original(**kwargs)
+        rows, starts = stretch_in(kwargs)
+        repeated = max(1, rows_in(kwargs) // source.rows)
+        stretch = Stretch(tuple(row // repeated for row in rows), starts, source.seconds)
+        with Block(self, STRETCH, stretch, follows=False):
+            return original(**kwargs)
 
     def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:
         """The gaze's part of a `generate` that is not a draft."""

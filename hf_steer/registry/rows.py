@@ -56,6 +56,8 @@ class Family:
             base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
         encoders: modality -> where its aligners go.
         composes: the logits are what the head gives, so that a composed model's head can stand for the decoder's own.
+        frame_seconds: how much of a sound one position of what the encoder hands on stands for, where a decoder reads it by
+            cross-attention.
         counts_items: the model's loss heeds Trainer's count of labels over all accumulation steps.
     """
 
@@ -68,6 +70,7 @@ class Family:
     arrangement: Literal["whole", "anyres"] | None = None
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: NOTHING)
     composes: bool = False
+    frame_seconds: float | None = None
     counts_items: bool = True
 
 

@@ -105,9 +105,8 @@ def _pooled_grids(given: Given, records: Mapping[str, EyeRecord], anatomy: Anato
     layouts = []
     for places in pictures.places_in(given):
         columns, rows = (int(most) // joined + 1 for most in places.amax(0))
-        # of a picture like a thread the processor cuts the ends off
-        told = {"size": (columns * side, rows * side), "slack": side} if min(rows, columns) > 1 else {}
-        layouts.append(Layout(grid=(1, rows, columns), **told))
+        size = (columns * side, rows * side) if min(rows, columns) > 1 else None  # a picture like a thread is squashed
+        layouts.append(Layout(grid=(1, rows, columns), size=size, slack=side))
     return {"image": layouts}
 
 

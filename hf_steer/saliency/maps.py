@@ -27,7 +27,8 @@ def map_of(values: Tensor, layout: Layout, size: tuple[float, float] | None = No
         return values.float().view(layout.grid or (1, 1, -1))
     if layout.cells.shape[1] == 2:
         return values.float()[None, None]
-    cells = layout.at(size or layout.size).cells
+    known = size or layout.size
+    cells = layout.at(None if known is None else (known[0], known[1])).cells
     assert cells is not None
     per_frame = len(values) // layout.frames
     frames = [slice(frame * per_frame, (frame + 1) * per_frame) for frame in range(layout.frames)]

@@ -122,8 +122,8 @@ def _llava_next(vision: dict[str, Any], strategy: str, films: str = "") -> Kind:
 _OMNI = {
     "vision_start_token_id": 21,
     "audio_config": {
-        "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "output_dim": 32, "num_mel_bins": 8,
-        "max_source_positions": 20, "n_window": 4, "downsample_hidden_size": 4,
+        "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "output_dim": 32,
+        "num_mel_bins": 8, "max_source_positions": 20, "n_window": 4, "downsample_hidden_size": 4,
     },
 }  # fmt: skip
 _PINPOINTS = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
@@ -189,13 +189,18 @@ KINDS: Mapping[str, Kind] = {
     "janus": Kind(
         "JanusForConditionalGeneration", "JanusProcessor", "JanusImageProcessor", {**_sized(96), "min_size": 14},
         {**_SQUARE, "image_size": 96, "projection_dim": 32, "mlp_ratio": 2.0}, text={"model_type": "llama"},
-        own={"vq_config": {"base_channels": 32, "embed_dim": 8, "num_embeddings": 8, "num_res_blocks": 1, "channel_multiplier": [1]}},
+        own={
+            "vq_config": {"base_channels": 32, "embed_dim": 8, "num_embeddings": 8, "num_res_blocks": 1, "channel_multiplier": [1]}
+        },
         tokens={"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
     ),
     "gemma4": Kind(
         "Gemma4ForConditionalGeneration", "Gemma4Processor", "Gemma4ImageProcessor",
         {"patch_size": 2, "max_soft_tokens": 70, "pooling_kernel_size": 3},
-        {**_VIT, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 3, "position_embedding_size": 512},
+        {
+            **_VIT, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 3,
+            "position_embedding_size": 512,
+        },
         text={"vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
         tokens={
             "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
@@ -208,7 +213,8 @@ KINDS: Mapping[str, Kind] = {
         {**_VIT, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}, text={"model_type": "qwen2"},
         own={"image_seq_length": 16},
         tokens={
-            "context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"
+            "context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
+            "video_token": "<video>",
         },
         image="<IMG_CONTEXT>", written="<IMG_CONTEXT>", told={"image_seq_length": 16}, video_processor="InternVLVideoProcessor",
     ),

@@ -24,7 +24,7 @@ class BiasMaker:
         state: for the rows of this pass.
         strengths: layer -> λ per query head.
         places: of each of these layers.
-        cache: as the decoder gets it; None without one.
+        cache: as the decoder gets it; None without one, and for attention to other keys than those in it.
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
         preserve_mass: whether each group keeps its share of attention.
@@ -60,7 +60,9 @@ class BiasMaker:
 
         None where which they are is not known: no layer sees so many, and all that were cached are more or fewer.
         """
-        total = self.queries if self.cache is None else int(past_of(self.cache))  # the pass's own are in it by now
+        if self.cache is None:
+            return None
+        total = int(past_of(self.cache))  # the pass's own are in it by now
         place = next((own for own in ((total, 0), *self.places) if own[0] == keys), None)
         if place is None:
             return None

@@ -23,6 +23,7 @@ from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
 from hf_steer.patching.gaze.begin import begin_gaze
 from hf_steer.patching.gaze.biases import BiasMaker
+from hf_steer.patching.gaze.crossing import state_across
 from hf_steer.patching.gaze.first_pass import look_at_prompt
 from hf_steer.patching.gaze.memory import write_state
 from hf_steer.patching.gaze.receipt import heed_pass, refuse_lost, refuse_unsigned
@@ -58,7 +59,7 @@ class Gaze(nn.Module):
             kind: registered_name(str(decoder), "gaze", f"{family}_{kind.__name__}" if len(kinds) > 1 else family) for kind in kinds
         }
         self.slots = {site.index: site.slot for site in anatomy.layers}
-        self.by_keyword = anatomy.carried == "keyword"
+        self.by_keyword, self.crosses = anatomy.carried == "keyword", anatomy.attends == "cross"
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
@@ -169,7 +170,9 @@ class Gaze(nn.Module):
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
-        if current.prompt is not None:
+        if self.crosses:
+            current.state = state_across(current, self.plan, given, rows=rows, device=device)
+        elif current.prompt is not None:
             prompt, start = current.prompt, int(past)
 
             def look() -> Tensor:
@@ -198,9 +201,12 @@ class Gaze(nn.Module):
         if not self.by_keyword:
             self._refuse_recomputed(module)
         strengths = self.strengths(current, device) if current.scope.strengths is not None or self.learns else self.plan.strengths
-        places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
+        if self.crosses:
+            places = [(current.state.length, 0)] * len(strengths)
+        else:
+            places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
         current.bias_of = BiasMaker(
-            current.state, strengths, places, cache=cache, queries=queries, gate=current.pace.factor,
+            current.state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
             preserve_mass=self.attention.saliency.preserve_mass,
         )  # fmt: skip
         current.biases = current.bias_of.every()

@@ -119,6 +119,7 @@ def padded_up(size: Sides, tokens: Sides, token_px: int, patch_px: int) -> Canva
     canvas = [count * token_px for count in tokens]
     most, sides = Kimi_K25ImageProcessor.max_patches, Kimi_K25ImageProcessor.size["max_height"]
     resized: tuple[float, ...]
+    # called as the processor calls it: that of 5.14 took the sides for each other, and squashed its pictures accordingly
     resized, padded = navit_resize(*size, patch_px, token_px // patch_px, most, sides)
     if list(padded) != canvas:
         largest = min(whole / length for whole, length in zip(canvas, size, strict=True))

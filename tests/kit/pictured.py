@@ -364,8 +364,12 @@ def features_of(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """`(placeholder tokens, features)` that the model puts in the placeholders' stead, in their order."""
     owner = model if hasattr(model, "get_image_features") else model.base_model
     names = inspect.signature(inspect.unwrap(type(owner).get_image_features)).parameters
+    given = {name: value for name, value in inputs.items() if name in names}
+    for name, parameter in names.items():  # up to 5.14 Llama 4 asks for a setting of its own
+        if name not in ("self", *given) and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            given[name] = getattr(model.config.vision_config, name)
     with torch.no_grad(), without_mixing(model):
-        output = owner.get_image_features(**{name: value for name, value in inputs.items() if name in names})
+        output = owner.get_image_features(**given)
     found = output.last_hidden_state if output.pooler_output is None else output.pooler_output  # Llama 4 pools in its tower
     parts = list(found) if isinstance(found, (list, tuple)) else [found]
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])

@@ -45,6 +45,22 @@ OURS: Mapping[str, Family] = MappingProxyType(
             blocks="encoder.layers", block_attention="self_attn", placeholders=MODALITIES, layout="llava_onevision",
             arrangement="anyres", encoders=_LLAVA_EYE,
         ),
+        **dict.fromkeys(
+            ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+            Family(placeholders=MODALITIES, layout="qwen"),
+        ),
+        **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v"), Family(placeholders=("image",), layout="glm4v")),
+        "kimi_k25": Family(placeholders=("image",), layout="kimi_k25"),
+        **dict.fromkeys(("vipllava", "mistral3"), Family(placeholders=("image",), layout="llava")),
+        **dict.fromkeys(("llava_next", "llava_next_video"), Family(placeholders=("image",), layout="llava_next")),
+        **dict.fromkeys(("gemma3", "gemma3n", "paligemma"), Family(placeholders=("image",), layout="square")),
+        **dict.fromkeys(("deepseek_vl", "janus"), Family(placeholders=("image",), layout="padded_square")),
+        "gemma4": Family(placeholders=("image",), layout="gemma4"),
+        "internvl": Family(placeholders=("image",), layout="internvl"),
+        "aya_vision": Family(placeholders=("image",), layout="aya_vision"),
+        "cohere2_vision": Family(placeholders=("image",), layout="cohere2_vision"),
+        "llama4": Family(placeholders=("image",), layout="llama4"),
+        **dict.fromkeys(("idefics3", "smolvlm"), Family(placeholders=("image",), layout="idefics3")),
         "qwen2_audio": Family(
             placeholders=("audio",), layout="qwen2_audio", counts_items=False, encoders=_ear(mask="mel_mask")
         ),

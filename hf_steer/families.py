@@ -66,6 +66,16 @@ OURS: Mapping[str, Family] = MappingProxyType(
         ),
         "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3", encoders=_ear(mask="mel_mask")),
         "voxtral": Family(placeholders=("audio",), layout="voxtral", encoders=_ear(outlet="output")),
+        **dict.fromkeys(("qwen3_asr", "qwen3_omni_moe_thinker"), Family(placeholders=("audio",), layout="qwen3_omni")),
+        **dict.fromkeys(("granite_speech", "granite_speech_plus"), Family(placeholders=("audio",), layout="granite_speech")),
+        "qwen2_5_omni_thinker": Family(placeholders=("audio",), layout="qwen2_5_omni"),
+        "gemma3n": Family(placeholders=("audio",), layout="gemma3n_audio"),
+        "gemma4": Family(placeholders=("audio",), layout="gemma4_audio"),
+        "gemma4_unified": Family(placeholders=("audio",), layout="gemma4_unified_audio"),
+        **{
+            name: Family(placeholders=("audio",), layout=name)
+            for name in ("glmasr", "musicflamingo", "moss_transcribe_diarize", "fun_asr_nano", "phi4_multimodal", "vibevoice_asr")
+        },
         "whisper": Family(frame_seconds=0.02, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,

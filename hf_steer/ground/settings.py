@@ -43,6 +43,13 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "feature_strategy": ("vision_feature_select_strategy",),
         # of sounds
         "window_steps": ("max_source_positions",),
+        "half_window": ("n_window",),
+        "joined_steps": ("audio_merge_size",),
+        "tokens_a_sound": ("audio_soft_tokens_per_image",),
+        "stretch_steps": ("window_size",),
+        "steps_a_query": ("downsample_rate",),
+        "codec": ("acoustic_tokenizer_encoder_config",),
+        "hop": ("hop_length",),
         # of generate
         "end_tokens": ("eos_token_id",),
     }
@@ -87,7 +94,9 @@ def side_of(config: Any, word: str) -> int:
 
 
 def placeholder_of(config: Any, modality: str) -> int:
-    """The token that stands for a picture, video or sound in a prompt."""
+    """The token that stands for a picture, video or sound in a prompt; Phi-4 says it where it describes the ear."""
+    if modality == "audio" and not has_setting(config, "audio_token") and has_setting(config, "audio"):
+        config = setting(config, "audio")
     return setting(config, f"{modality}_token")  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
 from hf_steer.ground.tilings import least_enlarged, least_padded, nearest_ratio, patches_a_token, rounded_up, tokens_in_square
+from hf_steer.saliency.ears import EARS, heard
 from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.llava import Cuts, all_in_parts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.runs import count_by_runs
@@ -45,10 +46,13 @@ def read_layouts(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatom
     """
     if anatomy.layout is None:
         return {}
-    read = LAYOUTS.get(anatomy.layout) if isinstance(anatomy.layout, str) else anatomy.layout
-    if read is None:
-        raise SaliencyError(f"the row of family {anatomy.family!r} has layout {anatomy.layout!r}; there are {', '.join(LAYOUTS)}.")
-    return read(given, records, anatomy, whole)
+    layouts: Layouts = {}
+    for layout in anatomy.layout if isinstance(anatomy.layout, tuple) else (anatomy.layout,):
+        read = LAYOUTS.get(layout) if isinstance(layout, str) else layout
+        if read is None:
+            raise SaliencyError(f"the row of family {anatomy.family!r} has layout {layout!r}; there are {', '.join(LAYOUTS)}.")
+        layouts.update(read(given, records, anatomy, whole))
+    return layouts
 
 
 def _grids(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
@@ -141,6 +145,10 @@ def _of_cuts(cuts: Cuts) -> Layouts:
     return {modality: [cut.layout() for cut in own] for modality, own in cuts.items()}
 
 
+def _heard(name: str, given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
+    return heard(given, EARS[name](anatomy))
+
+
 LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], Layouts]] = MappingProxyType(
     {
         # pictures on a grid of their own
@@ -164,5 +172,6 @@ LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], 
         "qwen2_audio": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=False),
         "audioflamingo3": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=True),
         "voxtral": lambda given, records, anatomy, whole: padded_sounds(given, anatomy),
+        **{name: partial(_heard, name) for name in EARS},
     }
 )

@@ -175,8 +175,9 @@ def _on_cells(region: Region, paint: Paint, layout: Layout) -> Tensor:
 def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
     assert layout.cells is not None
     assert layout.size is not None
-    name, heard, end = f"audio {region.index} in row {region.row}", layout.size[0], float(layout.cells[-1, 1])
-    token = end / layout.tokens
+    placed = ~torch.isnan(layout.cells).any(1)
+    name, heard, end = f"audio {region.index} in row {region.row}", layout.size[0], float(layout.cells[placed][-1, 1])
+    token = end / int(placed.sum())
     if paint.duration is not None and abs(paint.duration - heard) > layout.slack + token:
         raise SaliencyError(
             f"duration_seconds={paint.duration:g} was said of {name}, but the model hears {heard:g} s of it. Give the length of "
@@ -187,7 +188,9 @@ def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) reaches past {name}, of which the model hears {heard:g} s.")
         if span[0] >= end and not layout.continues:  # what is left over after the last whole token
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) lies after the last token of {name}, which ends at {end:g} s.")
-    return paint.on_cells(layout.cells)
+    painted = torch.zeros(layout.tokens, dtype=torch.float32)
+    painted[placed] = paint.on_cells(layout.cells[placed])
+    return painted
 
 
 def _refuse_other_aspect(region: Region, layout: Layout) -> None:

@@ -79,7 +79,8 @@ class Anatomy:
     `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie, or is a function of that kind; None for a
     model that reads text only. `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out
     as tokens (see `registry.Family`), and `class_tokens` how many of the tower's tokens come before its patches. `frame_seconds` is
-    how much of a sound one position of what an encoder hands on stands for, where that is known, and `no_encoder` why a modality has no encoder.
+    how much of a sound one position of what an encoder hands on stands for, where that is known. `no_encoder` says why a modality
+    has no encoder.
     """
 
     family: str

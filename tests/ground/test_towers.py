@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from kit import tiny
 from kit.architectures import classes, modalities, without_weights
 from kit.tiny_encoders import ENCODING, make_encoder_model, modality_of
@@ -15,6 +16,7 @@ from hf_steer import AlignerConfig, ConfigError, SteerConfig, patch_model
 from hf_steer.families import resolve
 from hf_steer.ground.towers import find_encoders
 
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CODES = "turns (pictures|sounds) into tokens of its vocabulary, and no gradient comes back"
 ALONE = "alone, which has no layers"
 STAGES = "it has no list of equal layers whose features are the last dimension"
@@ -57,8 +59,10 @@ def found():
             kept.clear()
             try:
                 model = without_weights(kind)
-            except ImportError as error:
-                pytest.skip(str(error).strip().splitlines()[0])
+            except Exception as error:  # which configurations make a model, each release decides anew
+                if isinstance(error, ImportError) or VERSION < (5, 23):
+                    pytest.skip(str(error).strip().splitlines()[0])
+                raise
             kept[kind] = (model, find_encoders(model))
         return kept[kind]
 
@@ -110,6 +114,8 @@ def test_text_alone_has_neither_and_says_so():
 
 
 def test_a_placement_that_is_not_there_is_refused_with_its_reason():
+    if "fuyu" not in classes():
+        pytest.skip("this release has no Fuyu in its mappings")
     model = without_weights("fuyu")
     with pytest.raises(ConfigError, match=f"'output' does not go with .*'fuyu': .*{ALONE}.*can be placed at 'projector' there"):
         patch_model(model, SteerConfig(aligners=(AlignerConfig(modality="image"),)))

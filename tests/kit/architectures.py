@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,9 @@ def classes() -> dict[str, str]:
 
 
 def modalities(class_name: str) -> list[str]:
-    taken = inspect.signature(inspect.unwrap(getattr(transformers, class_name).forward)).parameters
+    with warnings.catch_warnings(action="ignore"):  # modules of older releases warn of their own making
+        model_class = getattr(transformers, class_name)
+    taken = inspect.signature(inspect.unwrap(model_class.forward)).parameters
     return [modality for modality, names in PERCEIVED.items() if any(name in taken for name in names)]
 
 

@@ -35,7 +35,8 @@ class Shown:
         output = self.call(model)
         if isinstance(output, ModelOutput):
             wanted = ("pooler_output", "logits", "deepstack_features")
-            output = [output[name] for name in wanted if output.get(name) is not None] or output.to_tuple()
+            said = [getattr(output, name, None) for name in wanted]  # older releases set what is no field of the output
+            output = [own for own in said if own is not None] or output.to_tuple()
         return list(flattened(output))
 
 

@@ -12,6 +12,8 @@ from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
 from hf_steer.ground.settings import has_setting, placeholder_of, setting, side_of, text_settings
 from hf_steer.ground.structure import Attention, Names, find_attention
+from hf_steer.ground.towers import find_encoders
+from hf_steer.ground.ways import PERCEIVED
 from hf_steer.registry import EncoderRow, Family
 
 
@@ -40,6 +42,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
     attention = find_attention(model, names, None if family.decoder is None else _inside(model, family.decoder))
     text = text_settings(model)
+    found = find_encoders(model, [modality for modality in PERCEIVED if modality not in family.encoders])
     tower = _readable_tower(model, family)
     eye = setting(model.config, "vision") if has_setting(model.config, "vision") else None
     heads, key_value_heads, head_dim = _sizes(text, attention)
@@ -68,7 +71,8 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         arrangement=family.arrangement,
         class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
         hidden_size=int(setting(text, "features")) if has_setting(text, "features") else 0,
-        encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+        encoders={**found.encoders, **{eye: _encoder(names, model, family, eye, row) for eye, row in family.encoders.items()}},
+        no_encoder=found.reasons,
         frame_seconds=family.frame_seconds,
     )
 
@@ -122,6 +126,7 @@ def _encoder(names: Names, model: Any, family: Family, modality: str, row: Encod
         size=width * max(1, len(_states_read(model))),
         layer_size=width,
         projector=projector,
+        projectors=() if projector is None else (projector,),
         placeholder_ids=tuple(placeholder_of(model.config, name) for name in placeholders),
         mask=None if row.mask is None else _mask_argument(model, family, row.mask),
     )

@@ -31,11 +31,14 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "decoder_mask": ("decoder_attention_mask",),
         # of pictures, videos and sounds
         "encoded": ("mm_encoder_outputs",),
-        "image_pixels": ("pixel_values",),
+        "image_pixels": ("pixel_values", "image_pixel_values", "flattened_patches"),
         "video_pixels": ("pixel_values_videos",),
-        "mels": ("input_features", "audio_input_features"),
+        "mels": ("input_features", "audio_input_features", "audio_input_ids"),
         "samples": ("input_values",),
-        "mel_mask": ("feature_attention_mask", "input_features_mask"),
+        "mel_mask": (
+            "feature_attention_mask", "input_features_mask", "audio_attention_mask", "input_values_mask", "audio_input_ids_mask",
+            "padding_mask",
+        ),
         "sample_mask": ("padding_mask",),
         "sound_tokens": ("audio_embed_sizes",),
         "image_grids": ("image_grid_thw",),

@@ -1,4 +1,4 @@
-"""How the tokens of a sound follow one another, family by family: what one stands for is counted in steps of what the encoder reads.
+"""How the tokens of a sound follow one another, family by family, counted in steps of what the encoder reads.
 
 Convolutions with a stride alone put a token's middle on its first step; where steps are joined or averaged after them, a token
 begins with its first step. Attention in the encoder may carry more into a token than it hears itself; that is not looked at.
@@ -74,7 +74,8 @@ class Ear:
             steps = min(window, count - first)
             own = (steps + self.steps - self.rest) // self.steps
             middle = self.behind_seconds - self.steps * self.step_seconds / 2 if self.centred else 0.0
-            starts += [first * self.step_seconds + max(0.0, place * self.steps * self.step_seconds + middle) for place in range(own)]
+            begun, step = first * self.step_seconds, self.steps * self.step_seconds
+            starts += [begun + max(0.0, place * step + middle) for place in range(own)]
             end = (first + own * self.steps) * self.step_seconds
         edges = torch.tensor([*starts, seconds if self.rest == 1 else end], dtype=torch.float64)
         return torch.stack([edges[:-1], edges[1:]], 1)

@@ -38,6 +38,7 @@ class Subject:
         said: what steers its gaze; None for its own eyes.
         tokenizer: as for `patch_model`.
         copies: whether the model may be copied.
+        thorough: whether the same may be computed in several ways where one shows it.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Subject:
     said: Saliency | None
     tokenizer: Any = None
     copies: bool = True
+    thorough: bool = True
 
     @property
     def given(self) -> Given:

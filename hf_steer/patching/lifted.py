@@ -1,0 +1,51 @@
+"""A patch that is taken off for a while: what steers stays what it is, with all that it has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from hf_steer.patching.edits import SetTrainable
+from hf_steer.patching.handle import Steering, note_in_force
+from hf_steer.patching.scopes import steering_of
+from hf_steer.patching.unchanged import refuse_running
+
+
+@contextmanager
+def lifted(model: Any) -> Iterator[Any]:
+    """Unpatch a model inside the block. Afterwards the same steering is in force: the same object, the same parameters.
+
+    Args:
+        model: patched, inside wrappers or not.
+
+    Yields:
+        The model inside of all wrappers.
+
+    Raises:
+        PatchError: not patched, or another thread runs it.
+    """
+    steering: Steering = steering_of(model)
+    root = steering.plan.anatomy.root
+    refuse_running(root, "unpatch")
+    trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        steering.undo.close()
+        steering.release()
+        yield root
+    finally:
+        _put_back(steering, trained)
+
+
+def _put_back(steering: Steering, trained: list[tuple[nn.Parameter, bool]]) -> None:
+    """All its edits again; undoing them restores what was there without them."""
+    steering.gaze.owner, steering.aligners.owner = (steering,), (steering,)
+    steering.gaze.register_functions()
+    with ExitStack() as edits:
+        edits.enter_context(SetTrainable([(own, said) for own, said in trained if own.requires_grad != said]))
+        for edit in steering.edits():
+            edits.enter_context(edit)
+        steering.undo = edits.pop_all()
+    note_in_force(steering)

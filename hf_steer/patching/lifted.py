@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,12 +32,15 @@ def lifted(model: Any) -> Iterator[Any]:
     root = steering.plan.anatomy.root
     refuse_running(root, "unpatch")
     trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    order = [(hooks, list(map(called_by, hooks.values()))) for hooks in _hooks_in(root)]
     try:
         steering.undo.close()
         steering.release()
         yield root
     finally:
         _put_back(steering, trained)
+        for hooks, before in order:
+            _sort(hooks, before)
 
 
 def _put_back(steering: Steering, trained: list[tuple[nn.Parameter, bool]]) -> None:
@@ -49,3 +53,24 @@ def _put_back(steering: Steering, trained: list[tuple[nn.Parameter, bool]]) -> N
             edits.enter_context(edit)
         steering.undo = edits.pop_all()
     note_in_force(steering)
+
+
+def called_by(hook: Any) -> Any:
+    """What a hook calls, to be compared: a partial, or a bound method, of the same is another object each time."""
+    return (hook.func, hook.args) if isinstance(hook, partial) else hook
+
+
+def _hooks_in(root: nn.Module) -> Iterator[Any]:
+    for module in root.modules():
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+def _sort(hooks: Any, wanted: list[Any]) -> None:
+    """Ours go where they were: others may have put theirs before them since the model was patched."""
+    left = {number: called_by(hook) for number, hook in hooks.items()}
+    for own in wanted:
+        number = next((number for number, hook in left.items() if hook == own), None)
+        if number is not None:
+            del left[number]
+            hooks.move_to_end(number)

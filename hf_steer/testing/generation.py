@@ -27,14 +27,14 @@ def decoding(subject: Subject) -> Finding:
         out = subject.generate(said)
         pairs = [(steps_of(out), _answer_at_once(subject, said, out))] if at_once else []
         if subject.thorough or not at_once:
-            pairs.append(_while_alike(out, subject.generate(said, **named(keeps_cache=False))))
+            pairs.append(while_alike(out, subject.generate(said, **named(keeps_cache=False))))
         found, expected = zip(*pairs, strict=True)
         return torch.cat([own.flatten(0, 1) for own in found]), torch.cat([own.flatten(0, 1) for own in expected])
 
     return as_close_as_plain(subject, ways, config=subject.gaze, said=subject.said)
 
 
-def _while_alike(out: Any, other: Any) -> tuple[Tensor, Tensor]:
+def while_alike(out: Any, other: Any) -> tuple[Tensor, Tensor]:
     """Logits of all steps before which both have said the same: two near words may come out the other way round."""
     alike = (out.sequences == other.sequences)[:, -NEW_TOKENS:].int().cumprod(1).bool()
     same = torch.cat([torch.ones_like(alike[:, :1]), alike[:, :-1]], 1)[..., None]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_steer.ground.implementations import implementation_of, original_config
+from hf_steer.patching.lifted import called_by
 
 State = Mapping[str, Any]
 
@@ -35,17 +35,12 @@ def _items(model: Any) -> Iterator[tuple[str, Any]]:
         yield f"{place}: object", (id(module), type(module))
         yield f"{place}: config object", _config_of(own.get("config"))
         yield f"{place}: attributes", frozenset(own)
-        hooks = {key: tuple(map(_hook, value.values())) for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
+        hooks = {key: tuple(map(called_by, value.values())) for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
         yield f"{place}: hooks", hooks
         yield f"{place}: training", module.training
     for name, parameter in model.named_parameters():
         yield f"{name}: tensor", (id(parameter), parameter.data_ptr(), parameter.requires_grad, _writes(parameter))
         yield f"{name}: gradient", id(parameter.grad)
-
-
-def _hook(value: Any) -> Any:
-    """What a hook calls: a partial of the same is another object each time."""
-    return (value.func, value.args) if isinstance(value, partial) else value
 
 
 def _config_of(config: Any) -> Any:

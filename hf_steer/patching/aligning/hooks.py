@@ -173,8 +173,7 @@ class Aligners(nn.ModuleList):
         balances = None if current is None or not weight else current.balances
         listeners = [own for own in scope_of(self.owner[0]).listeners if own.follows_routing]
         if (balances is None and not listeners) or not planned.routes:
-            steered: Tensor = module(features, *more, **masks)
-            return steered
+            return laid_as(module(features, *more, **masks), features)
         routing: Routing
         steered, routing = module(features, *more, return_routing=True, **masks)
         mask = masks.get("mask", mask_of_tokens)
@@ -187,4 +186,11 @@ class Aligners(nn.ModuleList):
             place = f"{place}.{planned.layers[layer].index}"
         for listener in listeners:
             listener.routed(place, routing, mask)
+        return laid_as(steered, features)
+
+
+def laid_as(steered: Tensor, features: Tensor) -> Tensor:
+    """The same numbers, as the features lay in memory: in half precision products of others come out otherwise in the last bit."""
+    if steered.stride() == features.stride() or steered.shape != features.shape or 0 in features.stride():
         return steered
+    return steered.new_empty_strided(features.shape, features.stride()).copy_(steered)

@@ -12,7 +12,7 @@ from hf_steer.ground.arguments import named
 from hf_steer.saliency import Saliency
 from hf_steer.testing.compared import as_close_as_plain
 from hf_steer.testing.prompts import continued, shifted
-from hf_steer.testing.report import CannotShow, Finding
+from hf_steer.testing.report import Finding
 from hf_steer.testing.subject import NEW_TOKENS, Subject, all_of, equal, steps_of
 
 BEAMS = 3

@@ -35,7 +35,8 @@ def _items(model: Any) -> Iterator[tuple[str, Any]]:
         yield f"{place}: object", (id(module), type(module))
         yield f"{place}: config object", _config_of(own.get("config"))
         yield f"{place}: attributes", frozenset(own)
-        hooks = {key: tuple(map(called_by, value.values())) for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
+        kept = {key: value for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
+        hooks = {key: tuple(map(called_by, value.values())) for key, value in kept.items()}
         yield f"{place}: hooks", hooks
         yield f"{place}: training", module.training
     for name, parameter in model.named_parameters():

@@ -115,8 +115,8 @@ def _standing(
     """A model that is patched, with what it is patched with."""
     if config is not None:
         raise ConfigError(
-            "this model is patched already, and its own patch is what is verified. Leave config= out, or take the patch back first: "
-            "hf_steer.unpatch_model(model)."
+            "this model is patched already, and its own patch is what is verified. Leave config= out, or take the patch back "
+            "first: hf_steer.unpatch_model(model)."
         )
     steering = find_steering(model)
     plan = steering.plan  # type: ignore[union-attr]

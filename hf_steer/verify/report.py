@@ -65,15 +65,16 @@ class Verification:
         if self.broken:
             names = ", ".join(check.name for check in self.broken)
             return (
-                f"Do not rely on {what}: {len(self.broken)} of {len(self.checks)} promises are broken ({names}). Where the model runs "
-                "as it should without hf_steer, please report it with this table."
+                f"Do not rely on {what}: {len(self.broken)} of {len(self.checks)} promises are broken ({names}). Where the model "
+                "runs as it should without hf_steer, please report it with this table."
             )
         if not self.holds:
             return f"Nothing could be shown of {what}; the table says why."
         shown = len(self.checks) - len(self.unshown)
         if not self.unshown:
             return f"All {shown} promises hold for {what}."
-        return f"All that could be shown holds for {what}: {shown} of {len(self.checks)} promises; the table says why not the others."
+        of = f"{shown} of {len(self.checks)} promises"
+        return f"All that could be shown holds for {what}: {of}; the table says why not the others."
 
     def raise_if_broken(self) -> None:
         """ContractError with the table, unless all that could be shown holds."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from hf_steer.config import SteerConfig
 from hf_steer.io import load_steering, save_steering
+from hf_steer.patching import use_strength
 from hf_steer.testing import generation, passes
 from hf_steer.testing.promises import Promise
 from hf_steer.testing.report import CannotShow, Finding
 from hf_steer.testing.subject import equal
-from hf_steer.patching import use_strength
 from hf_steer.verify.backend import backend
 from hf_steer.verify.receipt import receipt
 from hf_steer.verify.remains import remains_of

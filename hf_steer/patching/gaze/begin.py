@@ -12,6 +12,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.caches import past_of
 from hf_steer.patching.blocks import held_elsewhere
+from hf_steer.patching.gaze.crossing import begin_crossing
 from hf_steer.patching.gaze.ledger import refuse_longer
 from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.prompt import read_prompt
@@ -41,12 +42,19 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
     """
     plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
-    current.decided, current.tokens = given.source is not None, given.ids
+    current.decided, current.tokens, current.source = given.source is not None, given.ids, given.source
     if scope.off:
         refuse_changed(plan, steering.gaze.implementations, ())
         _pass_over(scope, given)
         return
     current.backend = plan.config.attention.backend
+    if plan.anatomy.attends == "cross":
+        begin_crossing(current, given, said)
+        if current.steers and (not current.decided or given.count_tokens() > 1):
+            past = 0 if given.cache is None else int(past_of(given.cache))
+            current.prompt = read_prompt(given, plan, None, past=past, whole=False)
+        refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if current.steers else ())
+        return
     current.state = state = None if given.cache is None else read_state(given.cache)
     call = scope.call
     owned = call is not None and call.owns(given, state, said, scope.saliency, sees=sees)

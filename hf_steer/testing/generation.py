@@ -12,7 +12,7 @@ from hf_steer.ground.arguments import named
 from hf_steer.saliency import Saliency
 from hf_steer.testing.compared import as_close_as_plain
 from hf_steer.testing.prompts import continued, shifted
-from hf_steer.testing.report import Finding
+from hf_steer.testing.report import CannotShow, Finding
 from hf_steer.testing.subject import NEW_TOKENS, Subject, all_of, equal, steps_of
 
 BEAMS = 3
@@ -22,6 +22,8 @@ THREADS = 3
 def decoding(subject: Subject) -> Finding:
     """Prompt, then token by token on a cache, against one pass over prompt and answer where that can be, and against no cache."""
     at_once = why_not_at_once(subject) is None
+    if subject.attention.gate is not None:
+        raise CannotShow("a gate remembers on the cache what it measured, so without one nothing can be computed anew")
 
     def ways(said: Saliency | None) -> tuple[Tensor, Tensor]:
         out = subject.generate(said)

@@ -60,10 +60,9 @@ def whole_steering(anatomy: Anatomy, *, sees: bool) -> SteerConfig:
     """
     attention = None
     if anatomy.decoder is not None:
-        layers, heads = range(len(anatomy.layers)), range(anatomy.num_heads)
-        strength = {layer: {head: _strength(layer, head) for head in heads} for layer in layers}
+        strength = {site.index: {head: _strength(site.index, head) for head in range(site.heads)} for site in anatomy.layers}
         saliency = SaliencyConfig() if sees else SaliencyConfig(source=None, normalize="none")
-        attention = AttentionConfig(heads=dict.fromkeys(layers, "all"), strength=strength, saliency=saliency)
+        attention = AttentionConfig(heads=dict.fromkeys(strength, "all"), strength=strength, saliency=saliency)
     aligners: list[AlignerConfig] = []
     for modality, encoder in anatomy.encoders.items():
         own = {"modality": modality}

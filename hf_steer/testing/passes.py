@@ -103,7 +103,7 @@ def applied_in(subject: Subject, sites: Sequence[Site]) -> Finding:
         for site in sites:
             with AddHook(site.module, "before", _without_bias):
                 try:
-                    found = subject.logits(subject.said)
+                    found = subject.anew(subject.said)
                 except SteerError:
                     continue
             if not torch.equal(found, expected):

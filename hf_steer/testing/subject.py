@@ -138,6 +138,10 @@ class Subject:
         with self.looking(said):
             return logits_in((model or self.model)(**(self.inputs if inputs is None else inputs))).detach()
 
+    def anew(self, said: Saliency | None = None) -> Tensor:
+        """Logits of the prompt, of a pass of its own, also where results are remembered."""
+        return self.logits(said)
+
     def generate(self, said: Saliency | None = None, **how: Any) -> Any:
         """What `generate` gives, greedily, with raw logits."""
         if self.config.attention is None:

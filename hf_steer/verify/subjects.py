@@ -105,7 +105,7 @@ class Counted(Subject):
     def anew(self, said: Saliency | None = None) -> Tensor:
         """Logits of the prompt, of a pass of its own."""
         with self._switched():
-            return super().logits(said)
+            return Subject.logits(self, said)
 
     def anew_plain(self) -> Tensor:
         """Logits of the prompt, unsteered, of a pass of its own."""

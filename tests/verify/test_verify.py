@@ -143,11 +143,11 @@ def test_it_takes_no_more_passes_than_it_says(family, patched, config):
 
 
 def test_short_prompts_are_a_few_tokens():
-    """What a model of 7 billion parameters computes in 26 passes over so many tokens is about 10 teraflop."""
+    """What a model of 7 billion parameters computes in 27 passes over so many tokens is about 10 teraflop."""
     report = verify(make_model("qwen2"))
     assert report.holds
-    assert report.passes <= 26
-    assert report.tokens <= 700
+    assert report.passes <= 27
+    assert report.tokens <= 720
 
 
 def test_nothing_of_the_models_size_is_made(monkeypatch):

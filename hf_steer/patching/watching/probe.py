@@ -17,8 +17,10 @@ from hf_steer.ground.attention_call import called_by_name, layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.ground.parts import Anatomy
 from hf_steer.patching.edits import SetAttentionFunction
+from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
+from hf_steer.values import HeadBias
 
 Witness = Callable[[AttentionCall], Callable[[Any], None] | None]
 """Sees what a layer is about to attend with; what it gives back, if anything, is called with what the layer's function returns."""
@@ -78,6 +80,12 @@ def _register(module: Any, decoder: Any) -> str:
     return name
 
 
+def _bias_over(passing: SteeredCall, layer: int, keys: int) -> HeadBias | None:
+    """What the steering adds in a layer that attends to so many keys."""
+    bias = passing.biases.get(layer)
+    return bias if bias is None or bias.key.shape[1] == keys else passing.over(layer, keys)
+
+
 def probing_attention(
     module: Any,
     query: Tensor,
@@ -93,8 +101,8 @@ def probing_attention(
     """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
     read, then = _READERS.get().get(decoder), None
     if read is not None:
-        passing: SteeredCall | None = options.get(STEERING)
-        bias = None if passing is None else passing.biases.get(layer_of(module))
+        passing: SteeredCall | None = options.get(STEERING) or pass_around(module)
+        bias = None if passing is None else _bias_over(passing, layer_of(module), key.shape[2])
         own = {name: value for name, value in options.items() if name != STEERING}
         then = read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
     result = inner(module, query, key, value, mask, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +28,38 @@ def short_prompts(anatomy: Anatomy, tokenizer: Any) -> dict[str, Any]:
         raise ConfigError(
             f"{anatomy.family!r} reads no prompt, so there are none for it; give inputs=, as its processor makes them."
         )
-    device = next(anatomy.root.parameters()).device
-    rows = _written(tokenizer) if tokenizer is not None else _drawn(anatomy)
+    rows = None if tokenizer is None else written(tokenizer, TEXTS)
+    if rows is None or not _are_words(rows, anatomy):
+        rows = _drawn(anatomy)
+    return padded_rows(rows, next(anatomy.root.parameters()).device)
+
+
+def padded_rows(rows: Sequence[list[int]], device: Any) -> dict[str, Any]:
+    """Prompts of unequal length as one batch, padded on the left with a word of their own, which its mask hides."""
     longest = max(map(len, rows))
     ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return named(ids=ids, mask=mask)
 
 
-def _written(tokenizer: Any) -> list[list[int]]:
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    return [list(tokenizer(text)[named(ids=None).popitem()[0]]) for text in TEXTS]
+def written(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as token numbers, by a tokenizer or the one of a processor."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    return [list(tokenizer(text)[named(ids=None).popitem()[0]]) for text in texts]
+
+
+def _are_words(rows: Sequence[Sequence[int]], anatomy: Anatomy) -> bool:
+    """Whether a tokenizer's numbers are some, and of this model: without files transformers makes one that knows no word."""
+    return min(map(len, rows)) > 2 and max(map(max, rows)) < _words(anatomy)
+
+
+def _words(anatomy: Anatomy) -> int:
+    return int(setting(text_settings(anatomy.root), "words"))
 
 
 def _drawn(anatomy: Anatomy) -> list[list[int]]:
     """From the middle of the vocabulary: what is special lies at its ends."""
-    words, generator = int(setting(text_settings(anatomy.root), "words")), torch.Generator().manual_seed(0)
+    words, generator = _words(anatomy), torch.Generator().manual_seed(0)
     special = set(anatomy.placeholder_ids.values())
     drawn = [torch.randint(words // 4, 3 * words // 4, (4 * length,), generator=generator).tolist() for length in LENGTHS]
     return [[word for word in row if word not in special][:length] for row, length in zip(drawn, LENGTHS, strict=True)]

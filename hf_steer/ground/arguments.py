@@ -111,6 +111,12 @@ class Given:
         """The same arguments with a mask."""
         return self if mask is self.mask else Given({**self.named, ARGUMENTS["mask"][0]: mask}, self.own)
 
+    def every(self, copies: int) -> Given:
+        """The same with one of every so many rows of tokens and mask."""
+        ours = {name for word in ("ids", "embeds", "mask") for name in ARGUMENTS[word]}
+        rows = {name: value[::copies] for name, value in self.named.items() if name in ours and isinstance(value, Tensor)}
+        return Given({**self.named, **rows}, self.own)
+
     def of_decoder(self) -> Given:
         """What the decoder of an encoder-decoder is going to get, whose own tokens come under other names."""
         moved = {"decoder_ids": "ids", "decoder_embeds": "embeds", "decoder_mask": "mask"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.decoders import decoder_of, encoders_inside
@@ -57,6 +58,9 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     """
     decoder = decoder_of(model) if decoder is None else decoder
     kind = type(decoder).__name__
+    speaker = _speaking_part(model)
+    if speaker is not None:
+        return Attention(None, reason=f"{kind} has no forward pass of its own; patch the part of it that speaks, model.{speaker}")
     if spelling_in(decoder, "ids") is None:
         return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")
     inside = {module for tower in encoders_inside(model, decoder) for module in tower.modules()}
@@ -142,6 +146,14 @@ def stack_of(name: str) -> str:
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+
+def _speaking_part(model: Any) -> str | None:
+    """Of a model that only holds others (Qwen-Omni), the one whose `generate` reads the prompt; None for any other model."""
+    if "forward" in {name for own in type(model).__mro__ if issubclass(own, PreTrainedModel) for name in vars(own)}:
+        return None
+    parts = ((name, part) for name, part in model.named_children() if isinstance(part, PreTrainedModel) and part.can_generate())
+    return next((name for name, part in parts if spelling_in(part, "ids") is not None), None)
 
 
 def _why_none(decoder: Any) -> str:

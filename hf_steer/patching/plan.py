@@ -63,8 +63,8 @@ def _across(anatomy: Anatomy) -> Anatomy:
     if not anatomy.crosses:
         raise ConfigError(
             "attention.attends='cross' needs a decoder that reads an encoder by cross-attention, and "
-            f"{type(anatomy.decoder).__name__} does not: what its encoder hands on, if it has one, stands among its prompt's tokens. "
-            "Leave attends at 'self'."
+            f"{type(anatomy.decoder).__name__} does not: what its encoder hands on, if it has one, stands among its prompt's "
+            "tokens. Leave attends at 'self'."
         )
     return anatomy.across()
 

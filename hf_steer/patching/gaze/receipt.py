@@ -49,7 +49,7 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    current = _pass_around(module)
+    current = pass_around(module)
     if current is None:
         _refuse_stray(module, options)
     elif layer_of(module) in current.biases:
@@ -72,13 +72,13 @@ def heed_pass(module: Any, options: Mapping[str, Any], *, sees: bool | None = No
     Raises:
         PatchError: it runs outside of any pass, and was to be steered.
     """
-    current = _pass_around(module)
+    current = pass_around(module)
     if current is None:
         _refuse_stray(module, options, sees)
     return current
 
 
-def _pass_around(module: Any) -> Pass | None:
+def pass_around(module: Any) -> Pass | None:
     """The innermost pass of this thread whose decoder has begun, of the model that the module is steered for."""
     current = live_pass()
     while current is not None and not (current.arrived and module in current.steering.gaze.covers):

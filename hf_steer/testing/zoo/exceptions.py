@@ -18,12 +18,18 @@ QUANTIZER = {
 VIBRATIONS = {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]}
 SAM = {"output_channels": 16, "global_attn_indexes": [1], "image_size": 64}
 SHARED_KEYS = {"num_hidden_layers": 4, "layer_types": BOTH * 2, "num_kv_shared_layers": 2}
+READER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
 BUILT_WITH: dict[str, dict[str, Any]] = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": READER},
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}},
+    "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}},
     "reformer": {"is_decoder": True},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": READER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": READER},
     "wav2vec2-bert": {"vocab_size": WORDS},
     "wav2vec2-conformer": {"vocab_size": WORDS},
 }

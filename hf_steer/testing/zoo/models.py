@@ -41,7 +41,8 @@ def tiny_config(model_type: str, class_name: str | None = None) -> Any:
     """
     architecture = find(model_type, class_name)
     kind = config_class(architecture)
-    section = shrink(kind(**BUILT_WITH.get(model_type, {})).to_dict(), TokenNumbers())
+    default = kind(**copy.deepcopy(BUILT_WITH.get(model_type, {})))  # some take what they are given apart
+    section = shrink(default.to_dict(), TokenNumbers())
     with_paths(section, EXCEPTIONS.get(str(architecture), {}))
     section.pop("model_type", None)
     config = kind(**section)

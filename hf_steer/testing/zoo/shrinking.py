@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from hf_steer.testing.zoo.exceptions import EXCEPTIONS
 from hf_steer.testing.zoo.sizes import DEPTHS, HEAD_SIZE, LISTS, WORDS, greatest
 
-LEFT_OUT = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label", "label2id")
+LEFT_OUT = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label", "label2id", "output_attentions")
 LEAST_LAYERS = 2
 PLAIN_TOKENS = 8
 """Token numbers below are small enough to stay."""
@@ -53,7 +54,7 @@ def with_paths(section: dict[str, Any], paths: Mapping[str, Any]) -> dict[str, A
         place, (*way, name) = section, path.split(".")
         for step in way:
             place = place.setdefault(step, {})
-        place[name] = value
+        place[name] = copy.deepcopy(value)
     return section
 
 

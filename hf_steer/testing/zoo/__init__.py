@@ -4,6 +4,7 @@
 """
 
 from hf_steer.testing.zoo.catalogue import Architecture, architectures
+from hf_steer.testing.zoo.inputs import tiny_inputs
 from hf_steer.testing.zoo.models import tiny_config, tiny_model
 
-__all__ = ["Architecture", "architectures", "tiny_config", "tiny_model"]
+__all__ = ["Architecture", "architectures", "tiny_config", "tiny_inputs", "tiny_model"]

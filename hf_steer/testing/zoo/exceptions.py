@@ -17,6 +17,7 @@ QUANTIZER = {
 }
 VIBRATIONS = {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]}
 SAM = {"output_channels": 16, "global_attn_indexes": [1], "image_size": 64}
+THREE_AXES = {"rope_parameters.mrope_section": [4, 2, 2]}
 SHARED_KEYS = {"num_hidden_layers": 4, "layer_types": BOTH * 2, "num_kv_shared_layers": 2}
 READER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
@@ -47,6 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "num_key_value_heads": 2,
         "ffn_config.hidden_size": FEATURES,
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": INNER},
     "dory": {
         "num_hidden_layers": 6, "layer_types": ["sliding_attention", "mlp"] + ["full_attention", "mlp"] * 2,
@@ -77,6 +79,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local", "local"], "is_decoder": True,
     },
     "roc_bert": {"shape_embed_dim": 16, "pronunciation_embed_dim": 16},
+    "rwkv": {"attention_hidden_size": FEATURES},
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5, "layers_block_type": ["linear_attention", *["linear_attention", "hybrid"] * 2],
@@ -108,6 +112,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "florence_vision": {
         "depths": [1] * 4, "embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "projection_dim": FEATURES
     },
+    "glm46v_text": THREE_AXES,
+    "glm4v_text": THREE_AXES,
+    "glm4v_moe_text": {"rope_parameters.mrope_section": [2, 1, 1]},
+    "glm_ocr_text": THREE_AXES,
     "glm5_next_text": {"head_dim": 0, "qk_nope_head_dim": 16, "qk_head_dim": 16, "index_kpool": 4, "index_topk": 64, "hc_mult": 2},
     "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "hunyuan_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 2, 2, 2]}},
@@ -118,8 +126,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "muse_spark_audio": {"hidden_sizes": [16, FEATURES], "depths": [1, 1]},
     "paddleocr_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
+    "qwen2_vl_text": THREE_AXES,
+    "qwen2_5_vl_text": THREE_AXES,
+    "qwen2_5_omni_text": THREE_AXES,
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 250, "vision_end_token_id": 251},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 250, "vision_end_token_id": 251},
+    "step3p5": {"sliding_window": 64},
     "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [16, FEATURES]},
-    "unlimited_ocr_text": {"num_experts_per_tok": 2},
+    "unlimited_ocr_text": {"num_experts_per_tok": 2, "num_key_value_heads": HEADS},
     # sounds
     "dia_decoder": {"num_channels": 9},
     "dots3_note_audio_encoder": {"adapter_input_size": FEATURES, "adapter_out_dim": FEATURES},
@@ -132,6 +146,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "moonshine": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
     "nemo_speechlm": {"audio_config.diarization_config.head_config.audio_hidden_size": FEATURES},
+    "nemotron3_5_asr": {"default_prompt_id": 5},
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen3_omni_moe": {"enable_audio_output": False},
     "vibevoice_acoustic_tokenizer": VIBRATIONS,

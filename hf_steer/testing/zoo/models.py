@@ -25,7 +25,7 @@ ORDERED = ("A_log", "dt_bias", "log_lambda", "recurrent_param")
 def config_class(architecture: Architecture) -> Any:
     """The configuration class that goes with a model class: the model type's, unless the class wants another."""
     own = getattr(transformers, architecture.class_name).config_class
-    named = CONFIG_MAPPING[architecture.model_type] if architecture.model_type in CONFIG_MAPPING else own
+    named = CONFIG_MAPPING[architecture.model_type] if architecture.model_type in CONFIG_MAPPING else own  # noqa: SIM401
     return named if own is None or issubclass(named, own) or issubclass(own, named) else own
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from hf_steer.testing.zoo.exceptions import EXCEPTIONS
 from hf_steer.testing.zoo.sizes import DEPTHS, HEAD_SIZE, LISTS, WORDS, greatest
 
-LEFT_OUT = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label", "label2id", "output_attentions")
+LEFT_OUT = (
+    "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label", "label2id", "output_attentions"
+)  # fmt: skip
 LEAST_LAYERS = 2
 PLAIN_TOKENS = 8
 """Token numbers below are small enough to stay."""
@@ -45,6 +47,8 @@ def shrink(section: Mapping[str, Any], tokens: TokenNumbers) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(section.get("kv_lora_rank"), int) and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]  # keys come out of the bottleneck for each head
+        if section.get("head_dim") == section.get("qk_rope_head_dim"):
+            small["head_dim"] = small["qk_rope_head_dim"]  # the name is that of the rotated features in some
     return with_paths(small, EXCEPTIONS.get(section.get("model_type", ""), {}))
 
 
@@ -70,7 +74,8 @@ def kept_layers(section: Mapping[str, Any], depth: int) -> list[int]:
     kinds: list[list[Any]] = [[] for _ in range(depth)]
     for name, value in section.items():
         if _is_per_layer(value, depth) and not _counts_up(value):
-            kinds = [[*kind, one if isinstance(one, (str, bool)) or one in (0, 1) else None] for kind, one in zip(kinds, value, strict=True)]
+            named = [one if isinstance(one, (str, bool)) or one in (0, 1) else None for one in value]
+            kinds = [[*kind, one] for kind, one in zip(kinds, named, strict=True)]
         elif _names_layers(name, value, depth):
             kinds = [[*kind, layer in value] for layer, kind in enumerate(kinds)]
     first = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 
 WORDS, FEATURES, INNER, HEADS, KEY_HEADS, HEAD_SIZE, LENGTH = 320, 64, 48, 4, 2, 16, 128
 MAMBA_HEADS = 8
@@ -25,13 +25,13 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"qk_(rope|nope)_head_dim", HEAD_SIZE // 2),
     # heads
     (r"(\w+_)?(num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|num_query_groups|num_attention_groups)", KEY_HEADS),
-    (r"(\w+_)?(num_attention_heads|attention_heads|num_heads|n_heads?|num_(encoder|decoder)_attention_heads|linear_num_value_heads)", HEADS),
+    (r"(\w+_)?(num_attention_heads|attention_heads|num_heads|n_heads?|linear_num_value_heads)", HEADS),
     (r"(\w+_)?(head_dim|d_kv|kv_channels|attention_head_size|d_head|rotary_dim)", HEAD_SIZE),
     # widths
-    (r"(\w+_)?(ffn_hidden_size|intermediate_size(_mlp)?|ffn_dim|d_ff|dff|dim_ff|mlp_dim|fc_dim|n_inner|d_inner|feed_forward_size)", INNER),
-    (r"share_expert_dim|variant_adapter_intermediate|block_ff_dim", INNER),
-    (r"(\w+_)?(hidden_size|hidden_dim|d_model|dim_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|projection_dim)", FEATURES),
-    (r"dim|(\w+_)?output_dim|word_embed_proj_dim|out_hidden_size|xvector_output_dim|lru_width|classifier_proj_size|input_size", FEATURES),
+    (r"(\w+_)?(ffn_hidden_size|intermediate_size(_mlp)?|ffn_dim|d_ff|dff|dim_ff|mlp_dim|fc_dim)", INNER),
+    (r"n_inner|d_inner|feed_forward_size|share_expert_dim|variant_adapter_intermediate|block_ff_dim", INNER),
+    (r"(\w+_)?(hidden_size|hidden_dim|d_model|dim_model|n_embd|emb(ed(ding)?)?_dim|embedding_size|projection_dim|output_dim)", FEATURES),
+    (r"dim|word_embed_proj_dim|lru_width|classifier_proj_size|input_size", FEATURES),
     # mixtures of experts
     (r"(num_experts|num_experts_per|experts|top_k_experts|moe_top_?k|moe_k)(_per_tok|_per_token)|moe_num_experts_per_tok", 2),
     (r"moe_top_?k|moe_k|top_k_experts|num_selected_experts|num_experts_per_tok(en)?", 2),
@@ -40,9 +40,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     # tables
     (r"(\w+_)?vocab_size(_per_layer_input|_override)?", WORDS),
-    (r"(\w+_)?max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|max_(target|text)_positions|context_length", LENGTH),
-    (r"max_(decoder|encoder)_position_embeddings|model_max_length", LENGTH),
-    (r"(\w*_)?sliding_window(_size)?|attention_chunk_size|attention_window_size|local_attention(_window_len)?|keep_window_size", 64),
+    (r"(\w+_)?max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|max_(target|text)_positions", LENGTH),
+    (r"context_length|model_max_length", LENGTH),
+    (r"(\w*_)?sliding_window(_size)?|attention_(chunk|window)_size|local_attention(_window_len)?|keep_window_size", 64),
     # pictures
     (r"image_size", 32),
     (r"patch_size|window_size", 8),
@@ -66,7 +66,7 @@ DEPTHS = re.compile(
 """Names of numbers of layers."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def greatest(name: str) -> int | None:
     """The value that the number of this name is cut to; None for one that stays."""
     return next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)

@@ -1,11 +1,13 @@
-"""Where things are in each model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
+"""What structure cannot say of a model family: one table, a row per `config.model_type`; `resolve(model)` reads it.
 
-To add a family, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest. For one
-of your own outside of hf_steer see `docs/extending/family.md`; `hf_steer.testing.check_family` tells whether it keeps the contract.
+Decoders and their attention are found by structure (`ground/structure.py`), and a family without a row is steered, too. To add
+one, add a row here and a tiny configuration of it to `tests/kit/tiny.py`; the contract test does the rest. For one of your own
+outside of hf_steer see `docs/extending/family.md`; `hf_steer.testing.check_family` tells whether it keeps the contract.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -26,9 +28,7 @@ def _ear(**row: Any) -> Mapping[str, EncoderRow]:
 
 _QWEN_EYE = _eye(layers="blocks", projector="visual.merger")
 _LLAVA_EYE = _eye()
-_CTC = Family(
-    layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="mask")
-)
+_CTC = Family(counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="mask"))
 
 OURS: Mapping[str, Family] = MappingProxyType(
     {
@@ -50,40 +50,34 @@ OURS: Mapping[str, Family] = MappingProxyType(
         ),
         "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3", encoders=_ear(mask="mel_mask")),
         "voxtral": Family(placeholders=("audio",), layout="voxtral", encoders=_ear(outlet="output")),
-        "whisper": Family(layers=None, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
+        "whisper": Family(frame_seconds=0.02, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,
-        "qwen2": Family(),
-        "qwen3": Family(),
-        "llama": Family(),
-        "mistral": Family(),
-        "deepseek_v3": Family(),
-        "gemma2": Family(composes=False),
-        "gpt_oss": Family(),
+        **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "deepseek_v3", "gpt_oss"), Family(composes=True)),
     }
 )  # fmt: skip
 
 
-def family_of(model_type: str) -> Family:
-    """The row of a `config.model_type`.
+NONE = Family()
+"""Of a model type that no row is needed for."""
 
-    Raises:
-        PatchError: no such row; the nearest and all known types are named.
-    """
-    return FAMILIES.find(
-        model_type,
-        "model type {got} is not known to hf_steer{near}; it can patch {known}. A new family is one row in hf_steer/families.py; "
-        "see docs/extending/family.md.",
-    )
+
+def family_of(model_type: str) -> Family:
+    """The row of a `config.model_type`; an empty one where there is none, since structure says the rest."""
+    row, failures = FAMILIES.look(model_type)
+    if row is None:
+        for failure in failures:
+            warnings.warn(f"{failure}; if it has a family {model_type!r}, that is left out.", stacklevel=3)
+    return NONE if row is None else row
 
 
 def resolve(model: Any) -> Anatomy:
     """Find the decoder, its attention modules, the vision tower and the placeholder tokens of a live model.
 
     Args:
-        model: a transformers model, on any device (meta included); nothing is changed or run.
+        model: a transformers model, on any device (meta included); nothing of it is changed or run.
 
     Raises:
-        PatchError: not a transformers model, of an unknown family, or without something that its family has.
+        PatchError: not a transformers model, or without something that its family has.
     """
     return resolve_row(model, family_of(model_type_of(model)))

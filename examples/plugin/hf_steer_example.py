@@ -55,7 +55,7 @@ def register():
     hf_steer.register_source("novelty", hf_steer.Source(prompt=novelty, options={"power": 1.0}))
     hf_steer.register_router("low_rank", hf_steer.Router(build=low_rank, options={"rank": 8}, routes=False))
     hf_steer.register_backend("written_out", hf_steer.Backend(attend=attend, refuse=refuse, over=("eager", "sdpa")))
-    hf_steer.register_family("smollm3", hf_steer.Family())
+    hf_steer.register_family("smollm3", hf_steer.Family(composes=True))
 
 
 def low_rank(config, features, layers):

@@ -43,6 +43,10 @@ class SteeredCall:
     signed: set[int] = field(default_factory=set)
     chosen: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
+    def over(self, layer: int, keys: int) -> HeadBias | None:
+        """The bias of a layer that attends to another number of keys than was told; None where it is not known which."""
+        return None
+
 
 def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
     """Attention of a decoder layer with its heads' bias; without one, the function underneath, once the call was read.
@@ -55,12 +59,9 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         passing.read(call)
     if bias is None:
         return call.inner(call.module, call.query, call.key, call.value, call.mask, **call.options)
-    layer = call.module.layer_idx
+    layer = call.module.config.hf_steer_layer
     if bias.key.shape[1] != call.key.shape[2]:
-        raise SteerError(
-            f"layer {layer} attends to {call.key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
-            "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
-        )
+        bias = call.bias = _over_its_keys(passing, call, bias)
     if bias.key.device != call.key.device:
         bias = call.bias = on_device(bias, call.key.device)
     attend = passing.chosen.get(alike := _kind_of(call))
@@ -68,7 +69,19 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         name = choose_backend(passing.backend, call)
         attend = passing.chosen[alike] = BACKENDS.rows[name].attend
     passing.signed.add(layer)
-    return attend(call, bias)
+    output, weights = attend(call, bias)
+    return (output if output.is_contiguous() else output.contiguous()), weights  # some modules look at it through .view()
+
+
+def _over_its_keys(passing: SteeredCall, call: AttentionCall, bias: HeadBias) -> HeadBias:
+    """The bias over other keys than the cache told."""
+    fitting = passing.over(call.layer, call.key.shape[2])
+    if fitting is None:
+        raise SteerError(
+            f"layer {call.layer} attends to {call.key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
+            "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
+        )
+    return fitting
 
 
 def _kind_of(call: AttentionCall) -> tuple[Any, ...]:

@@ -96,7 +96,7 @@ def _bridge_for(encoder: Any, decoder: Any, projector: str, pooling: str) -> Bri
         got = encoder.config.model_type if isinstance(encoder, PreTrainedModel) else type(encoder).__name__
         known = ", ".join(ENCODERS)
         raise PatchError(f"the encoder must be one of {known}; got {got!r}. A new one is a row in hf_steer/compose/bridges.py.")
-    texts = [name for name, row in FAMILIES.items() if row.layers is not None and not row.encoders and row.composes]
+    texts = [name for name, row in FAMILIES.items() if row.composes]
     speaks = isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None
     if not speaks or decoder.config.model_type not in texts:
         got = decoder.config.model_type if isinstance(decoder, PreTrainedModel) else type(decoder).__name__

@@ -34,6 +34,7 @@ QUERIES: Mapping[str, tuple[float, float, float]] = {
     "answer": (0.0, 0.0, 1.0),
 }
 """Name of a scope -> what it multiplies λ with in each of `PHASES`."""
+ATTENDS = ("self", "cross")
 TRAINABLE = "trainable"
 AUTO = "auto"
 """The backend that is the cheapest one for each call."""
@@ -132,6 +133,9 @@ class AttentionConfig:
             given.
         gate: steer only while the row is uncertain; the kind of a gate alone is taken, too. None steers always.
         think_tags: what opens and closes the thinking text, in the prompt or in what is generated; the last one counts.
+        attends: what the biased attention looks at: `"self"`, the prompt and what was generated; `"cross"`, what an encoder hands
+            on, in decoders that read it by cross-attention (Whisper, BART, T5): scores are then of its positions, and seconds
+            of a sound fall on them. Only the user says where: `SaliencyConfig(source=None)`.
         backend: how the bias is carried; all give the same result. `"auto"` takes what is cheapest for the device, the phase and
             the attention implementation. `"folded"`: channels of the head dimension; `"mask"`: added to the mask;
             `"cpu_flash"`: a row inside the CPU's flash kernel; `"flex"`: computed inside FlexAttention; `"triton"`: added inside
@@ -147,6 +151,7 @@ class AttentionConfig:
     schedule: Mapping[str, float] | None = None
     gate: GateConfig | None = None
     think_tags: tuple[str, str] = ("<think>", "</think>")
+    attends: Literal["self", "cross"] = "self"
 
     if TYPE_CHECKING:  # two fields take more than they hold
 
@@ -160,6 +165,7 @@ class AttentionConfig:
             schedule: Mapping[str, float] | None = None,
             gate: GateConfig | str | None = None,
             think_tags: tuple[str, str] = ("<think>", "</think>"),
+            attends: Literal["self", "cross"] = "self",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -181,6 +187,13 @@ class AttentionConfig:
         object.__setattr__(self, "think_tags", check_tags(self.think_tags))
         if self.schedule is not None and self.queries != "all":
             raise ConfigError(f"queries={self.queries!r} and a schedule both say which phases are steered; leave queries at 'all'.")
+        check_choice("attention.attends", self.attends, ATTENDS)
+        if self.attends == "cross" and self.saliency.source is not None:
+            raise ConfigError(
+                f"attention.attends='cross' looks at what an encoder hands on, of which source {self.saliency.source!r} knows "
+                "nothing; set saliency=SaliencyConfig(source=None), and say where with use_saliency(model, "
+                "Saliency.from_seconds(...)) or Saliency.from_tokens(...), one score per position of the encoder."
+            )
         self._refuse_strength_elsewhere()
 
     @property

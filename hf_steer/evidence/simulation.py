@@ -185,7 +185,7 @@ def _fold(log_attention: Tensor, saliency: Tensor, strength: float) -> Tensor:
     keys = torch.ones_like(saliency).diag()[None, None]
     bias = HeadBias(saliency.new_full((1, 1, 1, 1), strength), saliency[None, :, None])
     call = AttentionCall(
-        torch.nn.Module(), function_of("sdpa", ""), "sdpa", log_attention[None, None], keys, keys, None, bias,
+        torch.nn.Module(), function_of("sdpa", torch.nn.Module), "sdpa", log_attention[None, None], keys, keys, None, bias,
         options_of(scale=1.0, causal=False),
     )  # fmt: skip
     output, _ = BACKENDS["folded"].attend(call, bias)

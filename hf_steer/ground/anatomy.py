@@ -1,11 +1,9 @@
-"""Where things are in one live model: a row of the families table, resolved to modules, sizes and tokens."""
+"""Where things are in one live model: what structure finds, and what its family's row adds, as modules, sizes and tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_steer.errors import PatchError
@@ -13,9 +11,8 @@ from hf_steer.ground.arguments import ARGUMENTS, spelling_in
 from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
 from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
+from hf_steer.ground.structure import Attention, Names, find_attention
 from hf_steer.registry import EncoderRow, Family
-
-Names = Mapping[nn.Module, str]
 
 
 def model_type_of(model: Any) -> str:
@@ -41,34 +38,57 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         PatchError: a module, or a value of the configuration, is not where transformers is known to have it.
     """
     names = {module: name for name, module in model.named_modules()}
-    decoder = model.get_decoder() if family.layers is not None else None
+    attention = find_attention(model, names, None if family.decoder is None else _inside(model, family.decoder))
     text = text_settings(model)
-    heads = setting(text, "heads")
     tower = _readable_tower(model, family)
     eye = setting(model.config, "vision") if has_setting(model.config, "vision") else None
     vision = None if tower is None or family.arrangement is not None else setting(model.config, "vision")
+    heads, key_value_heads, head_dim = _sizes(text, attention)
     return Anatomy(
         family=kind_of(model.config),
         root=model,
         base=model.base_model,
-        decoder=decoder,
-        layers=() if family.layers is None else _attention_sites(names, decoder, family.layers, family.attention),
+        decoder=attention.decoder,
+        layers=attention.layers,
+        crosses=attention.crosses,
+        carried=attention.carried,
+        carried_across=attention.carried_across,
+        left_out=attention.left_out,
+        reason=attention.reason,
         num_heads=heads,
-        num_key_value_heads=setting(text, "key_value_heads") if has_setting(text, "key_value_heads") else heads,
-        head_dim=int(setting(text, "head_size") if has_setting(text, "head_size") else setting(text, "features") // heads),
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
         tower=tower,
         blocks=() if tower is None else _blocks(names, model, tower, family),
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
         merge_size=1 if vision is None else setting(vision, "merge"),
-        patch_px=int(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
+        patch_px=_side(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
         temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
         windowed=family.windowed,
         arrangement=family.arrangement,
         class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
-        hidden_size=setting(text, "features"),
+        hidden_size=int(setting(text, "features")) if has_setting(text, "features") else 0,
         encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+        frame_seconds=family.frame_seconds,
     )
+
+
+def _sizes(text: Any, attention: Attention) -> tuple[int, int, int]:
+    """Query heads, key heads and features of each: of the layer with most, or as the configuration says."""
+    sites = attention.layers or attention.crosses
+    heads = max((site.heads for site in sites), default=0) or (int(setting(text, "heads")) if has_setting(text, "heads") else 0)
+    shared = max((site.key_value_heads for site in sites), default=0)
+    shared = shared or (int(setting(text, "key_value_heads")) if has_setting(text, "key_value_heads") else heads)
+    if has_setting(text, "head_size"):
+        return heads, shared, int(setting(text, "head_size"))
+    return heads, shared, int(setting(text, "features")) // heads if heads and has_setting(text, "features") else 0
+
+
+def _side(px: Any) -> int:
+    """Of a patch, which configurations write as a number or as one per side; 0 for patches that are not square."""
+    sides = set(px) if isinstance(px, (list, tuple)) else {px}
+    return int(sides.pop()) if len(sides) == 1 else 0
 
 
 def _readable_tower(model: Any, family: Family) -> Any | None:
@@ -83,11 +103,6 @@ def _blocks(names: Names, model: Any, tower: Any, family: Family) -> tuple[Site,
     """Attention modules of the tower's blocks whose output is read."""
     blocks = list(_ending(tower, str(family.blocks)).children())[: _layers_read(model)]
     modules = [_inside(block, family.block_attention) for block in blocks]
-    return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
-
-
-def _attention_sites(names: Names, owner: Any, layers: str, attention: str) -> tuple[Site, ...]:
-    modules = [_inside(layer, attention) for layer in _inside(owner, layers).children()]
     return tuple(Site(names[module], module, index) for index, module in enumerate(modules))
 
 
@@ -116,7 +131,7 @@ def _encoder(names: Names, model: Any, family: Family, modality: str, row: Encod
 def _mask_argument(model: Any, family: Family, word: str) -> str | None:
     """Under which name a model is told which frames are real; some heads of models that only listen are not."""
     name = spelling_in(model, word)
-    if name is None and family.layers is not None:
+    if name is None and family.placeholders:
         raise PatchError(
             f"{type(model).__name__}.forward takes no {' and no '.join(ARGUMENTS[word])}, without which padding would be taken for "
             "sound. This version of transformers may call it otherwise; please report the model."

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_steer.ground.caches import SELF_PART
+
 ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled graphs cannot read a mapping proxy
     {
         # of a prompt
@@ -21,6 +23,12 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "cache": ("cache", "past_key_values"),
         "keeps_cache": ("use_cache",),
         "logits_kept": ("logits_to_keep",),
+        # of a decoder that reads an encoder
+        "encoder_states": ("encoder_hidden_states", "cross_attention_states"),
+        "encoder_mask": ("encoder_attention_mask", "cross_attention_mask"),
+        "decoder_ids": ("decoder_input_ids",),
+        "decoder_embeds": ("decoder_inputs_embeds",),
+        "decoder_mask": ("decoder_attention_mask",),
         # of pictures, videos and sounds
         "encoded": ("mm_encoder_outputs",),
         "image_pixels": ("pixel_values",),
@@ -77,6 +85,8 @@ class Given:
         for word, name in self.own.items():
             if getattr(self, word) is None:
                 setattr(self, word, named.get(name))
+        if self.cache is not None:
+            self.cache = getattr(self.cache, SELF_PART, self.cache)
         ids, embeds = self.ids, self.embeds
         alone = ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2])
         self.source: Any = embeds if alone else ids
@@ -100,6 +110,20 @@ class Given:
     def with_mask(self, mask: Tensor | None) -> Given:
         """The same arguments with a mask."""
         return self if mask is self.mask else Given({**self.named, ARGUMENTS["mask"][0]: mask}, self.own)
+
+    def every(self, copies: int) -> Given:
+        """The same with one of every so many rows of tokens and mask."""
+        ours = {name for word in ("ids", "embeds", "mask") for name in ARGUMENTS[word]}
+        rows = {name: value[::copies] for name, value in self.named.items() if name in ours and isinstance(value, Tensor)}
+        return Given({**self.named, **rows}, self.own)
+
+    def of_decoder(self) -> Given:
+        """What the decoder of an encoder-decoder is going to get, whose own tokens come under other names."""
+        moved = {"decoder_ids": "ids", "decoder_embeds": "embeds", "decoder_mask": "mask"}
+        names = {ARGUMENTS[word][0]: ARGUMENTS[own][0] for word, own in moved.items()}
+        gone = {name for own in moved.values() for name in ARGUMENTS[own]} | set(ARGUMENTS["labels"])
+        kept = {name: value for name, value in self.named.items() if name not in gone}
+        return Given({names.get(name, name): value for name, value in kept.items()}, self.own)
 
     def drafts_for(self, model: Any) -> bool:
         """Whether `generate` lets the model draft for itself."""

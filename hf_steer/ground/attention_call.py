@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hf_steer.ground.implementations import is_their_own
+from hf_steer.ground.implementations import is_their_own, numbered_layer
 from hf_steer.values import HeadBias
 
 HARMLESS = frozenset({"kernel_options", "output_attentions", "position_ids", "use_cache", "cache_position", "head_dim", "training"})
 """Arguments that attention functions declare and that change no logit."""
 UNDERSTOOD = frozenset(
-    {"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_bias", "sliding_window", "cache", *HARMLESS}
+    {"dropout", "scaling", "is_causal", "softcap", "s_aux", "sinks", "position_bias", "sliding_window", "cache", *HARMLESS}
 )
 """Arguments whose effect on the logits is known here; any other that a function declares is refused once it is used."""
 SEGMENTS = "cu_seq_lens_q"
@@ -89,7 +89,7 @@ class AttentionCall:
         self.causal = bool(getattr(self.module, "is_causal", True) if causal is None else causal)
         self.dropped = option("dropout") or 0.0
         self.cap = option("softcap")
-        self.sinks = option("s_aux") is not None
+        self.sinks = option("s_aux") is not None or option("sinks") is not None
         self.added = option("position_bias")
         declared, self.plain = _facts(self.inner)
         self.unknown = tuple(name for name in declared if option(name) is not None)
@@ -115,13 +115,14 @@ def options_of(*, scale: float | None = None, causal: bool | None = None, added:
 
 
 def layer_of(module: Any) -> int:
-    """The number of the decoder layer that an attention module belongs to."""
-    return module.layer_idx  # type: ignore[no-any-return]
+    """The number of the decoder layer that an attention module belongs to: as its steering says, or else as it says itself."""
+    number = numbered_layer(module.config)
+    return module.layer_idx if number is None else number  # type: ignore[no-any-return]
 
 
 def steered_function(
     attend: Callable[[AttentionCall, Any], Any],
-    lost: Callable[[Any, Mapping[str, Any]], None],
+    unheard: Callable[[Any, Mapping[str, Any]], Passing | None],
     *,
     inner: Callable[..., Any],
     implementation: str,
@@ -130,11 +131,12 @@ def steered_function(
 
     Args:
         attend: gets the calls of layers that are steered in this pass, or read, and what rides through the pass.
-        lost: judges a module that is called without the keyword, and its options.
+        unheard: judges a module that is called without the keyword, and its options; what rides through the pass all the same,
+            or None.
         inner: the function that the modules had; all other calls reach it unchanged.
         implementation: its name.
     """
-    return partial(_steer, attend=attend, lost=lost, inner=inner, implementation=implementation)
+    return partial(_steer, attend=attend, unheard=unheard, inner=inner, implementation=implementation)
 
 
 def _steer(
@@ -145,7 +147,7 @@ def _steer(
     attention_mask: Any = None,
     *,
     attend: Callable[[AttentionCall, Any], Any],
-    lost: Callable[[Any, Mapping[str, Any]], None],
+    unheard: Callable[[Any, Mapping[str, Any]], Passing | None],
     inner: Callable[..., Any],
     implementation: str,
     hf_steer: Passing | None = None,
@@ -153,9 +155,10 @@ def _steer(
 ) -> Any:
     """Some families name the mask when they call, so our parameter has to be called as theirs is."""
     if hf_steer is None:
-        lost(module, options)
-        return inner(module, query, key, value, attention_mask, **options)
-    bias = hf_steer.biases.get(module.layer_idx)
+        hf_steer = unheard(module, options)
+        if hf_steer is None:
+            return inner(module, query, key, value, attention_mask, **options)
+    bias = hf_steer.biases.get(module.config.hf_steer_layer)
     if bias is None and hf_steer.read is None:
         return inner(module, query, key, value, attention_mask, **options)
     return attend(AttentionCall(module, inner, implementation, query, key, value, attention_mask, bias, options), hf_steer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,35 @@ ROWS_STAY = frozenset(
 """Methods and properties of caches after which every row still holds its own keys; after any other they may not."""
 
 
+SELF_PART = "self_attention_cache"
+"""Where an encoder-decoder's pair of caches has the one that holds the keys of its own tokens."""
+
+
 def past_of(cache: Any) -> int | Tensor:
     """Keys in a cache: a number, or a tensor for a static cache; 0 without one."""
     return 0 if cache is None else cache.get_seq_length()
 
 
-def keys_seen(cache: Any, queries: int, layers: Collection[int]) -> list[tuple[int, int]]:
-    """How many keys each of these layers will attend to in a pass of so many queries, and the position of the first."""
+def keys_seen(cache: Any, queries: int, slots: Sequence[int | None]) -> list[tuple[int, int]]:
+    """How many keys layers will attend to in a pass of so many queries, and the position of the first.
+
+    Args:
+        cache: before it is updated; None without one.
+        queries: of the pass.
+        slots: where the cache holds each layer's keys; None for all keys so far.
+    """
     if cache is None:
-        return [(queries, 0)] * len(layers)
-    return [cache.get_mask_sizes(queries, layer) for layer in layers]
+        return [(queries, 0)] * len(slots)
+    return [_sizes(cache, queries, slot) for slot in slots]
+
+
+def _sizes(cache: Any, queries: int, slot: int | None) -> tuple[int, int]:
+    if slot is not None:
+        try:
+            return cache.get_mask_sizes(queries, slot)  # type: ignore[no-any-return]
+        except ValueError:  # a layer that has no keys of its own there, but shares those of another (Gemma 3n)
+            pass
+    return int(past_of(cache)) + queries, 0
 
 
 def whole_keys(cache: Any) -> Tensor | None:

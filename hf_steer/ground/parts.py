@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,18 @@ class Site:
     Attributes:
         name: dotted path from the root model.
         module: the live module.
-        index: its layer (decoder) or block (tower) number, from 0.
+        index: its layer (decoder) or block (tower) number, from 0. A decoder's may have gaps: not every layer need attend.
+        heads: query heads of a decoder's attention; 0 for others.
+        key_value_heads: of its keys.
+        slot: which layer of a cache holds its keys; None where that is not known.
     """
 
     name: str
     module: nn.Module
     index: int
+    heads: int = 0
+    key_value_heads: int = 0
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,15 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where things are in one live model: what a row of `registry.FAMILIES` resolves to.
+    """Where things are in one live model: what structure, and a row of `registry.FAMILIES` if it has one, come to.
 
-    `decoder` is None where no language model reads a prompt (Whisper, CTC), `tower` without eyes whose attention can be read.
+    `decoder` is None where no language model reads a prompt (CTC), for the `reason` that is given; `tower` without eyes whose
+    attention can be read. `layers` attend to the prompt, `crosses` to what an encoder hands on; `carried` says how a bias
+    reaches the one, `carried_across` the other (see `ground.structure`), and `left_out` which modules cannot be steered, and why.
     `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie, or is a function of that kind; None for a
     model that reads text only. `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out
-    as tokens (see `registry.Family`), and `class_tokens` how many of the tower's tokens come before its patches.
+    as tokens (see `registry.Family`), and `class_tokens` how many of the tower's tokens come before its patches. `frame_seconds` is
+    how much of a sound one position of what an encoder hands on stands for, where that is known.
     """
 
     family: str
@@ -69,6 +79,11 @@ class Anatomy:
     base: nn.Module
     decoder: Any
     layers: tuple[Site, ...]
+    crosses: tuple[Site, ...]
+    carried: str
+    carried_across: str
+    left_out: Mapping[str, str]
+    reason: str
     num_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -84,6 +99,13 @@ class Anatomy:
     class_tokens: int
     hidden_size: int
     encoders: Mapping[str, Encoder]
+    frame_seconds: float | None = None
+    attends: str = "self"
+
+    def across(self) -> Anatomy:
+        """The same, with attention to what an encoder hands on as that which is steered."""
+        heads = max((site.heads for site in self.crosses), default=0)
+        return dataclasses.replace(self, layers=self.crosses, carried=self.carried_across, num_heads=heads, attends="cross")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
         """A copy with the model's, never without it: a part of the steering would then take all of the base along."""

@@ -1,101 +1,282 @@
-"""One steered pass and one step, tried on a small likeness of the decoder before anything is touched.
+"""A prompt and a step after it, tried on a likeness of the decoder before anything is touched.
 
-A decoder hands keyword arguments and its cache on to its attention in a way that each release may change. What that comes to is
-seen by running it: a likeness of one layer on the meta device, without weights, stopped where its attention function is called.
+A decoder hands keyword arguments and its cache on to its attention in a way that each family has and each release may change.
+What that comes to is seen by running it: a likeness of the decoder on the meta device, without weights, whose attention
+functions only note what they are called with.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, EncoderDecoderCache
 
-from hf_steer.ground.arguments import Given, read_call, with_changes
+from hf_steer.ground.arguments import Given, spelling_in, with_changes
 from hf_steer.ground.attention_call import called_by_name
-from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.implementations import implementation_of, register_function, with_implementation
+from hf_steer.ground.outputs import made_caches
 
 NAME = "hf_steer_proof"
-TOKENS = 2
+KEYWORD = "hf_steer"
+TOKENS, SOURCE = 2, 5
+"""Of the prompt that is tried, and of what an encoder would hand on: told apart by their number."""
+_SEEN = "hf_steer_seen"
+_FEW = 1_000_000
+"""Numbers that a likeness may make for real."""
 
 
-class Arrived(Exception):
-    """The attention function was called; the rest of the pass need not run."""
+@dataclass(frozen=True)
+class Seen:
+    """What one attention module was called with.
 
-    def __init__(self, keys: int, signed: bool) -> None:
-        super().__init__()
-        self.keys, self.signed = keys, signed
+    Attributes:
+        heads: of its queries.
+        key_value_heads: of its keys.
+        prompt: keys in each of its calls in the prompt.
+        step: the same in the step after it; empty where that was not tried.
+        keyword: whether the keyword arrived in all of them.
+    """
+
+    heads: int
+    key_value_heads: int
+    prompt: tuple[int, ...]
+    step: tuple[int, ...]
+    keyword: bool
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its keys are the prompt's."""
+        return TOKENS in self.prompt
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a step adds its own token's key to them, as far as that was tried."""
+        return not self.step or TOKENS + 1 in self.step
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether its keys are an encoder's."""
+        return SOURCE in self.prompt
 
 
-def prove_keyword(decoder: nn.Module, attention: str, keyword: str) -> str | None:
-    """What goes wrong in a prompt of two tokens and a step after it; None where both arrive with keyword and cache.
+@dataclass(frozen=True)
+class Proof:
+    """What was seen.
+
+    Attributes:
+        seen: module that was called, by its path from the decoder -> how.
+        whole: whether both passes came to their end.
+        fault: what went wrong; empty where nothing did.
+    """
+
+    seen: Mapping[str, Seen]
+    whole: bool
+    fault: str = ""
+
+
+@dataclass
+class _Call:
+    heads: int
+    key_value_heads: int
+    keys: int
+    keyword: bool
+
+
+_PROVEN: dict[tuple[Any, ...], Proof] = {}
+
+
+def prove(decoder: Any, modules: Sequence[str]) -> Proof:
+    """Run a likeness of a decoder over a prompt and a step; once per class and configuration in a process.
 
     Args:
         decoder: of the model; it is not run.
-        attention: path of the attention module from the decoder, such as `"layers.0.self_attn"`.
-        keyword: that has to reach the attention function.
+        modules: paths, from the decoder, of the modules that look an attention function up.
     """
-    try:
-        return _prove(decoder, attention, keyword)
-    except Exception as error:  # a changed forward may fail in any way, and that it fails is what is looked for
-        return f"a likeness with one layer raises {type(error).__name__}: {error}"
+    key = type(decoder), tuple(modules), decoder.config.to_json_string(use_diff=False)
+    proof = _PROVEN.get(key) or _prove(decoder, modules)
+    if any(own.goes_on for own in proof.seen.values()):  # a fault may be mended
+        _PROVEN[key] = proof
+    return proof
 
 
-def _prove(decoder: nn.Module, attention: str, keyword: str) -> str | None:
-    register_function(NAME, called_by_name(_arrive))
-    likeness = likeness_of(decoder)
-    module: Any = likeness.get_submodule(attention)
-    module.config = with_implementation(module.config, NAME)
-    cache = DynamicCache(config=likeness.config)
-    for tokens, before in ((TOKENS, 0), (1, TOKENS)):
-        fault = _try(likeness, cache, tokens, before, keyword)
-        if fault is not None:
-            return fault
-    return None
+def _prove(decoder: Any, modules: Sequence[str]) -> Proof:
+    register_function(NAME, called_by_name(_note))
+    best = Proof({}, whole=False)
+    for make in (likeness_of, shell_of):
+        for how in ({"encoder": True, "keyword": True}, {"encoder": False, "keyword": True}, {"encoder": False, "keyword": False}):
+            if how["encoder"] and spelling_in(decoder, "encoder_states") is None:
+                continue
+            try:
+                likeness = _watched(make(decoder), modules)
+            except Exception as error:  # any class of decoder may need what its configuration alone does not say
+                best = _better(best, Proof({}, whole=False, fault=f"a likeness of it cannot be made ({_said(error)})"))
+                break
+            best = _better(best, _run(likeness, modules, **how))
+            if best.whole and any(own.goes_on for own in best.seen.values()):
+                return best
+    return best
+
+
+def _better(one: Proof, other: Proof) -> Proof:
+    def rank(proof: Proof) -> tuple[int, bool, int]:
+        return sum(own.goes_on for own in proof.seen.values()), proof.whole, len(proof.seen)
+
+    return other if rank(other) > rank(one) or not (one.seen or one.fault) else one
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
 
 
 def likeness_of(decoder: Any) -> Any:
-    """A decoder of the same class with one layer, on the meta device."""
+    """A decoder of the same class and configuration on the meta device."""
     config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers = 1
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = kinds[:1]
     if implementation_of(config) not in ("eager", "sdpa"):  # their masks want a GPU; which function is called stays the same
         config = with_implementation(config, "eager")
     with torch.device("meta"):  # of this thread; no_init_weights would switch initialisation off for all threads
         return type(decoder)(config).eval()
 
 
-@torch.no_grad()
-def _try(likeness: nn.Module, cache: Any, tokens: int, before: int, keyword: str) -> str | None:
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    named = with_changes(likeness, Given({}), ids=ids, cache=cache, keeps_cache=True)
-    seen = read_call(likeness, (), named).cache
-    (sizes,) = keys_seen(cache, tokens, (0,))
+def shell_of(decoder: nn.Module) -> nn.Module:
+    """A copy of a decoder on the meta device, for classes that are not made from a configuration alone."""
+    memo: dict[int, Any] = {}
+    for owner in decoder.modules():
+        for parameter in owner._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for buffer in owner._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    copied = copy.deepcopy(decoder, memo)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copied.eval()
+
+
+def _watched(likeness: Any, modules: Sequence[str]) -> Any:
+    """Let its attention note what it gets, and let nothing else end the pass: experts cannot be dealt out without numbers."""
+    around = {"", *(name.rsplit(".", depth)[0] for name in modules for depth in range(1, name.count(".") + 1))}
+    for name in modules:
+        module: Any = likeness.get_submodule(name)
+        module.config = with_implementation(module.config, NAME)
+    for name, module in list(likeness.named_modules()):
+        parent = name.rpartition(".")[0]
+        if name and parent in around and name not in around and name not in modules and any(True for _ in module.parameters()):
+            module.forward = partial(_tolerant, module.forward)
+    return likeness.to(torch.bfloat16)  # kernels for experts take no other
+
+
+class _Guessing(TorchDispatchMode):
+    """Tensors without numbers, asked for one all the same: any will do, since what is noted are shapes."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        first = args[0] if args else None
+        if not isinstance(first, Tensor) or not first.is_meta:
+            return function(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            return True if first.dtype == torch.bool else 1
+        if name == "nonzero":
+            return first.new_zeros(1, first.ndim, dtype=torch.long)
+        if name == "equal":
+            return True
+        if name == "index":  # with masks: as if each let one place through
+            places = [_one_of(own) for own in args[1]]
+            return function(first, [own for some in places for own in some], *args[2:], **kwargs)
+        if name == "_to_copy" and kwargs.get("device") is not None and kwargs["device"].type != "meta" and first.numel() < _FEW:
+            return torch.zeros(first.shape, **{**kwargs, "dtype": kwargs.get("dtype") or first.dtype})
+        return function(*args, **kwargs)
+
+
+def _one_of(index: Any) -> list[Any]:
+    """An index, or for a mask the places of one entry."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool:
+        return [index]
+    return [index.new_zeros(1, dtype=torch.long) for _ in range(index.ndim)]
+
+
+def _tolerant(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
-        likeness(**named, **{keyword: True})
-    except Arrived as arrived:
-        what = "prompt" if before == 0 else "step"
-        if not arrived.signed:
-            return f"in a {what} the keyword {keyword!r} does not reach the attention function"
-        if seen is not cache or arrived.keys != before + tokens or sizes != (before + tokens, 0):
-            return f"in a {what} on a cache of {before} keys the attention sees {arrived.keys}, and {sizes} were told"
-        if past_of(cache) != before + tokens:
-            return f"after a {what} the cache tells {past_of(cache)} keys, and holds {before + tokens}"
+        return forward(*args, **kwargs)
+    except Exception:
+        first = next((own for own in (*args, *kwargs.values()) if isinstance(own, Tensor) and own.is_floating_point()), None)
+        if first is None:
+            raise
+        return first
+
+
+@torch.no_grad()
+def _run(likeness: Any, modules: Sequence[str], *, encoder: bool, keyword: bool) -> Proof:
+    """One prompt and one step, with what an encoder hands on in the first width that fits."""
+    best = Proof({}, whole=False)
+    for width in _widths(likeness, modules) if encoder else (None,):
+        for makes_cache in (True, False):
+            proof = _pass_over(likeness, modules, width, keyword=keyword, makes_cache=makes_cache)
+            best = _better(best, proof)
+            if proof.whole and all(own.goes_on for own in proof.seen.values()):
+                return proof
+    return best
+
+
+def _pass_over(likeness: Any, modules: Sequence[str], width: int | None, *, keyword: bool, makes_cache: bool) -> Proof:
+    calls: dict[str, list[list[_Call]]] = {name: [] for name in modules}
+    cache, fault = None, ""
+    for tokens in (TOKENS, 1):
+        for name in modules:
+            setattr(likeness.get_submodule(name), _SEEN, own := [])
+            calls[name].append(own)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        changes: dict[str, Any] = {"ids": ids, "keeps_cache": True}
+        if width is not None:
+            changes["encoder_states"] = torch.zeros(1, SOURCE, width, device="meta", dtype=torch.bfloat16)
+        try:
+            if cache is None and not makes_cache:
+                cache = _cache_for(likeness, width is not None)
+            if cache is not None:
+                changes["cache"] = cache
+            named = with_changes(likeness, Given({}), **changes)
+            with _Guessing():
+                output = likeness(**named, **({KEYWORD: True} if keyword else {}))
+        except Exception as error:  # a changed forward may fail in any way, and that it fails is what is looked for
+            fault = f"a {'prompt' if tokens == TOKENS else 'step'} of a likeness raises {_said(error)}"
+            break
+        cache = cache or next(iter(made_caches(output)), None)
+    seen = {name: own for name, passes in calls.items() if (own := _seen(passes)) is not None}
+    return Proof(seen, whole=not fault, fault=fault)
+
+
+def _cache_for(likeness: Any, encoder: bool) -> Any:
+    """For decoders that leave it to the model around them."""
+    own = [DynamicCache(config=likeness.config) for _ in range(2)]
+    return EncoderDecoderCache(*own) if encoder else own[0]
+
+
+def _seen(passes: Sequence[Sequence[_Call]]) -> Seen | None:
+    every = [call for own in passes for call in own]
+    if not every:
         return None
-    return "the decoder runs without calling the attention function that its layers' configs name"
+    step = tuple(call.keys for call in passes[1]) if len(passes) > 1 else ()
+    prompt = tuple(call.keys for call in passes[0])
+    return Seen(every[0].heads, every[0].key_value_heads, prompt, step, all(call.keyword for call in every))
 
 
-def _arrive(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    raise Arrived(key.shape[2], options.get("hf_steer") is True)
+def _widths(likeness: Any, modules: Sequence[str]) -> Iterator[int]:
+    """Features of what an encoder would hand on, the likeliest first: the inputs of what makes keys."""
+    linear = (child for name in modules for child in likeness.get_submodule(name).modules() if isinstance(child, nn.Linear))
+    widths = dict.fromkeys(own.in_features for own in linear)
+    yield from sorted(widths, key=list(widths).count, reverse=True)[:3]
 
 
-def takes_keywords(function: Callable[..., Any]) -> bool:
-    """Whether a function takes keyword arguments that it does not name."""
-    return any(own.kind is own.VAR_KEYWORD for own in inspect.signature(inspect.unwrap(function)).parameters.values())
+def _note(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    own = getattr(module, _SEEN, None)
+    if own is not None:
+        own.append(_Call(query.shape[1], key.shape[1], key.shape[2], options.get(KEYWORD) is True))
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

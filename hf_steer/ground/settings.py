@@ -15,10 +15,10 @@ from hf_steer.ground.arguments import Given
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         # of a language model
-        "heads": ("num_attention_heads",),
+        "heads": ("decoder_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads"),
         "key_value_heads": ("num_key_value_heads",),
         "head_size": ("qk_head_dim", "head_dim"),  # DeepSeek's head_dim counts the rotated features of a query alone
-        "features": ("hidden_size",),
+        "features": ("hidden_size", "d_model", "n_embd"),
         "words": ("vocab_size",),
         # of an encoder
         "vision": ("vision_config",),
@@ -83,8 +83,11 @@ def placeholder_of(config: Any, modality: str) -> int:
 
 
 def text_settings(model: Any) -> Any:
-    """The configuration of the language model that reads the prompt."""
-    return model.config.get_text_config(decoder=True)
+    """The configuration of the language model that reads the prompt; the whole one where it does not say which that is."""
+    try:
+        return model.config.get_text_config(decoder=True)
+    except ValueError:  # several could be meant
+        return model.config
 
 
 def end_tokens(model: Any, given: Given) -> Any:

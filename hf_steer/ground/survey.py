@@ -15,9 +15,9 @@ from hf_steer.errors import GroundError
 from hf_steer.ground.arguments import PERCEIVED, spelling_in
 from hf_steer.ground.attention_call import SEGMENTS
 from hf_steer.ground.caches import ROW_MOVES, unknown_moves
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING, function_of, implementation_of, unknown_batching
 from hf_steer.ground.parts import Anatomy, Site
-from hf_steer.ground.proof import prove_keyword, takes_keywords
 from hf_steer.ground.versions import tested_range, warn_untested
 
 
@@ -28,7 +28,7 @@ class Planned(Protocol):
     def anatomy(self) -> Anatomy: ...
 
     @property
-    def strengths(self) -> Sized: ...
+    def gazes(self) -> bool: ...
 
     @property
     def eyes(self) -> tuple[Site, ...]: ...
@@ -67,17 +67,13 @@ def _takes(part: str, *words: str) -> Callable[[Planned], str | None]:
     return find
 
 
-def _hands_on(plan: Planned) -> str | None:
-    decoder = plan.anatomy.decoder
-    return None if takes_keywords(type(decoder).forward) else f"{type(decoder).__name__}.forward takes no further keyword arguments"
-
-
-def _names_its_function(plan: Planned) -> str | None:
-    for site in plan.anatomy.layers:
-        module: Any = site.module
-        if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
-            return f"{site.name} ({type(module).__name__}) has no number or no config of its own"
-    return None
+def _root_takes(plan: Planned) -> str | None:
+    """A model whose token numbers are an encoder's is told its decoder's under other names."""
+    if reads_encoder(plan.anatomy.root):
+        return _takes("root", "decoder_ids", "cache")(plan)
+    parameters = inspect.signature(inspect.unwrap(type(plan.anatomy.root).forward)).parameters.values()
+    further = any(own.kind is own.VAR_KEYWORD for own in parameters)
+    return _takes("root", "ids", "mask", *(() if further else ("embeds", "cache")))(plan)
 
 
 def _finds_functions(plan: Planned) -> str | None:
@@ -85,7 +81,7 @@ def _finds_functions(plan: Planned) -> str | None:
         for site in sites:
             name = implementation_of(part.config)
             try:
-                function_of(name, type(site.module).__module__)
+                function_of(name, type(site.module))
             except (KeyError, AttributeError) as error:
                 return f"no attention function {name!r} is found for {type(site.module).__name__} ({error})"
     return None
@@ -104,22 +100,9 @@ def _moves_rows(plan: Planned) -> str | None:
 
 
 def _arrives(plan: Planned) -> str | None:
-    """Once per class of decoder and place of its attention: the likeness is the same."""
-    decoder = plan.anatomy.decoder
-    names = {module: name for name, module in decoder.named_modules()}
-    attention = names.get(plan.anatomy.layers[0].module)
-    if attention is None:
-        return f"{plan.anatomy.layers[0].name} does not lie inside {type(decoder).__name__}"
-    place = type(decoder), attention
-    if place not in _PROVEN:
-        fault = prove_keyword(decoder, attention, "hf_steer")
-        if fault is not None:
-            return fault
-        _PROVEN.add(place)
-    return None
-
-
-_PROVEN: set[tuple[type, str]] = set()
+    """As the likeness has shown when the model was resolved."""
+    odd = [f"{name}: {why}" for name, why in plan.anatomy.left_out.items()]
+    return None if plan.anatomy.layers else "; ".join(odd) or "no attention was called"
 
 
 def _batches(plan: Planned) -> str | None:
@@ -147,14 +130,12 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
     Assumption("decoder_arguments", "a decoder takes token numbers, embeddings, a mask and a cache", "gaze",
                _takes("decoder", "ids", "embeds", "mask", "cache", "keeps_cache")),
     Assumption("root_arguments", "a model takes token numbers, embeddings, a mask and a cache", "gaze",
-               _takes("root", "ids", "embeds", "mask", "cache")),
-    Assumption("decoder_keywords", "a decoder hands on keyword arguments that it does not name", "gaze", _hands_on),
-    Assumption("attention_modules", "an attention module has its layer's number, and a config that names its function", "gaze",
-               _names_its_function),
+               _root_takes),
     Assumption("attention_functions", "an attention implementation's function is registered, or lies in the model's file", "gaze",
                _finds_functions),
     Assumption("cache_methods", "caches tell length and sizes, and move rows by methods that are known", "gaze", _moves_rows),
-    Assumption("steered_pass", "the keyword reaches the attention function in a prompt and in a step after it", "gaze", _arrives),
+    Assumption("steered_pass", "a prompt and a step after it come to the attention functions, with their keys", "gaze",
+               _arrives),
     Assumption("continuous_batching", "continuous batching begins in methods that are known", "gaze", _batches),
     Assumption("tower_arguments", "a vision tower is told the grids of its pictures", "eyes",
                lambda plan: None if plan.anatomy.arrangement is not None else _takes("tower", "grids")(plan)),
@@ -167,7 +148,7 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
 
 def needs(plan: Planned) -> tuple[str, ...]:
     """Which parts of the table a plan relies on."""
-    parts = {"gaze": bool(plan.strengths), "eyes": bool(plan.eyes), "aligners": bool(plan.aligners)}
+    parts = {"gaze": plan.gazes, "eyes": bool(plan.eyes), "aligners": bool(plan.aligners)}
     return tuple(name for name, wanted in parts.items() if wanted)
 
 

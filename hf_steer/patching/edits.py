@@ -51,12 +51,12 @@ class SetAttentionFunction:
     Masks are built from the model's config, which stays as it is, and so do all other layers.
     """
 
-    def __init__(self, module: Any, name: str, *, sees: bool = False) -> None:
-        self.module, self.name, self.sees = module, name, sees
+    def __init__(self, module: Any, name: str, *, layer: int | None = None, sees: bool = False) -> None:
+        self.module, self.name, self.layer, self.sees = module, name, layer, sees
 
     def __enter__(self) -> None:
         self.previous = self.module.config
-        self.module.config = with_implementation(self.previous, self.name, sees=self.sees)
+        self.module.config = with_implementation(self.previous, self.name, sees=self.sees, layer=self.layer)
 
     def __exit__(self, *_: object) -> None:
         self.module.config = self.previous

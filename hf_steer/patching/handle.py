@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_steer.errors import PatchError
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING
+from hf_steer.ground.longform import SEGMENT, goes_by_stretches
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
 from hf_steer.patching.gaze.hooks import Gaze
 from hf_steer.patching.gaze.learned import LearnedStrengths
@@ -71,6 +72,8 @@ class Steering(Root):
         for name in CONTINUOUS_BATCHING:
             if hasattr(root, name):
                 yield SetAttribute(root, name, self.refuse_continuous_batching)
+        if self.gaze.crosses and goes_by_stretches(root):
+            yield SetAttribute(root, SEGMENT, self.generate_stretch)
         yield from self.gaze.edits()
 
     def add_gaze(self, plan: Plan) -> None:

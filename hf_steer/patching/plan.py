@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_steer.attention import READABLE, STEERABLE
@@ -47,13 +47,32 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
         return Plan(config, anatomy, {}, (), aligners, projectors)
     attention = config.attention
     if anatomy.decoder is None:
-        raise ConfigError(f"{anatomy.family!r} has no language model that reads a prompt, so attention must be None.")
-    strengths = resolve_strengths(attention, anatomy)
+        raise ConfigError(f"a gaze cannot be put into this {anatomy.family!r} model: {anatomy.reason}. {_instead(anatomy)}")
+    if attention.attends == "cross":
+        anatomy = _across(anatomy)
+    strengths = resolve_strengths(attention, anatomy) if anatomy.layers else {}  # `survey` says why there are none
     refuse_implementation(anatomy.decoder.config, "decoder")
-    eyes = _eyes(attention, anatomy) if strengths else ()
+    eyes = _eyes(attention, anatomy) if strengths or not anatomy.layers else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
     readers = _readers(attention, anatomy, strengths)
     return Plan(config, anatomy, strengths, eyes, aligners, projectors, patterns, readers)
+
+
+def _across(anatomy: Anatomy) -> Anatomy:
+    """With cross-attention as what is steered; ConfigError where the decoder reads no encoder by it."""
+    if not anatomy.crosses:
+        raise ConfigError(
+            "attention.attends='cross' needs a decoder that reads an encoder by cross-attention, and "
+            f"{type(anatomy.decoder).__name__} does not: what its encoder hands on, if it has one, stands among its prompt's "
+            "tokens. Leave attends at 'self'."
+        )
+    return anatomy.across()
+
+
+def _instead(anatomy: Anatomy) -> str:
+    """What works where a gaze does not."""
+    able = " and ".join(sorted(anatomy.encoders))
+    return f"Leave attention=None; aligners for {able} can be had." if able else "Nothing was changed."
 
 
 def refuse_implementation(config: Any, part: str) -> None:
@@ -69,47 +88,56 @@ def refuse_implementation(config: Any, part: str) -> None:
 def resolve_strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
     """Layer -> λ of all query heads, only for layers with one that is not 0; 1 where λ is learned. Faults are raised at once."""
     faults: list[str] = []
-    depth = len(anatomy.layers)
-    heads = dict.fromkeys(range(depth), "all") if isinstance(attention.heads, str) else attention.heads
-    chosen = _by_layer(heads, depth, "heads", faults)
+    heads_of = {site.index: site.heads for site in anatomy.layers}
+    heads = dict.fromkeys(heads_of, "all") if isinstance(attention.heads, str) else attention.heads
+    chosen = _by_layer(heads, tuple(heads_of), "heads", faults)
     given: Any = 1.0 if attention.strength == TRAINABLE else attention.strength
-    strength = _by_layer(given, depth, "strength", faults) if isinstance(given, Mapping) else dict.fromkeys(chosen, given)
+    mapped = isinstance(given, Mapping)
+    strength = _by_layer(given, tuple(heads_of), "strength", faults) if mapped else dict.fromkeys(chosen, given)
     if set(strength) != set(chosen):
         faults.append(f"strength names layers {sorted(strength)}, heads {sorted(chosen)}; name the same")
     table = {}
     for layer in sorted(set(chosen) & set(strength)):
-        names = range(anatomy.num_heads) if chosen[layer] == "all" else chosen[layer]
+        there = range(heads_of[layer])
+        names = there if chosen[layer] == "all" else chosen[layer]
         values = strength[layer]
-        outside = sorted({*names, *(values if isinstance(values, Mapping) else ())} - set(range(anatomy.num_heads)))
+        outside = sorted({*names, *(values if isinstance(values, Mapping) else ())} - set(there))
         if outside:
             faults.append(f"heads {tuple(outside)} asked for layer {layer}")
             continue
         if isinstance(values, Mapping) and set(values) != set(names):
             faults.append(f"layer {layer}: strength names heads {sorted(values)}, steered are {sorted(names)}")
             continue
-        table[layer] = tuple(
-            (values[head] if isinstance(values, Mapping) else values) if head in names else 0.0
-            for head in range(anatomy.num_heads)
-        )
+        table[layer] = tuple((values[head] if isinstance(values, Mapping) else values) if head in names else 0.0 for head in there)
     if faults:
-        raise ConfigError(
-            "; ".join(faults)
-            + f". This model has {depth} layers, 0 to {depth - 1}, with {anatomy.num_heads} query heads each, "
-            f"0 to {anatomy.num_heads - 1}; see `hf-steer inspect`."
-        )
+        raise ConfigError(f"{'; '.join(faults)}. {_what_is_there(anatomy)}; see `hf-steer inspect`.")
     return {layer: values for layer, values in table.items() if any(values)}
 
 
-def _by_layer(values: Mapping[int, Any], depth: int, name: str, faults: list[str]) -> dict[int, Any]:
-    """Negative layers count from the last; one that is not there, or is named twice, is a fault."""
+def _what_is_there(anatomy: Anatomy) -> str:
+    """Layers and heads of a model in words."""
+    numbers = [site.index for site in anatomy.layers]
+    whole = numbers == list(range(len(numbers)))
+    layers = f"{len(numbers)} layers, 0 to {len(numbers) - 1}," if whole else f"attention in {len(numbers)} layers, {numbers},"
+    counts = sorted({site.heads for site in anatomy.layers})
+    if len(counts) == 1:
+        return f"This model has {layers} with {counts[0]} query heads each, 0 to {counts[0] - 1}"
+    return f"This model has {layers} with {', '.join(map(str, counts[:-1]))} or {counts[-1]} query heads"
+
+
+def _by_layer(values: Mapping[int, Any], layers: Sequence[int], name: str, faults: list[str]) -> dict[int, Any]:
+    """Negative layers count from the last that attends; one that is not there, or is named twice, is a fault."""
     resolved: dict[int, Any] = {}
     for layer, value in values.items():
-        if not -depth <= layer < depth:
+        if not (layer in layers or -len(layers) <= layer < 0):
             faults.append(f"{name}: layer {layer} is not there")
-        elif layer % depth in resolved:
-            faults.append(f"{name}: layer {layer % depth} is named twice, as {layer % depth} and {layer % depth - depth}")
+            continue
+        number = layer if layer >= 0 else layers[layer]
+        if number in resolved:
+            other = number - len(layers) if layer >= 0 or number in values else layer
+            faults.append(f"{name}: layer {number} is named twice, as {number} and {other}")
         else:
-            resolved[layer % depth] = value
+            resolved[number] = value
     return resolved
 
 

@@ -63,6 +63,11 @@ class Plan:
     readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
+    def gazes(self) -> bool:
+        """Whether attention is steered, or was to be in a model in which none that can be was found."""
+        return bool(self.strengths) or (self.config.attention is not None and not self.anatomy.layers)
+
+    @property
     def sees(self) -> bool:
         """Whether the model itself says where to look, when nobody else does."""
         return bool(self.strengths) and self.config.attention is not None and self.config.attention.saliency.source is not None

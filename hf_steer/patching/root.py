@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,8 @@ from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
 from hf_steer.ground.caches import past_of
+from hf_steer.ground.decoders import reads_encoder
+from hf_steer.ground.longform import SEGMENT, goes_by_stretches, rows_in, seconds_of, source_in, stretch_in
 from hf_steer.patching.aligning.hooks import Aligners
 from hf_steer.patching.blocks import Block
 from hf_steer.patching.gaze.begin import begin_gaze, refuse_unseen, warn_of_others
@@ -24,7 +27,7 @@ from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass, live_pass, pass_of
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import CALL, STEERING, Scope, scope_of, take_statement
+from hf_steer.patching.scopes import CALL, SAID, SOURCE, STEERING, STRETCH, Scope, Source, Stretch, scope_of, take_statement
 from hf_steer.saliency import Saliency
 
 
@@ -34,13 +37,16 @@ class Root(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained")}
+        self.overridden = {name: vars(plan.anatomy.root).get(name) for name in ("generate", "save_pretrained", SEGMENT)}
         self.warned = False
         self.compiled_pass: Pass | None = None
         anatomy = plan.anatomy
         towers = (encoder.tower for encoder in anatomy.encoders.values())
         for module in (anatomy.root, anatomy.base, anatomy.decoder, anatomy.tower, *towers):
             own_spellings(type(module))  # looked up before anything is compiled
+        self.pairs = reads_encoder(anatomy.root)
+        self.hands_on = anatomy.carried == "keyword" and not self.pairs
+        """Whether the model hands our keyword on to its decoder; an encoder beside it would get it, too."""
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
         self.prompted = self.aligners.reads_text
@@ -57,16 +63,16 @@ class Root(nn.Module):
         if not (self.plan.strengths or len(self.aligners)):  # strengths of 0 change nothing
             return args, kwargs
         root = self.plan.anatomy.root
-        if module is not root and said is None and self._joins(scope):
-            return args, kwargs
         given = read_call(module, args, kwargs)
-        current = Pass(given=given, scope=scope, by=module, watched=module is root)
+        if module is not root and said is None and self._joins(scope, given):
+            return args, kwargs
+        current = Pass(given=given, scope=scope, by=module, watched=module is root, said=said)
         if self.plan.strengths:
-            begin_gaze(self, current, given, said)
+            begin_gaze(self, current, given.of_decoder() if self.pairs else given, said)
         if len(self.aligners):
             self.aligners.begin(current, given)
         self.enter(current)
-        return args, {**kwargs, STEERING: current} if current.steers else kwargs
+        return args, {**kwargs, STEERING: current} if current.steers and self.hands_on else kwargs
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Root and base model: end the pass; gates learn from its logits, and the load-balancing losses join its loss."""
@@ -88,10 +94,12 @@ class Root(nn.Module):
             self.gaze.after_model(current, output)
         return self.aligners.with_balance(current, output) if current.trains and current.by is module else None
 
-    def _joins(self, scope: Scope) -> bool:
-        """Whether the base model is called by a root whose pass is not steered, and so says nothing to it by keyword."""
+    def _joins(self, scope: Scope, given: Given) -> bool:
+        """Whether the base model is called by a root whose pass is not steered, or that does not hand the keyword on."""
         begun = pass_of(self)
-        if begun is None or begun.by is not self.plan.anatomy.root or begun.steers or begun.joined or begun.arrived:
+        if begun is None or begun.by is not self.plan.anatomy.root or begun.joined or begun.arrived:
+            return False
+        if begun.steers and not begun.brings(given.of_decoder() if self.pairs else given):
             return False
         begun.joined = begun.scope == scope
         return begun.joined
@@ -128,6 +136,8 @@ class Root(nn.Module):
         scope = scope_of(self)
         if not (self.plan.strengths or self.prompted):
             return original(*args, **kwargs)
+        if self.pairs or self.gaze.crosses:  # what its decoder begins with is not known yet; each pass of it says what it is
+            return self._generate_apart(original, args, kwargs, said)
         given = read_generate(args, kwargs)
         if given.mask is None:
             given = given.with_mask(inferred_mask(given, self.plan.anatomy.root))
@@ -148,6 +158,28 @@ class Root(nn.Module):
             )
         call.close()
         return result
+
+    def _generate_apart(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], said: Saliency | None) -> Any:
+        """A `generate` whose passes each begin by themselves, with what is said around them."""
+        with ExitStack() as blocks:
+            if said is not None:
+                blocks.enter_context(Block(self, SAID, said, follows=False))
+            source = source_in(args, kwargs)
+            if source is not None:
+                seconds = seconds_of(source) if goes_by_stretches(self.plan.anatomy.root) and source.ndim == 3 else 0.0
+                blocks.enter_context(Block(self, SOURCE, Source(len(source), seconds), follows=False))
+            return original(*args, **kwargs)
+
+    def generate_stretch(self, **kwargs: Any) -> Any:
+        """transformers' decoding of one stretch of each sound, with where that lies in the whole sound."""
+        original, source = self.original(SEGMENT), scope_of(self).source
+        if source is None:
+            return original(**kwargs)
+        rows, starts = stretch_in(kwargs)
+        repeated = max(1, rows_in(kwargs) // source.rows)
+        stretch = Stretch(tuple(row // repeated for row in rows), starts, source.seconds)
+        with Block(self, STRETCH, stretch, follows=False):
+            return original(**kwargs)
 
     def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:
         """The gaze's part of a `generate` that is not a draft."""

@@ -19,7 +19,7 @@ STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
 STATEMENT = "saliency"
 """The keyword argument of `generate` and of the model itself that says where to look in that one call."""
-SAID, OFF, STRENGTHS, CALL, LISTENER = "saliency", "off", "strengths", "call", "listeners"
+SAID, OFF, STRENGTHS, CALL, LISTENER, SOURCE, STRETCH = "saliency", "off", "strengths", "call", "listeners", "source", "stretch"
 """What a block may hold: fields of `Scope`."""
 
 
@@ -51,6 +51,34 @@ class Listener:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a `generate` whose passes begin by themselves is called with: words, sounds or pictures for an encoder.
+
+    Attributes:
+        rows: how many.
+        seconds: how long sounds are, padding included; 0 for anything else.
+    """
+
+    rows: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is being decoded of long sounds.
+
+    Attributes:
+        rows: of the batch, as the caller counts them; one for each sound that goes on.
+        starts_seconds: where each of them is.
+        whole_seconds: how long they are.
+    """
+
+    rows: tuple[int, ...]
+    starts_seconds: tuple[float, ...]
+    whole_seconds: float
+
+
+@dataclass(frozen=True)
 class Scope:
     """What holds for the code that runs now, for one patched model.
 
@@ -60,6 +88,8 @@ class Scope:
         strengths: layer -> λ per query head, instead of those that are configured.
         call: the `generate` that this code is in.
         listeners: who wants to know, the outermost first.
+        source: of the `generate` around this code, where its passes begin by themselves.
+        stretch: of a long sound that is being decoded.
     """
 
     off: bool = False
@@ -67,6 +97,8 @@ class Scope:
     strengths: Strengths | None = None
     call: Generation | None = None
     listeners: tuple[Listener, ...] = ()
+    source: Source | None = None
+    stretch: Stretch | None = None
 
     @property
     def balance(self) -> list[Tensor] | None:

@@ -42,11 +42,10 @@ class EncoderRow:
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are in the models of one `config.model_type`.
+    """What structure cannot say of the models of one `config.model_type`.
 
     Attributes:
-        layers: path of the decoder layers from `model.get_decoder()`; None where no language model reads a prompt.
-        attention: path of the attention module from a decoder layer.
+        decoder: path of the decoder from the model, where `model.get_decoder()` does not give it; its attention is found in it.
         blocks: path of the blocks from a vision tower whose attention can be read; None for other families.
         block_attention: path of the attention module from a block.
         placeholders: modalities that have placeholder tokens in the prompt.
@@ -57,11 +56,12 @@ class Family:
             base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
         encoders: modality -> where its aligners go.
         composes: the logits are what the head gives, so that a composed model's head can stand for the decoder's own.
+        frame_seconds: how much of a sound one position of what the encoder hands on stands for, where a decoder reads it by
+            cross-attention.
         counts_items: the model's loss heeds Trainer's count of labels over all accumulation steps.
     """
 
-    layers: str | None = "layers"
-    attention: str = "self_attn"
+    decoder: str | None = None
     blocks: str | None = None
     block_attention: str = "attn"
     placeholders: tuple[str, ...] = ()
@@ -69,7 +69,8 @@ class Family:
     windowed: bool = False
     arrangement: Literal["whole", "anyres"] | None = None
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: NOTHING)
-    composes: bool = True
+    composes: bool = False
+    frame_seconds: float | None = None
     counts_items: bool = True
 
 

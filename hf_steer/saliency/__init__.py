@@ -9,6 +9,7 @@ from hf_steer.saliency.llava import CUTS
 from hf_steer.saliency.maps import map_of
 from hf_steer.saliency.normalize import NORMALIZERS, normalize
 from hf_steer.saliency.picture_files import open_upright
+from hf_steer.saliency.sounds import frames_of
 from hf_steer.saliency.sources import Sight
 from hf_steer.saliency.spans import find_spans
 from hf_steer.saliency.tokens import scores_from_eyes, scores_from_prompt, scores_from_user
@@ -28,6 +29,7 @@ __all__ = [
     "attention_received",
     "current_recorder",
     "find_spans",
+    "frames_of",
     "map_of",
     "normalize",
     "open_upright",

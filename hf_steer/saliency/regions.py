@@ -200,7 +200,7 @@ def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
     for span in paint.spans:
         if span[1] > heard + 1e-6:  # the user's seconds may be rounded
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) reaches past {name}, of which the model hears {heard:g} s.")
-        if span[0] >= end:  # what is left over after the last whole token
+        if span[0] >= end and not layout.continues:  # what is left over after the last whole token
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) lies after the last token of {name}, which ends at {end:g} s.")
     return paint.on_cells(layout.cells)
 

@@ -49,6 +49,20 @@ def padded_sounds(given: Given, anatomy: Anatomy) -> dict[str, list[Layout]]:
     return {"audio": [layout] * len(given.mels)}
 
 
+def frames_of(places: int, step_seconds: float, start_seconds: float = 0.0, whole_seconds: float = 0.0) -> Layout:
+    """What an encoder hands on of a sound, or of a stretch of a longer one; padding stands for silence.
+
+    Args:
+        places: how many positions it hands on.
+        step_seconds: what each of them stands for.
+        start_seconds: where the first begins.
+        whole_seconds: how long the sound is, as far as it is longer.
+    """
+    edges = start_seconds + torch.arange(places + 1, dtype=torch.float64) * step_seconds
+    size = max(float(edges[-1]), whole_seconds)
+    return Layout(cells=torch.stack([edges[:-1], edges[1:]], 1), size=(size,), slack=math.inf, continues=True)
+
+
 def join_windows(first: Layout, second: Layout) -> Layout:
     """One sound out of a full window and what goes on with it."""
     (before,), (more,) = first.size or (), second.size or ()

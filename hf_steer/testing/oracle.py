@@ -45,7 +45,7 @@ class DenseOracle:
         except (RuntimeError, ValueError) as error:  # no memory, weights that are quantised
             raise CannotShow(f"no copy in float32 with eager attention can be made: {error}") from error
         register_function(NAME, _attend_densely)
-        self.modules = [site.module for site in resolve(self.model).layers]
+        self.sites = resolve(self.model).layers
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any], strengths: Mapping[int, tuple[float, ...]], scores: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class DenseOracle:
         own = {name: _as_float(value) for name, value in inputs.items()}
         table = {layer: torch.tensor(values, device=scores.device) for layer, values in strengths.items()}
         with ExitStack() as edits:
-            for module in self.modules:
-                edits.enter_context(SetAttentionFunction(module, NAME))
+            for site in self.sites:
+                edits.enter_context(SetAttentionFunction(site.module, NAME, layer=site.index))
             token = _ADDED.set((table, scores.float()))
             try:
                 return logits_in(self.model(**own))
@@ -80,4 +80,4 @@ def _attend_densely(module: Any, query: Tensor, key: Tensor, value: Tensor, mask
     strength = table.get(layer_of(module))
     if strength is not None:
         mask = mask + strength.to(mask.device)[None, :, None, None] * scores.to(mask)[:, None, None, :]
-    return function_of("eager", type(module).__module__)(module, query, key, value, mask, **options)
+    return function_of("eager", type(module))(module, query, key, value, mask, **options)

@@ -24,14 +24,13 @@ NAMED = {
 def row_of(model_type):
     """What the page says of a family after its name."""
     row = FAMILIES[model_type]
-    composes = row.layers is not None and not row.encoders and row.composes
     places = [
         f"{modality}: output, layers" + ", projector" * (encoder.projector is not None)
         for modality, encoder in row.encoders.items()
     ]
     return [
-        f"`{model_type}`", "yes" if row.layers is not None else "", ", ".join(row.placeholders), "yes" if row.blocks else "",
-        "; ".join(places), "yes" if composes else "",
+        f"`{model_type}`", ", ".join(row.placeholders), "yes" if row.blocks else "",
+        "; ".join(places), "yes" if row.composes else "",
     ]  # fmt: skip
 
 

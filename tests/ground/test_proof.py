@@ -1,4 +1,4 @@
-"""The proof runs a likeness of the decoder: once per class, without weights, and without a trace."""
+"""The proof runs a likeness of the decoder: once per class and configuration, without weights, and without a trace."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from kit.tiny import make_model, make_prompt
 from kit.versions import CACHE
 from transformers.models.qwen2 import modeling_qwen2
 
-from hf_steer import patch_model, unpatch_model
+from hf_steer import PatchError, Saliency, patch_model, unpatch_model
+from hf_steer.families import resolve
 from hf_steer.ground import proof
-from hf_steer.ground.survey import survey
-from hf_steer.patching.plan import make_plan
 
-ATTENTION = "layers.0.self_attn"
+ATTENTION = ("layers.0.self_attn", "layers.1.self_attn", "layers.2.self_attn")
 KEYWORD = "hf_steer"
 
 
 @pytest.fixture
-def proofs(monkeypatch):
-    """The decoders for which the proof was run."""
-    ran = []
+def likenesses(monkeypatch):
+    """The decoders of which a likeness was made."""
+    made, make = [], proof.likeness_of
 
-    def prove(decoder, attention, keyword):
-        ran.append(decoder)
-        return proof.prove_keyword(decoder, attention, keyword)
+    def likeness_of(decoder):
+        made.append(decoder)
+        return make(decoder)
 
-    monkeypatch.setattr("hf_steer.ground.survey.prove_keyword", prove)
-    return ran
+    monkeypatch.setattr(proof, "likeness_of", likeness_of)
+    return made
 
 
 def fresh(**text):
@@ -40,31 +39,26 @@ def fresh(**text):
     return model
 
 
-def test_the_proof_runs_once_per_class_of_decoder(proofs):
-    model, other = fresh(), make_model("qwen2")
-    other.model.__class__ = type(model.model)
+def test_the_proof_runs_once_per_class_and_configuration_of_a_decoder(likenesses):
+    model, other, wider = fresh(), make_model("qwen2"), make_model("qwen2", intermediate_size=56)
+    other.model.__class__ = wider.model.__class__ = type(model.model)
     for _ in range(3):
         unpatch_model(patch_model(model, steer()))
     patch_model(other, steer())
-    assert proofs == [model.model]
+    assert likenesses == [model.model]
     another = fresh()
     patch_model(another, steer())
-    assert proofs == [model.model, another.model]
+    patch_model(wider, steer())
+    assert likenesses == [model.model, another.model, wider.model]
 
 
-def test_a_plan_without_a_gaze_needs_no_proof(proofs):
-    survey(make_plan(fresh(), steer(strength=0.0)))
-    assert proofs == []
-
-
-def test_the_survey_allocates_nothing_of_the_models_size(proofs):
+def test_resolving_allocates_nothing_of_the_models_size(likenesses):
     model = fresh(vocab_size=40_000, intermediate_size=4096)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert size > 10_000_000
-    plan = make_plan(model, steer())
     with Allocations() as allocated:
-        survey(plan)
-    assert proofs == [model.model]
+        resolve(model)
+    assert likenesses == [model.model]
     assert allocated.bytes < 4096
     with Allocations() as control:
         torch.empty_like(model.lm_head.weight)
@@ -72,11 +66,11 @@ def test_the_survey_allocates_nothing_of_the_models_size(proofs):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl", "deepseek_v3"])
-def test_the_likeness_has_one_layer_and_no_weights(family):
+def test_the_likeness_has_all_layers_and_no_weights(family):
     decoder = make_model(family).get_decoder()
     likeness = proof.likeness_of(decoder)
     assert type(likeness) is type(decoder)
-    assert len(likeness.layers) == 1
+    assert len(likeness.layers) == len(decoder.layers)
     assert all(parameter.is_meta for parameter in likeness.parameters())
     assert likeness.config is not decoder.config
 
@@ -85,7 +79,7 @@ def test_the_proof_changes_neither_the_model_nor_the_random_numbers_nor_the_defa
     model = fresh()
     before, drawn = state_of(model), torch.get_rng_state()
     settings = model.config.to_dict(), torch.get_default_dtype(), torch.is_grad_enabled()
-    assert proof.prove_keyword(model.model, ATTENTION, KEYWORD) is None
+    assert proof.prove(model.model, ATTENTION).whole
     assert state_of(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert settings == (model.config.to_dict(), torch.get_default_dtype(), torch.is_grad_enabled())
@@ -96,7 +90,7 @@ def test_the_model_itself_is_not_run(monkeypatch):
     model, ran = fresh(), []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, args: ran.append(module))
-    assert proof.prove_keyword(model.model, ATTENTION, KEYWORD) is None
+    assert proof.prove(model.model, ATTENTION).whole
     assert ran == []
     model(**make_prompt("qwen2", [[3]]))
     assert len(ran) > 5
@@ -108,23 +102,46 @@ def losing(word, *, steps_only=False):
 
     def forward(self, hidden_states, *args, **kwargs):
         if not steps_only or hidden_states.shape[1] == 1:
-            kwargs.pop(word)
+            kwargs.pop(word, None)
         return inner(self, hidden_states, *args, **kwargs)
 
     return forward
 
 
-@pytest.mark.parametrize(("steps_only", "said"), [(False, "in a prompt"), (True, "in a step")])
-def test_it_says_in_which_pass_the_keyword_is_lost(steps_only, said, monkeypatch):
+@pytest.mark.parametrize("steps_only", [False, True])
+def test_a_keyword_that_is_lost_in_a_prompt_or_a_step_is_seen(steps_only, monkeypatch):
+    assert all(own.keyword for own in proof.prove(fresh().model, ATTENTION).seen.values())
     monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", losing(KEYWORD, steps_only=steps_only))
-    fault = proof.prove_keyword(fresh().model, ATTENTION, KEYWORD)
-    assert fault == f"{said} the keyword 'hf_steer' does not reach the attention function"
+    model = fresh()
+    assert not any(own.keyword for own in proof.prove(model.model, ATTENTION).seen.values())
+    assert resolve(model).carried == "pass"
 
 
-def test_it_says_how_many_keys_a_step_sees_that_loses_its_cache(monkeypatch):
+def test_steering_arrives_all_the_same_where_the_keyword_is_lost(monkeypatch):
+    kept, ids = make_model("qwen2"), torch.arange(5, 14)[None]
+    said = Saliency.from_tokens(torch.linspace(-1, 1, 9)[None])
+    expected = patch_model(kept, steer(strength=2.0))(ids, saliency=said).logits
+    plain = unpatch_model(kept)(ids).logits
+    monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", losing(KEYWORD))
+    model = fresh()
+    model.load_state_dict(kept.state_dict())
+    patch_model(model, steer(strength=2.0))
+    found = model(ids, saliency=said).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+    assert torch.equal(model(ids).logits, plain)
+    model.model.gradient_checkpointing = True
+    model.train()
+    with pytest.raises(PatchError, match="hands no keyword arguments on to its attention.*gradient_checkpointing_disable"):
+        model(ids, saliency=said)
+    assert model(ids).logits.shape == plain.shape
+
+
+def test_keys_that_a_step_loses_leave_a_layer_out_and_say_so(monkeypatch):
     monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", losing(CACHE, steps_only=True))
-    fault = proof.prove_keyword(fresh().model, ATTENTION, KEYWORD)
-    assert fault == "in a step on a cache of 2 keys the attention sees 1, and (3, 0) were told"
+    anatomy = resolve(fresh())
+    assert anatomy.layers == ()
+    assert "a step after 2 tokens gives it 1 keys" in anatomy.left_out["model.layers.0.self_attn"]
 
 
 def test_a_decoder_that_fails_is_a_fault_that_quotes_it(monkeypatch):
@@ -134,8 +151,9 @@ def test_a_decoder_that_fails_is_a_fault_that_quotes_it(monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", forward)
-    assert "raises TypeError" in str(proof.prove_keyword(model.model, ATTENTION, KEYWORD))
-    assert "'rotation'" in str(proof.prove_keyword(model.model, ATTENTION, KEYWORD))
+    found = proof.prove(model.model, ATTENTION)
+    assert "a prompt of a likeness raises TypeError" in found.fault
+    assert "'rotation'" in found.fault
 
 
 def test_other_threads_can_make_models_meanwhile():
@@ -149,5 +167,5 @@ def test_other_threads_can_make_models_meanwhile():
 
     before = type(model).init_weights
     reclass(model.model, __init__=init)
-    assert proof.prove_keyword(model.model, ATTENTION, KEYWORD) is None
+    assert proof.prove(model.model, ATTENTION).whole
     assert seen == [(usual, before)]

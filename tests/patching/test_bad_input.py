@@ -6,9 +6,10 @@ import pytest
 import torch
 from kit.gazing import generate, logits, prompt_for, steer
 from kit.tiny import make_model, make_prompt
+from kit.tiny_encoders import make_encoder_model
 from kit.versions import cached
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import hf_steer
 from hf_steer import (
@@ -63,12 +64,22 @@ def test_a_vision_block_that_is_not_there_is_refused():
         patch_model(make_model("qwen2_vl"), config)
 
 
-def test_a_model_that_is_not_known_is_refused():
-    bert = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
-    with pytest.raises(PatchError, match="model type 'bert' is not known.*qwen2_vl.*families.py"):
-        patch_model(bert, steer("llama"))
+def test_what_is_no_model_of_transformers_is_refused():
     with pytest.raises(PatchError, match="takes a transformers PreTrainedModel; got Linear"):
         patch_model(nn.Linear(2, 2), steer("llama"))
+
+
+def test_a_model_without_attention_is_refused_for_its_own_reason():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4))
+    why = "gaze cannot be put into this 'mamba' model: MambaModel has no attention to steer.*state of another kind"
+    with pytest.raises(ConfigError, match=why):
+        patch_model(mamba, steer("llama"))
+    assert patch_model(mamba, SteerConfig()) is mamba
+
+
+def test_a_model_that_listens_only_is_refused_a_gaze_and_told_of_aligners():
+    with pytest.raises(ConfigError, match=r"takes no token numbers.*Leave attention=None; aligners for audio can be had\."):
+        patch_model(make_encoder_model("wav2vec2"), steer("llama"))
 
 
 def test_patching_twice_does_nothing_or_names_unpatch_model():

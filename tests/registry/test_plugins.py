@@ -15,7 +15,7 @@ from kit.tiny import make_model
 
 import hf_steer
 from hf_steer import GateConfig, SteerConfig
-from hf_steer.errors import ConfigError, PatchError
+from hf_steer.errors import ConfigError
 from hf_steer.registry import GATES
 
 
@@ -146,7 +146,7 @@ def test_a_plugin_that_fails_is_named_chained_and_leaves_nothing(plugin):
         GateConfig("half_way")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
     assert "half_way" not in set(GATES)
-    with pytest.raises(PatchError, match=message):
+    with pytest.warns(UserWarning, match=f"{message}.*if it has a family 'smollm3', that is left out"):
         hf_steer.patch_model(make_model("smollm3"), SteerConfig())
 
 

@@ -14,7 +14,7 @@ from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 import hf_steer
 from hf_steer import AlignerConfig, AttentionConfig, Backend, Family, Gate, GateConfig, Router, SaliencyConfig, Source, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
-from hf_steer.families import family_of
+from hf_steer.families import NONE, family_of
 from hf_steer.registry import BACKENDS, FAMILIES, GATES, ROUTERS, SOURCES, TABLES
 
 ROWS = {
@@ -25,14 +25,14 @@ ROWS = {
     "router": Router(build=lambda config, size, layers: torch.nn.Identity(), routes=False),
 }
 NAMING = {
-    "family": family_of,
+    "family": FAMILIES.__getitem__,
     "backend": lambda name: AttentionConfig(backend=name),
     "source": lambda name: SaliencyConfig(source=name),
     "gate": lambda name: GateConfig(name),
     "router": lambda name: AlignerConfig("image", kind=name),
 }
 ASKED = {
-    "family": "model type '{}' is not known to hf_steer",
+    "family": "family must be one of 'qwen2_vl'.*got '{}'",
     "backend": "attention.backend must be one of 'auto', 'folded'.*got '{}'",
     "source": "saliency.source must be one of None, 'vision_attention'.*got '{}'",
     "gate": "gate.kind must be one of 'entropy'.*got '{}'",
@@ -68,7 +68,7 @@ def test_what_is_registered_can_be_named(noun):
 def test_a_name_means_one_thing(noun):
     register(noun, "my_own", ROWS[noun])
     register(noun, "my_own", ROWS[noun])  # a cell of a notebook that is run again
-    other = {"family": Family(composes=False), "gate": Gate(reads=lambda reading, gate: reading.age, options={})}
+    other = {"family": Family(composes=True), "gate": Gate(reads=lambda reading, gate: reading.age, options={})}
     changed = other.get(noun) or type(ROWS[noun])(*[lambda *given: None])
     with pytest.raises(ConfigError, match=f"there is a {noun} 'my_own' already, from the module 'test_tables'.*Take another name"):
         register(noun, "my_own", changed)
@@ -76,6 +76,12 @@ def test_a_name_means_one_thing(noun):
     with pytest.raises(ConfigError, match=f"there is a {noun} '{ours}' already, which is hf_steer's own"):
         register(noun, ours, changed)
     assert TABLES[noun]["my_own"] is ROWS[noun]
+
+
+def test_a_model_type_without_a_row_has_an_empty_one():
+    assert family_of("my_own") is NONE
+    register("family", "my_own", ROWS["family"])
+    assert family_of("my_own") is ROWS["family"]
 
 
 def test_the_choice_of_a_backend_cannot_be_taken_for_a_backend():

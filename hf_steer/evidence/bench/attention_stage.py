@@ -49,7 +49,7 @@ class AttentionStage:
         self.gradient = draw(cell.queries, shape.heads).detach().transpose(1, 2) if training else None
         self.site = Site(shape.heads // shape.key_value_heads, training)
         self.scale = shape.head_dim**-0.5
-        self.sdpa = function_of("sdpa", "")
+        self.sdpa = function_of("sdpa", torch.nn.Module)
 
     def scores(self, *, flat: bool = False) -> Tensor:
         """`(batch, keys)`."""

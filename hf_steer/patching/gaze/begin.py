@@ -12,12 +12,13 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.caches import past_of
 from hf_steer.patching.blocks import held_elsewhere
+from hf_steer.patching.gaze.crossing import begin_crossing
 from hf_steer.patching.gaze.ledger import refuse_longer
 from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import SAID, Scope
+from hf_steer.patching.scopes import SAID, Scope, Source
 from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.saliency import Saliency
 
@@ -41,12 +42,19 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
     """
     plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
-    current.decided, current.tokens = given.source is not None, given.ids
+    current.decided, current.tokens, current.source = given.source is not None, given.ids, given.source
     if scope.off:
         refuse_changed(plan, steering.gaze.implementations, ())
         _pass_over(scope, given)
         return
     current.backend = plan.config.attention.backend
+    if plan.anatomy.attends == "cross":
+        begin_crossing(current, given, said)
+        if current.steers and (not current.decided or given.count_tokens() > 1):
+            past = 0 if given.cache is None else int(past_of(given.cache))
+            current.prompt = read_prompt(given, plan, None, past=past, whole=False)
+        refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if current.steers else ())
+        return
     current.state = state = None if given.cache is None else read_state(given.cache)
     call = scope.call
     owned = call is not None and call.owns(given, state, said, scope.saliency, sees=sees)
@@ -87,12 +95,21 @@ def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
     current.steers = _continues(current, given, past)
     if current.steers:
         return
+    given = _unexpanded(given, current.scope.source)
     if given.ids is None and not int(past):
         refuse_longer(given, None if current.statement is None else current.statement.tokens)
     current.prompt = read_prompt(given, plan, current.statement, past=int(past), whole=False)
     if current.prompt is not None and state is None and int(past):
         refuse_unseen(plan, current.statement, int(past))
     current.steers = current.prompt is not None
+
+
+def _unexpanded(given: Given, source: Source | None) -> Given:
+    """The decoder's arguments with each row once, in a `generate` that repeats them for beams before the decoder runs."""
+    rows = 0 if given.source is None else len(given.source)
+    if source is None or rows <= source.rows or rows % source.rows:
+        return given
+    return given.every(rows // source.rows)
 
 
 def _continues(current: Pass, given: Given, past: int | Tensor) -> bool:

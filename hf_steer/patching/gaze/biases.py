@@ -2,41 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hf_steer.attention import head_bias
-from hf_steer.ground.caches import keys_seen
+from hf_steer.ground.caches import past_of
 from hf_steer.patching.gaze.memory import CacheState
 from hf_steer.patching.planned import Strengths
 from hf_steer.values import HeadBias, TokenScores
 
+Place = tuple[int, int]
+"""How many keys a layer attends to, and the position of the first."""
 
-def make_biases(
-    state: CacheState, strengths: Strengths, *, cache: Any, queries: int, gate: Tensor | None, preserve_mass: bool
-) -> dict[int, HeadBias]:
-    """Layer -> bias over the keys that the layer is about to attend to.
+
+class BiasMaker:
+    """Makes the biases of one pass; layers with equal strengths that see the same keys share one.
 
     Args:
         state: for the rows of this pass.
         strengths: layer -> λ per query head.
-        cache: as the decoder gets it, before it is updated; None without one.
+        places: of each of these layers.
+        cache: as the decoder gets it; None without one, and for attention to other keys than those in it.
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
         preserve_mass: whether each group keeps its share of attention.
     """
-    windows: dict[tuple[int, int], tuple[TokenScores, dict[Any, Any]]] = {}
-    biases: dict[tuple[tuple[int, int], tuple[float, ...] | int], HeadBias] = {}
-    by_layer = {}
-    for (layer, values), place in zip(strengths.items(), keys_seen(cache, queries, strengths), strict=True):
-        if place not in windows:
-            length, offset = place
-            windows[place] = state.window(offset, length), {}
+
+    def __init__(
+        self,
+        state: CacheState,
+        strengths: Strengths,
+        places: Sequence[Place],
+        *,
+        cache: Any,
+        queries: int,
+        gate: Tensor | None,
+        preserve_mass: bool,
+    ) -> None:
+        self.state, self.strengths, self.cache, self.queries = state, strengths, cache, queries
+        self.gate, self.preserve_mass = gate, preserve_mass
+        self.places = places
+        self.windows: dict[Place, tuple[TokenScores, dict[Any, Any]]] = {}
+        self.made: dict[tuple[Place, tuple[float, ...] | int], HeadBias] = {}
+
+    def every(self) -> dict[int, HeadBias]:
+        """Layer -> bias over the keys that the layer is about to attend to."""
+        biases, made = {}, self.made
+        for (layer, values), place in zip(self.strengths.items(), self.places, strict=True):
+            same = (place, layer if isinstance(values, Tensor) else values)
+            biases[layer] = made[same] if same in made else self._make(same, place, values)
+        return biases
+
+    def over(self, layer: int, keys: int) -> HeadBias | None:
+        """The bias of a layer that attends to other keys than its cache told: those of a layer whose keys it shares.
+
+        None where which they are is not known: no layer sees so many, and all that were cached are more or fewer.
+        """
+        if self.cache is None:
+            return None
+        total = int(past_of(self.cache))  # the pass's own are in it by now
+        place = next((own for own in ((total, 0), *self.places) if own[0] == keys), None)
+        if place is None:
+            return None
+        values = self.strengths[layer]
         same = (place, layer if isinstance(values, Tensor) else values)
-        if same not in biases:
-            scores, key_forms = windows[place]
-            strength, shift = state.strength(values, preserve_mass=preserve_mass)
-            biases[same] = head_bias(scores, strength, shift, gate, key_forms)
-        by_layer[layer] = biases[same]
-    return by_layer
+        return self.made[same] if same in self.made else self._make(same, place, values)
+
+    def _make(self, same: tuple[Place, Any], place: Place, values: tuple[float, ...] | Tensor) -> HeadBias:
+        if place not in self.windows:
+            length, offset = place
+            self.windows[place] = self.state.window(offset, length), {}
+        scores, key_forms = self.windows[place]
+        strength, shift = self.state.strength(values, preserve_mass=self.preserve_mass)
+        self.made[same] = bias = head_bias(scores, strength, shift, self.gate, key_forms)
+        return bias

@@ -15,17 +15,18 @@ from hf_steer.config import AttentionConfig
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
-from hf_steer.ground.caches import past_of
-from hf_steer.ground.decoders import skips_layers
+from hf_steer.ground.caches import keys_seen, past_of
+from hf_steer.ground.decoders import checkpoints, skips_layers
 from hf_steer.ground.implementations import function_of, implementations_of, register_function
 from hf_steer.ground.outputs import caches_in, logits_in, put_record
 from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
 from hf_steer.patching.gaze.begin import begin_gaze
-from hf_steer.patching.gaze.biases import make_biases
+from hf_steer.patching.gaze.biases import BiasMaker
+from hf_steer.patching.gaze.crossing import state_across
 from hf_steer.patching.gaze.first_pass import look_at_prompt
 from hf_steer.patching.gaze.memory import write_state
-from hf_steer.patching.gaze.receipt import refuse_lost, refuse_unsigned
+from hf_steer.patching.gaze.receipt import heed_pass, refuse_lost, refuse_unsigned
 from hf_steer.patching.gaze.scores import resolve_state
 from hf_steer.patching.gaze.when import ALWAYS, PassFacts, gates_after, pace
 from hf_steer.patching.passes import Pass, pass_of
@@ -47,33 +48,33 @@ class Gaze(nn.Module):
         self.attention: AttentionConfig = plan.config.attention or AttentionConfig()
         decoder, tower = implementations_of((anatomy.decoder, anatomy.tower))
         self.implementations = decoder, tower
-        self.function = registered_name(str(decoder), "gaze", anatomy.family)
         self.eyes_function = "" if anatomy.tower is None else registered_name(str(tower), "eyes", anatomy.tower.config.model_type)
         self.places = tuple(
-            place_of(anatomy.root, site)
-            for site in anatomy.layers
-            if site.index in plan.strengths or site.index in plan.readers
+            place_of(anatomy.root, site) for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers
         )
         self.covers = frozenset(place.site.module for place in self.places)
-        self.files = (
-            type(self.places[0].site.module).__module__ if self.places else None,
-            type(plan.eyes[0].module).__module__ if plan.eyes else None,
-        )
+        kinds = dict.fromkeys(type(place.site.module) for place in self.places)
+        family = anatomy.family
+        self.functions = {
+            kind: registered_name(str(decoder), "gaze", f"{family}_{kind.__name__}" if len(kinds) > 1 else family) for kind in kinds
+        }
+        self.slots = {site.index: site.slot for site in anatomy.layers}
+        self.by_keyword, self.crosses = anatomy.carried == "keyword", anatomy.attends == "cross"
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
 
     def register_functions(self) -> None:
         """Make our attention functions known in this process; a registry entry changes no model."""
-        if self.files[0] is not None:
+        for kind, name in self.functions.items():
             implementation = str(self.implementations[0])
-            inner = function_of(implementation, self.files[0])
+            inner = function_of(implementation, kind)
             declared_unknown(inner)  # looked up before anything is compiled, and so are the backends
             len(BACKENDS)
-            steered = steered_function(attend_steered, refuse_lost, inner=inner, implementation=implementation)
-            register_function(self.function, steered)
-        if self.files[1] is not None:
-            inner = function_of(str(self.implementations[1]), self.files[1])
+            unheard = refuse_lost if self.by_keyword else heed_pass
+            register_function(name, steered_function(attend_steered, unheard, inner=inner, implementation=implementation))
+        if self.plan.eyes:
+            inner = function_of(str(self.implementations[1]), type(self.plan.eyes[0].module))
             register_function(self.eyes_function, called_by_name(partial(recording_attention, inner=inner)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,7 +86,8 @@ class Gaze(nn.Module):
         """All that the gaze changes, in the order of change."""
         anatomy = self.plan.anatomy
         for place in self.places:
-            yield SetAttentionFunction(place.site.module, self.function, sees=self.plan.sees)
+            name = self.functions[type(place.site.module)]
+            yield SetAttentionFunction(place.site.module, name, layer=place.site.index, sees=self.plan.sees)
         for site in self.plan.eyes:
             yield SetAttentionFunction(site.module, self.eyes_function)
         if self.plan.eyes:
@@ -134,7 +136,9 @@ class Gaze(nn.Module):
             current.arrived = True
             if current.steers:
                 self._decide(current, module, args, kwargs)
-                return args, {**kwargs, STEERING: current}
+                kwargs = {**kwargs, STEERING: current}
+        if not self.by_keyword:  # the decoder would drop the keyword, or refuse it
+            kwargs = {name: value for name, value in kwargs.items() if name != STEERING}
         return args, kwargs
 
     def _take_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
@@ -144,13 +148,13 @@ class Gaze(nn.Module):
         begun, scope = pass_of(steering), scope_of(steering)
         if begun is not None and (said is not None or begun.arrived or begun.scope != scope):  # a call of its own inside that one
             begun = None
-        if begun is not None and begun.decided and not begun.steers:
-            return begun, kwargs
         given = read_call(module, args, kwargs)
-        if begun is not None and not begun.decided:  # of a model's call that brought no tokens
-            begin_gaze(steering, begun, given, said)
+        if begun is not None and begun.decided and (not begun.steers or begun.brings(given)):
             return begun, kwargs
-        current = Pass(given=given, scope=scope, by=module, alone=True)
+        if begun is not None and not begun.decided:  # of a model's call that brought no tokens
+            begin_gaze(steering, begun, given, begun.said)
+            return begun, kwargs
+        current = Pass(given=given, scope=scope, by=module, alone=True, said=said)
         begin_gaze(steering, current, given, said)
         steering.enter(current)
         return current, kwargs
@@ -166,7 +170,9 @@ class Gaze(nn.Module):
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
-        if current.prompt is not None:
+        if self.crosses:
+            current.state = state_across(current, self.plan, given, rows=rows, device=device)
+        elif current.prompt is not None:
             prompt, start = current.prompt, int(past)
 
             def look() -> Tensor:
@@ -192,11 +198,28 @@ class Gaze(nn.Module):
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
+        if not self.by_keyword:
+            self._refuse_recomputed(module)
         strengths = self.strengths(current, device) if current.scope.strengths is not None or self.learns else self.plan.strengths
-        current.biases = make_biases(
-            current.state, strengths, cache=cache, queries=queries, gate=current.pace.factor,
+        if self.crosses:
+            places = [(current.state.length, 0)] * len(strengths)
+        else:
+            places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
+        current.bias_of = BiasMaker(
+            current.state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
             preserve_mass=self.attention.saliency.preserve_mass,
         )  # fmt: skip
+        current.biases = current.bias_of.every()
+        current.settled = True
+
+    def _refuse_recomputed(self, decoder: Any) -> None:
+        """PatchError where layers run again in backward, when the pass that they find their bias in is over."""
+        if decoder.training and torch.is_grad_enabled() and checkpoints(decoder):
+            raise PatchError(
+                f"{type(decoder).__name__} hands no keyword arguments on to its attention, so its bias is read from the pass that "
+                "is running, and gradient checkpointing runs layers again when that is over. Train without it "
+                "(model.gradient_checkpointing_disable()), or inside disable_steering(model)."
+            )
 
     def strengths(self, current: Pass, device: torch.device) -> Strengths:
         """Layer -> λ per query head in this pass: as its caller says, learned, or configured."""
@@ -211,6 +234,7 @@ class Gaze(nn.Module):
         current = kwargs[STEERING] if told else pass_of(self.owner[0])
         if not isinstance(current, Pass):
             return
+        told = told or (not self.by_keyword and current.settled)
         if current.alone and current.by is module:
             self.owner[0].leave(current)
         if not told or output is None or not current.steers or current.state is None:  # interrupted, or nothing to steer

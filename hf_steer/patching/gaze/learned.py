@@ -20,7 +20,7 @@ class LearnedStrengths(nn.Module):
             device = next(sites[layer].parameters()).device
             # float32 whatever the model's dtype is: steps of an optimizer on λ would be lost in bfloat16
             self.layers[str(layer)] = nn.Parameter(torch.zeros(len(heads), dtype=torch.float32, device=device))
-        self.num_heads = plan.anatomy.num_heads
+        self.num_heads = {layer: len(values) for layer, values in plan.strengths.items()}
         self.known: tuple[tuple[int, ...], bool] | None = None
 
     def strengths(self, device: torch.device) -> dict[int, Tensor]:
@@ -32,7 +32,7 @@ class LearnedStrengths(nn.Module):
     def _spread(self, layer: int, heads: tuple[int, ...]) -> Tensor:
         own = self.layers[str(layer)].float()
         places = torch.tensor(heads, device=own.device)
-        spread: Tensor = own.new_zeros(self.num_heads).index_put((places,), own)
+        spread: Tensor = own.new_zeros(self.num_heads[layer]).index_put((places,), own)
         return spread
 
     def _silent(self) -> bool:

@@ -12,7 +12,7 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.attention_call import layer_of
 from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import steerings_with
-from hf_steer.patching.passes import live_pass
+from hf_steer.patching.passes import Pass, live_pass
 from hf_steer.patching.scopes import OFF, SAID, STATEMENT, scope_of
 from hf_steer.patching.unchanged import Place, still_there
 
@@ -49,9 +49,7 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    current = live_pass()
-    while current is not None and not (current.arrived and module in current.steering.gaze.covers):
-        current = current.outer
+    current = _pass_around(module)
     if current is None:
         _refuse_stray(module, options)
     elif layer_of(module) in current.biases:
@@ -60,6 +58,27 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
             "the bias: something between decoder and attention (a hook, a wrapper, a layer with a forward of its own) does not "
             "hand keyword arguments on. Let it pass **kwargs through, or run inside disable_steering(model)."
         )
+
+
+@torch.compiler.disable  # what a thread is in cannot be read in a graph
+def heed_pass(module: Any, options: Mapping[str, Any]) -> Pass | None:
+    """The pass that a steered module runs in, for decoders that hand no keyword on; None where nothing is steered.
+
+    Raises:
+        PatchError: it runs outside of any pass, and was to be steered.
+    """
+    current = _pass_around(module)
+    if current is None:
+        _refuse_stray(module, options)
+    return current
+
+
+def _pass_around(module: Any) -> Pass | None:
+    """The innermost pass of this thread whose decoder has begun, of the model that the module is steered for."""
+    current = live_pass()
+    while current is not None and not (current.arrived and module in current.steering.gaze.covers):
+        current = current.outer
+    return current
 
 
 def _refuse_stray(module: Any, options: Mapping[str, Any]) -> None:

@@ -52,13 +52,14 @@ def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = 
     """
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
-    chosen = set(range(len(anatomy.layers)) if layers is None else layers)
+    chosen = {site.index for site in anatomy.layers} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
     try:
         with ExitStack() as edits:
             for site in anatomy.layers:
                 if site.index in chosen:
-                    edits.enter_context(SetAttentionFunction(site.module, _register(site.module, anatomy.decoder)))
+                    name = _register(site.module, anatomy.decoder)
+                    edits.enter_context(SetAttentionFunction(site.module, name, layer=site.index))
             yield
     finally:
         _READERS.reset(token)
@@ -66,9 +67,9 @@ def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = 
 
 def _register(module: Any, decoder: Any) -> str:
     """Wrap the function that a module calls now, under a name of its own."""
-    current, file = implementation_of(module.config), type(module).__module__
-    inner = function_of(current, file)
-    name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{file.rpartition('.')[2]}" if current == "eager" else "")
+    current, kind = implementation_of(module.config), type(module)
+    inner = function_of(current, kind)
+    name = f"hf_steer_probe_{id(decoder)}_{current}" + (f"_{kind.__module__}_{kind.__name__}" if current == "eager" else "")
     how: dict[str, Any] = {"inner": inner, "decoder": id(decoder), "implementation": implementation_of(decoder.config)}
     register_function(name, called_by_name(partial(probing_attention, **how)))
     return name

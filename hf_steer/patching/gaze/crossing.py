@@ -1,0 +1,134 @@
+"""Gazes at what an encoder hands on: scores of its positions, for decoders that read it by cross-attention.
+
+The keys are the encoder's, the same in every pass of a call, so nothing is learned of them from the prompt. What was said rides on
+the cache of the decoder's own keys, and goes where its rows go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_steer.errors import SaliencyError
+from hf_steer.ground.arguments import Given
+from hf_steer.patching.gaze.memory import CacheState, read_state
+from hf_steer.patching.gaze.prompt import real_tokens
+from hf_steer.patching.passes import Pass
+from hf_steer.patching.planned import Plan
+from hf_steer.patching.scopes import Stretch
+from hf_steer.saliency import Saliency, frames_of, normalize, scores_from_user
+from hf_steer.values import Span, TokenScores
+
+
+def begin_crossing(current: Pass, given: Given, said: Saliency | None) -> None:
+    """Settle for one pass whether it is steered: where something is said, or its cache carries what was."""
+    current.state = None if given.cache is None else read_state(given.cache)
+    current.statement = current.scope.saliency if said is None else said
+    current.steers = current.statement is not None or (current.state is not None and current.state.speaks)
+
+
+def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: torch.device) -> CacheState | None:
+    """The saliency of what the encoder has handed on, for the rows of this pass; None where nothing is known of it.
+
+    Raises:
+        SaliencyError: the statement does not fit what the encoder handed on, or names something in a prompt.
+    """
+    statement, old = current.statement, current.state
+    if statement is None or (old is not None and old.statement is statement):
+        return old
+    if given.encoder_states is None:
+        raise SaliencyError(
+            "this pass brings nothing that an encoder has handed on, so there is nothing to look at. Give the encoder's input or "
+            "output to the call, or say where to look in the call that does."
+        )
+    states: Tensor = given.encoder_states
+    places = states.shape[:-1].numel() // max(1, rows)  # Mllama hands the tiles of a row on one by one
+    scores = _scores(statement, current.scope.stretch, plan, given, rows=rows, places=places, device=device)
+    scores = normalize(scores, plan.config.attention.saliency.normalize, plan.config.attention.saliency.clip,  # type: ignore[union-attr]
+                       winsorize=statement.tokens is not None)  # fmt: skip
+    speaks = torch.compiler.is_compiling() or bool(scores.values.any())
+    return CacheState(scores, (), statement, speaks=speaks)
+
+
+def _scores(
+    statement: Saliency, stretch: Stretch | None, plan: Plan, given: Given, *, rows: int, places: int, device: torch.device
+) -> TokenScores:
+    """One score per position of the encoder: the statement's rows, repeated as the decoder's are."""
+    if statement.tokens is not None and statement.tokens.shape[1] != places:
+        raise SaliencyError(
+            f"token saliency has {statement.tokens.shape[1]} scores a row; the encoder hands on {places} positions, padding "
+            "included, and each needs one."
+        )
+    if stretch is not None:
+        return _of_stretch(statement, stretch, plan, rows=rows, places=places, device=device)
+    batch = _rows_said(statement, rows)
+    mask = given.encoder_mask
+    real = torch.ones(batch, places, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.ndim in (2, 4) and mask.shape[-1] == places:
+        real = real_tokens(mask, places).to(device)[:: max(1, rows // batch)][:batch]
+    spans = _sounds(statement, plan, [0.0] * batch, places)
+    scores = scores_from_user(statement, spans, real=real, first_position=0, temporal_patch_size=1)
+    return _repeated(scores, torch.arange(batch, device=device).repeat_interleave(rows // batch))
+
+
+def _of_stretch(
+    statement: Saliency, stretch: Stretch, plan: Plan, *, rows: int, places: int, device: torch.device
+) -> TokenScores:
+    """Of a stretch of long sounds: what is said of them as far as it falls into it."""
+    if statement.tokens is not None and any(start > 0 for start in stretch.starts_seconds):
+        raise SaliencyError(
+            "one score per position of the encoder speaks of one window, and this sound is longer. Say where to listen in seconds: "
+            "Saliency.from_seconds(...)."
+        )
+    if rows % len(stretch.rows):
+        raise SaliencyError(
+            f"{rows} rows are decoded for {len(stretch.rows)} sounds, so which is which is not known: some are tried again at "
+            "another temperature. Transcribe them one by one, or with a single temperature."
+        )
+    batch = max(max(stretch.rows) + 1, _rows_named(statement))
+    starts = [0.0] * batch
+    for row, start in zip(stretch.rows, stretch.starts_seconds, strict=True):
+        starts[row] = start
+    real = torch.ones(batch, places, dtype=torch.bool, device=device)
+    spans = _sounds(statement, plan, starts, places, stretch.whole_seconds)
+    scores = scores_from_user(statement, spans, real=real, first_position=0, temporal_patch_size=1)
+    chosen = torch.tensor(stretch.rows, device=device)
+    return _repeated(scores, chosen.repeat_interleave(rows // len(chosen)))
+
+
+def _rows_said(statement: Saliency, rows: int) -> int:
+    """How many rows a statement speaks of; the decoder has as many, or a multiple for beams."""
+    if statement.tokens is None:
+        return rows
+    batch = int(statement.tokens.shape[0])
+    if rows % batch:
+        raise SaliencyError(f"the saliency speaks of {batch} rows, and the decoder has {rows}; give one row of scores for each.")
+    return batch
+
+
+def _rows_named(statement: Saliency) -> int:
+    named = [region.row + 1 for region in statement.regions]
+    return max(named, default=0 if statement.tokens is None else len(statement.tokens))
+
+
+def _sounds(
+    statement: Saliency, plan: Plan, starts_seconds: list[float], places: int, whole_seconds: float = 0.0
+) -> tuple[Span, ...]:
+    """Each row's sound, as far as the statement speaks of sounds."""
+    if not statement.regions:
+        return ()
+    step = plan.anatomy.frame_seconds
+    if step is None or any(region.modality != "audio" for region in statement.regions):
+        asked = "seconds" if step is None else "pictures"
+        raise SaliencyError(
+            f"where {asked} lie among what the encoder of {plan.anatomy.family!r} hands on is not known; give one score for each "
+            f"of its {places} positions: Saliency.from_tokens(scores)."
+        )
+    layouts = (frames_of(places, step, start, whole_seconds) for start in starts_seconds)
+    return tuple(Span("audio", row, 0, torch.arange(places), layout) for row, layout in enumerate(layouts))
+
+
+def _repeated(scores: TokenScores, rows: Any) -> TokenScores:
+    return TokenScores(scores.values[rows], scores.group[rows], scores.groups)

@@ -47,7 +47,7 @@ def shrink(section: Mapping[str, Any], tokens: TokenNumbers) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(section.get("kv_lora_rank"), int) and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]  # keys come out of the bottleneck for each head
-        if section.get("head_dim") == section.get("qk_rope_head_dim"):
+        if section.get("qk_rope_head_dim") and section.get("head_dim") == section["qk_rope_head_dim"]:
             small["head_dim"] = small["qk_rope_head_dim"]  # the name is that of the rotated features in some
     return with_paths(small, EXCEPTIONS.get(section.get("model_type", ""), {}))
 

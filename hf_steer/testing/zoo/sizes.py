@@ -30,7 +30,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     # widths
     (r"(\w+_)?(ffn_hidden_size|intermediate_size(_mlp)?|ffn_dim|d_ff|dff|dim_ff|mlp_dim|fc_dim)", INNER),
     (r"n_inner|d_inner|feed_forward_size|share_expert_dim|variant_adapter_intermediate|block_ff_dim", INNER),
-    (r"(\w+_)?(hidden_size|hidden_dim|d_model|dim_model|n_embd|emb(ed(ding)?)?_dim|embedding_size|projection_dim|output_dim)", FEATURES),
+    (r"(\w+_)?(hidden_(size|dim)|d_model|dim_model|n_embd|emb(ed(ding)?)?_dim|embedding_size|(projection|output)_dim)", FEATURES),
     (r"dim|word_embed_proj_dim|lru_width|classifier_proj_size|input_size", FEATURES),
     # mixtures of experts
     (r"(num_experts|num_experts_per|experts|top_k_experts|moe_top_?k|moe_k)(_per_tok|_per_token)|moe_num_experts_per_tok", 2),

@@ -69,15 +69,15 @@ def _earlier(subject: Subject, logits: Tensor) -> Tensor:
 
 def partial_match(subject: Subject) -> Finding:
     """A head, a layer and a score too many."""
-    depth, heads = len(subject.anatomy.layers), subject.anatomy.num_heads
     if subject.silent.attention is None:
         raise CannotShow("no gaze was asked for")
-    asked: tuple[Any, ...] = ({0: (heads,)}, {depth: "all"})
+    first, last = subject.anatomy.layers[0], subject.anatomy.layers[-1]
+    asked: tuple[Any, ...] = ({first.index: (first.heads,)}, {last.index + 1: "all"})
     for wrong in asked:
         attention = AttentionConfig(heads=wrong, saliency=subject.silent.attention.saliency)
         try:
             with subject.patched(SteerConfig(attention=attention)):
-                return Finding(False, note=f"heads {wrong} were taken; there are {depth} layers of {heads} heads")
+                return Finding(False, note=f"heads {wrong} were taken; the first layer has {first.heads}, the last is {last.index}")
         except ConfigError:
             continue
     rows, tokens = ids_of(subject).shape

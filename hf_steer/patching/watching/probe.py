@@ -31,8 +31,9 @@ def anatomy_of(model: Any) -> Anatomy:
     """
     steering = find_steering(model)
     anatomy: Anatomy = resolve(model) if steering is None else steering.plan.anatomy
-    if anatomy.decoder is None:
-        raise PatchError(f"{anatomy.family!r} has no language model that reads a prompt, so there is no attention to look at.")
+    if not anatomy.layers:
+        why = anatomy.reason or "; ".join(f"{name}: {own}" for name, own in anatomy.left_out.items())
+        raise PatchError(f"there is no attention to look at in this {anatomy.family!r} model: {why}.")
     return anatomy
 
 

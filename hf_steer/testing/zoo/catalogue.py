@@ -9,11 +9,11 @@ from transformers.models.auto import modeling_auto
 from hf_steer.errors import ConfigError
 
 MAPPINGS = {
-    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "image": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "multimodal": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "multimodal": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
     "rnnt": "MODEL_FOR_RNNT_MAPPING_NAMES",
     "tdt": "MODEL_FOR_TDT_MAPPING_NAMES",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.testing.zoo.exceptions import IMAGE
-from hf_steer.testing.zoo.models import sections
+from hf_steer.testing.zoo.models import START, sections
 
 ROWS, TOKENS, SOURCE_TOKENS, PADDING = 2, 11, 14, 3
 FIRST_WORD, LAST_WORD = 20, 200
@@ -61,6 +61,8 @@ def tiny_inputs(model: Any, *, tokens: int = TOKENS, padded: bool = False, seed:
     model = reader(model)
     config = model.config
     prefix = "decoder_" if config.is_encoder_decoder else ""
+    if prefix and not padded:
+        draw.words[:, 0] = START  # or `generate` puts it before them
     prompts = {f"{prefix}input_ids": draw.words, f"{prefix}attention_mask": draw.mask}
     batch: Batch = {name: value for name, value in prompts.items() if name in inspect.signature(model.forward).parameters}
     if f"{prefix}input_ids" not in batch:

@@ -18,6 +18,8 @@ from hf_steer.testing.zoo.sizes import WORDS
 MOST_PARAMETERS = 20_000_000
 GAIN = 1.3
 """Of the weights of a matrix, over what keeps the size of a signal."""
+START = 2
+"""Token with which what an encoder-decoder writes begins."""
 ORDERED = ("A_log", "dt_bias", "log_lambda", "recurrent_param")
 """Parts of names of vectors in which a state space keeps its times: they stay as they were initialised."""
 
@@ -109,8 +111,9 @@ def spread(model: Any, seed: int) -> None:
 
 
 def settle_generation(model: Any) -> None:
-    """Generate to the length that is asked for."""
+    """Generate to the length that is asked for, from a start that is known."""
     settings = getattr(model, "generation_config", None)
     if settings is not None:
         settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
         settings.pad_token_id = 0
+        settings.decoder_start_token_id = START if model.config.is_encoder_decoder else None

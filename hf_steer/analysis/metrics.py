@@ -20,6 +20,7 @@ from hf_steer.analysis.prompts import Inputs, Span, queries_of, span_of
 from hf_steer.attention import AttentionCall, logits_in_chunks
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import Given, spelling_in, with_changes
+from hf_steer.ground.parts import Anatomy
 from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, probe_attention
 
 _MASKED = torch.finfo(torch.float32).min / 2
@@ -60,7 +61,7 @@ def attention_metrics(
         PatchError: unknown family, a layer that is not there, or an attention implementation that cannot be looked at.
     """
     anatomy = anatomy_of(model)
-    chosen = _layers(layers, len(anatomy.layers))
+    chosen = _layers(layers, anatomy)
     counted, marked = queries_of(inputs, queries), span_of(anatomy, inputs, span)
     some = counted.any(0).nonzero()
     asked = slice(int(some[0]), int(some[-1]) + 1)
@@ -97,10 +98,14 @@ def run_with(model: Any, inputs: Inputs, read: Callable[[AttentionCall], None], 
         model(**with_changes(root, given, **lean))
 
 
-def _layers(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
-    chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise PatchError(f"layers {chosen} asked for; this model has {depth}, 0 to {depth - 1}; see `hf-steer inspect`.")
+def _layers(layers: Iterable[int] | None, anatomy: Anatomy) -> tuple[int, ...]:
+    heads = {site.index: site.heads for site in anatomy.layers}
+    chosen = tuple(heads) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or not set(chosen) <= set(heads):
+        there = f"0 to {len(heads) - 1}" if list(heads) == list(range(len(heads))) else str(list(heads))
+        raise PatchError(f"layers {chosen} asked for; this model has {len(heads)}, {there}; see `hf-steer inspect`.")
+    if len({heads[layer] for layer in chosen}) > 1:
+        raise PatchError(f"layers {chosen} have different numbers of heads; measure those of one number at a time: layers=...")
     return chosen
 
 

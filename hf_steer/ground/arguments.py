@@ -31,11 +31,15 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "decoder_mask": ("decoder_attention_mask",),
         # of pictures, videos and sounds
         "encoded": ("mm_encoder_outputs",),
-        "image_pixels": ("pixel_values",),
+        "image_pixels": ("pixel_values", "image_pixel_values", "flattened_patches"),
         "video_pixels": ("pixel_values_videos",),
         "mels": ("input_features", "audio_input_features", "audio_input_ids"),
         "samples": ("input_values",),
-        "mel_mask": ("feature_attention_mask", "input_features_mask"),
+        "mel_mask": (
+            "feature_attention_mask", "input_features_mask", "audio_attention_mask", "input_values_mask", "audio_input_ids_mask",
+            "padding_mask",
+        ),
+        # these read the same of a call, by what they count
         "frame_mask": ("audio_input_ids_mask",),
         "sample_mask": ("input_values_mask", "padding_mask"),
         "sample_counts": ("chunk_sample_lengths",),
@@ -44,6 +48,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "video_grids": ("video_grid_thw",),
         "grids": ("grid_thw",),
         "image_sizes": ("image_sizes",),
+        "patch_places": ("image_position_ids",),
         "images_per_row": ("batch_num_images",),
         "token_kinds": ("mm_token_type_ids",),
         "aspect_ratio": ("vision_aspect_ratio",),
@@ -114,6 +119,12 @@ class Given:
     def with_mask(self, mask: Tensor | None) -> Given:
         """The same arguments with a mask."""
         return self if mask is self.mask else Given({**self.named, ARGUMENTS["mask"][0]: mask}, self.own)
+
+    def every(self, copies: int) -> Given:
+        """The same with one of every so many rows of tokens and mask."""
+        ours = {name for word in ("ids", "embeds", "mask") for name in ARGUMENTS[word]}
+        rows = {name: value[::copies] for name, value in self.named.items() if name in ours and isinstance(value, Tensor)}
+        return Given({**self.named, **rows}, self.own)
 
     def of_decoder(self) -> Given:
         """What the decoder of an encoder-decoder is going to get, whose own tokens come under other names."""

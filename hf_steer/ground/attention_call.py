@@ -17,7 +17,7 @@ from hf_steer.values import HeadBias
 HARMLESS = frozenset({"kernel_options", "output_attentions", "position_ids", "use_cache", "cache_position", "head_dim", "training"})
 """Arguments that attention functions declare and that change no logit."""
 UNDERSTOOD = frozenset(
-    {"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_bias", "sliding_window", "cache", *HARMLESS}
+    {"dropout", "scaling", "is_causal", "softcap", "s_aux", "sinks", "position_bias", "sliding_window", "cache", *HARMLESS}
 )
 """Arguments whose effect on the logits is known here; any other that a function declares is refused once it is used."""
 SEGMENTS = "cu_seq_lens_q"
@@ -89,7 +89,7 @@ class AttentionCall:
         self.causal = bool(getattr(self.module, "is_causal", True) if causal is None else causal)
         self.dropped = option("dropout") or 0.0
         self.cap = option("softcap")
-        self.sinks = option("s_aux") is not None
+        self.sinks = option("s_aux") is not None or option("sinks") is not None
         self.added = option("position_bias")
         declared, self.plain = _facts(self.inner)
         self.unknown = tuple(name for name in declared if option(name) is not None)

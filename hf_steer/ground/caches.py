@@ -51,7 +51,16 @@ def keys_seen(cache: Any, queries: int, slots: Sequence[int | None]) -> list[tup
     """
     if cache is None:
         return [(queries, 0)] * len(slots)
-    return [(int(past_of(cache)) + queries, 0) if slot is None else cache.get_mask_sizes(queries, slot) for slot in slots]
+    return [_sizes(cache, queries, slot) for slot in slots]
+
+
+def _sizes(cache: Any, queries: int, slot: int | None) -> tuple[int, int]:
+    if slot is not None:
+        try:
+            return cache.get_mask_sizes(queries, slot)  # type: ignore[no-any-return]
+        except ValueError:  # a layer that has no keys of its own there, but shares those of another (Gemma 3n)
+            pass
+    return int(past_of(cache)) + queries, 0
 
 
 def whole_keys(cache: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Models that transcribe a long sound stretch by stretch, inside one call of `generate`: Whisper and what is built on it."""
+"""What `generate` of encoder-decoders is called with, and how some decode a long sound, stretch by stretch (Whisper)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from torch import Tensor
 SEGMENT = "generate_with_fallback"
 """The method that decodes one stretch of each sound of a batch."""
 _FRAME_SECONDS = 0.01
+_SOURCES = ("inputs", "input_features", "input_values", "input_ids", "pixel_values", "flattened_patches", "inputs_embeds")
+
+
+def source_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What `generate` is given for an encoder: its first argument, or the first of those with that sense; None without."""
+    named = (kwargs.get(name) for name in _SOURCES)
+    return next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
 
 
 def goes_by_stretches(model: Any) -> bool:

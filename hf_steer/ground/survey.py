@@ -71,12 +71,16 @@ def _root_takes(plan: Planned) -> str | None:
     """A model whose token numbers are an encoder's is told its decoder's under other names."""
     if reads_encoder(plan.anatomy.root):
         return _takes("root", "decoder_ids", "cache")(plan)
-    return _takes("root", "ids", "embeds", "mask", "cache")(plan)
+    parameters = inspect.signature(inspect.unwrap(type(plan.anatomy.root).forward)).parameters.values()
+    further = any(own.kind is own.VAR_KEYWORD for own in parameters)
+    return _takes("root", "ids", "mask", *(() if further else ("embeds", "cache")))(plan)
 
 
 def _finds_functions(plan: Planned) -> str | None:
     for part, sites in ((plan.anatomy.decoder, plan.anatomy.layers[:1]), (plan.anatomy.tower, plan.eyes[:1])):
         for site in sites:
+            if site.takes is not None:  # its attention calls none
+                continue
             name = implementation_of(part.config)
             try:
                 function_of(name, type(site.module))

@@ -16,7 +16,7 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
 from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import reads_encoder
-from hf_steer.ground.longform import SEGMENT, rows_in, seconds_of, stretch_in
+from hf_steer.ground.longform import SEGMENT, goes_by_stretches, rows_in, seconds_of, source_in, stretch_in
 from hf_steer.patching.aligning.hooks import Aligners
 from hf_steer.patching.blocks import Block
 from hf_steer.patching.gaze.begin import begin_gaze, refuse_unseen, warn_of_others
@@ -27,7 +27,7 @@ from hf_steer.patching.gaze.memory import read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass, live_pass, pass_of
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import CALL, SAID, SOUNDS, STEERING, STRETCH, Scope, Sounds, Stretch, scope_of, take_statement
+from hf_steer.patching.scopes import CALL, SAID, SOURCE, STEERING, STRETCH, Scope, Source, Stretch, scope_of, take_statement
 from hf_steer.saliency import Saliency
 
 
@@ -164,19 +164,20 @@ class Root(nn.Module):
         with ExitStack() as blocks:
             if said is not None:
                 blocks.enter_context(Block(self, SAID, said, follows=False))
-            given = Given({**dict(zip(("input_features",), args, strict=False)), **kwargs})
-            if self.gaze.crosses and given.mels is not None:
-                blocks.enter_context(Block(self, SOUNDS, Sounds(len(given.mels), seconds_of(given.mels)), follows=False))
+            source = source_in(args, kwargs)
+            if source is not None:
+                seconds = seconds_of(source) if goes_by_stretches(self.plan.anatomy.root) and source.ndim == 3 else 0.0
+                blocks.enter_context(Block(self, SOURCE, Source(len(source), seconds), follows=False))
             return original(*args, **kwargs)
 
     def generate_stretch(self, **kwargs: Any) -> Any:
         """transformers' decoding of one stretch of each sound, with where that lies in the whole sound."""
-        original, sounds = self.original(SEGMENT), scope_of(self).sounds
-        if sounds is None:
+        original, source = self.original(SEGMENT), scope_of(self).source
+        if source is None:
             return original(**kwargs)
         rows, starts = stretch_in(kwargs)
-        repeated = max(1, rows_in(kwargs) // sounds.rows)
-        stretch = Stretch(tuple(row // repeated for row in rows), starts, sounds.seconds)
+        repeated = max(1, rows_in(kwargs) // source.rows)
+        stretch = Stretch(tuple(row // repeated for row in rows), starts, source.seconds)
         with Block(self, STRETCH, stretch, follows=False):
             return original(**kwargs)
 

@@ -19,7 +19,7 @@ STEERING = "hf_steer"
 """Name of the submodule that a patched model carries, and of the keyword argument that rides through a forward pass."""
 STATEMENT = "saliency"
 """The keyword argument of `generate` and of the model itself that says where to look in that one call."""
-SAID, OFF, STRENGTHS, CALL, LISTENER, SOUNDS, STRETCH = "saliency", "off", "strengths", "call", "listeners", "sounds", "stretch"
+SAID, OFF, STRENGTHS, CALL, LISTENER, SOURCE, STRETCH = "saliency", "off", "strengths", "call", "listeners", "source", "stretch"
 """What a block may hold: fields of `Scope`."""
 
 
@@ -51,16 +51,16 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Sounds:
-    """Sounds that `generate` is called with.
+class Source:
+    """What a `generate` whose passes begin by themselves is called with: words, sounds or pictures for an encoder.
 
     Attributes:
         rows: how many.
-        seconds: how long they are, padding included.
+        seconds: how long sounds are, padding included; 0 for anything else.
     """
 
     rows: int
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Scope:
         strengths: layer -> λ per query head, instead of those that are configured.
         call: the `generate` that this code is in.
         listeners: who wants to know, the outermost first.
-        sounds: that the `generate` around this code was called with, where it goes by stretches.
-        stretch: of them that is being decoded.
+        source: of the `generate` around this code, where its passes begin by themselves.
+        stretch: of a long sound that is being decoded.
     """
 
     off: bool = False
@@ -97,7 +97,7 @@ class Scope:
     strengths: Strengths | None = None
     call: Generation | None = None
     listeners: tuple[Listener, ...] = ()
-    sounds: Sounds | None = None
+    source: Source | None = None
     stretch: Stretch | None = None
 
     @property

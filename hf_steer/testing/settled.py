@@ -9,6 +9,7 @@ from typing import Any
 from hf_steer.config import TRAINABLE, AlignerConfig, AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import ConfigError, SaliencyError
 from hf_steer.ground.arguments import Given, name_of
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.ground.parts import Anatomy
 from hf_steer.patching import read_saliency
 from hf_steer.saliency import Saliency
@@ -59,11 +60,10 @@ def whole_steering(anatomy: Anatomy, *, sees: bool) -> SteerConfig:
         sees: whether its own eyes say where to look.
     """
     attention = None
-    if anatomy.decoder is not None:
-        layers, heads = range(len(anatomy.layers)), range(anatomy.num_heads)
-        strength = {layer: {head: _strength(layer, head) for head in heads} for layer in layers}
+    if anatomy.layers and not reads_encoder(anatomy.root):  # theirs reads words that are not among the inputs
+        strength = {site.index: {head: _strength(site.index, head) for head in range(site.heads)} for site in anatomy.layers}
         saliency = SaliencyConfig() if sees else SaliencyConfig(source=None, normalize="none")
-        attention = AttentionConfig(heads=dict.fromkeys(layers, "all"), strength=strength, saliency=saliency)
+        attention = AttentionConfig(heads=dict.fromkeys(strength, "all"), strength=strength, saliency=saliency)
     aligners: list[AlignerConfig] = []
     for modality, encoder in anatomy.encoders.items():
         own = {"modality": modality}

@@ -44,7 +44,7 @@ def unshown(family):
 
 
 def test_no_family_is_left_out():
-    assert {family for family, _ in CASES} == set(hf_steer.families.FAMILIES)
+    assert {family for family, _ in CASES} >= set(hf_steer.families.FAMILIES)
 
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)

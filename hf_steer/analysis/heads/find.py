@@ -74,7 +74,7 @@ def find_grounding_heads(
         PatchError: unknown family; patched so that not all heads can be reached; in training mode.
     """
     anatomy = anatomy_of(model)
-    shape = len(anatomy.layers), anatomy.num_heads
+    shape = _shape_of(anatomy)
     shortlist = shape[0] * shape[1] if shortlist is None else shortlist
     _check_numbers(count, shape, strength, null_sets, shortlist, batch_size)
     saliency = _check_model(model, saliency)
@@ -104,7 +104,19 @@ def find_grounding_heads(
             chance = torch.stack([row.target.double().mean() for row in reporting])
             outcome = judge("pointing", partial(pointing_hits, model, tell), chance)
     tables = {name: _table(score) for name, score in scores.items()}
-    return HeadResult(rule, rankings[rule][:count], tables, rankings, outcome, float(strength), len(choosing))
+    named = {rule: tuple((anatomy.layers[place].index, head) for place, head in heads) for rule, heads in rankings.items()}
+    return HeadResult(rule, named[rule][:count], tables, named, outcome, float(strength), len(choosing))
+
+
+def _shape_of(anatomy: Anatomy) -> tuple[int, int]:
+    """Layers that attend, and heads in each; ConfigError where they have different numbers of heads."""
+    counts = sorted({site.heads for site in anatomy.layers})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"the layers of this {anatomy.family!r} have {' or '.join(map(str, counts))} heads, and heads are compared across "
+            "layers of as many. Name heads yourself: AttentionConfig(heads={layer: heads})."
+        )
+    return len(anatomy.layers), anatomy.num_heads
 
 
 def _check_numbers(count: int, shape: tuple[int, int], strength: float, null_sets: int, shortlist: int, batch_size: int) -> None:

@@ -17,7 +17,7 @@ from hf_steer.errors import PatchError
 from hf_steer.patching import anatomy_of, disable_steering, get_steer_status, patch_model, unpatch_model, use_saliency, use_strength
 
 Head = tuple[int, int]
-"""Layer and query head."""
+"""Layer and query head. While heads are compared, layers count by their place among those that attend; results name them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,8 @@ def measure(model: Any, batches: Sequence[Batch], strength: float, heads: Iterab
         strength: λ.
         heads: none for the model as it is.
     """
-    chosen = {layer: dict.fromkeys(own, strength) for layer, own in by_layer(heads).items()}
+    sites = anatomy_of(model).layers
+    chosen = {sites[place].index: dict.fromkeys(own, strength) for place, own in by_layer(heads).items()}
     right = torch.zeros(sum(len(batch.numbers) for batch in batches), dtype=torch.float64)
     log_p = torch.zeros_like(right)
     for batch in batches:

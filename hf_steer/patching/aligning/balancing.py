@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_steer.errors import AlignerError, PatchError
 from hf_steer.families import family_of
 from hf_steer.ground.arguments import IGNORED_LABEL
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.patching.passes import Pass
 
 
@@ -76,6 +77,6 @@ def balance_of(aligners: Any, current: Pass) -> Tensor:
     if counted is None or labels is None or not family_of(anatomy.family).counts_items:
         return total
     # the model's loss is the sum over its own share of the step's items, divided by all of them; so is ours
-    labels = labels if anatomy.decoder is None else labels[..., 1:]
+    labels = labels if anatomy.decoder is None or reads_encoder(anatomy.root) else labels[..., 1:]
     share: Tensor = (labels != IGNORED_LABEL).sum() / counted
     return total * share

@@ -18,7 +18,7 @@ from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import SAID, Scope
+from hf_steer.patching.scopes import SAID, Scope, Source
 from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.saliency import Saliency
 
@@ -95,12 +95,21 @@ def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
     current.steers = _continues(current, given, past)
     if current.steers:
         return
+    given = _unexpanded(given, current.scope.source)
     if given.ids is None and not int(past):
         refuse_longer(given, None if current.statement is None else current.statement.tokens)
     current.prompt = read_prompt(given, plan, current.statement, past=int(past), whole=False)
     if current.prompt is not None and state is None and int(past):
         refuse_unseen(plan, current.statement, int(past))
     current.steers = current.prompt is not None
+
+
+def _unexpanded(given: Given, source: Source | None) -> Given:
+    """The decoder's arguments with each row once, in a `generate` that repeats them for beams before the decoder runs."""
+    rows = 0 if given.source is None else len(given.source)
+    if source is None or rows <= source.rows or rows % source.rows:
+        return given
+    return given.every(rows // source.rows)
 
 
 def _continues(current: Pass, given: Given, past: int | Tensor) -> bool:

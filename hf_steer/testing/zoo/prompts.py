@@ -1,0 +1,44 @@
+"""The words that a decoder reads, in a batch of the zoo: all at once, or a beginning and then one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hf_steer.ground.arguments import spelling_in
+from hf_steer.testing.zoo.inputs import Batch
+
+SOURCE_WORDS = ("input_ids", "attention_mask", "bbox", "pixel_values")
+"""What the encoder of an encoder-decoder reads, which is no part of the prompt."""
+
+
+def prompt_name(model: Any) -> str:
+    """The argument that holds the decoder's own words."""
+    return "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+
+
+def mask_of(model: Any, batch: Batch) -> Tensor:
+    """Which words are real: `(rows, tokens)`."""
+    mask: Tensor = batch["decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"]
+    return mask.bool()
+
+
+def beginning(model: Any, batch: Batch, tokens: int) -> Batch:
+    """The same batch, as if its prompts ended after so many tokens; without a mask, since nothing is padded."""
+    whole = batch[prompt_name(model)].shape[1]
+    source = SOURCE_WORDS if model.config.is_encoder_decoder else ()
+    cut = {
+        name: value[:, :tokens]
+        if isinstance(value, Tensor) and name not in source and value.ndim > 1 and value.shape[1] == whole else value
+        for name, value in batch.items()
+    }  # fmt: skip
+    return {name: value for name, value in cut.items() if name != prompt_name(model).replace("input_ids", "attention_mask")}
+
+
+def next_word(model: Any, batch: Batch, position: int, cache: Any) -> Batch:
+    """One word after a beginning, with the cache that it left."""
+    source = {name: value for name, value in batch.items() if name in SOURCE_WORDS or name.startswith("input_")}
+    again = source if model.config.is_encoder_decoder else {}
+    word = batch[prompt_name(model)][:, position : position + 1]
+    return {**again, prompt_name(model): word, spelling_in(model, "cache") or "cache": cache}

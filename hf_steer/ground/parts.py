@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_steer.errors import PatchError
+from hf_steer.ground.additive import Additive
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Site:
         heads: query heads of a decoder's attention; 0 for others.
         key_value_heads: of its keys.
         slot: which layer of a cache holds its keys; None where that is not known.
+        takes: the argument that a bias is added to, for modules that look no attention function up; None for others.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Site:
     heads: int = 0
     key_value_heads: int = 0
     slot: int | None = None
+    takes: Additive | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from hf_steer.ground.arguments import Given
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         # of a language model
-        "heads": ("decoder_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads"),
+        "heads": (
+            "decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads",
+        ),
         "key_value_heads": ("num_key_value_heads",),
         "head_size": ("qk_head_dim", "head_dim"),  # DeepSeek's head_dim counts the rotated features of a query alone
         "features": ("hidden_size", "d_model", "n_embd"),

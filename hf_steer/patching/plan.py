@@ -14,6 +14,7 @@ from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
+from hf_steer.patching.by_mask import check_by_mask
 from hf_steer.patching.gaze.phrases import read_patterns
 from hf_steer.patching.planned import Plan
 from hf_steer.registry import FAMILIES
@@ -52,6 +53,7 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
         anatomy = _across(anatomy)
     strengths = resolve_strengths(attention, anatomy) if anatomy.layers else {}  # `survey` says why there are none
     refuse_implementation(anatomy.decoder.config, "decoder")
+    check_by_mask(attention, anatomy)
     eyes = _eyes(attention, anatomy) if strengths or not anatomy.layers else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
     readers = _readers(attention, anatomy, strengths)

@@ -1,7 +1,7 @@
 """Arguments of attention modules that are added to their logits, and how a bias per head is put into one.
 
-For modules whose code looks no attention function up. Most take a float mask, `(batch, 1 or heads, queries, keys)`; a few want it in
-another form, each of which is a row of `FORMS`.
+For modules whose code looks no attention function up. Most take a float mask, `(batch, 1 or heads, queries, keys)`; a few want
+it in another form, each of which is a row of `FORMS` or `OWN_FORMS`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class OneForAll(Tensor):
 
 
 class PerRow:
-    """Biases of positions, `(heads, queries, keys)` to the module that cuts and adds them, and in truth with a batch before that."""
+    """Biases of positions, `(heads, queries, keys)` to the module that cuts and adds them, in truth with a batch before that."""
 
     def __init__(self, dense: Tensor) -> None:
         self.dense = dense

@@ -189,6 +189,8 @@ class Guessing(TorchDispatchMode):
             return first.new_zeros(1, first.ndim, dtype=torch.long)
         if name == "equal":
             return True
+        if name == "split_with_sizes" and sum(args[1]) != first.shape[(dim := args[2] if len(args) > 2 else 0)]:
+            return function(first, [first.shape[dim], *[0] * (len(args[1]) - 1)], *args[2:], **kwargs)
         if name == "index":  # with masks: as if each let one place through
             places = [_one_of(own) for own in args[1]]
             return function(first, [own for some in places for own in some], *args[2:], **kwargs)

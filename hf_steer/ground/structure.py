@@ -65,30 +65,35 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     speaker = _speaking_part(model)
     if speaker is not None:
         return Attention(None, reason=f"{kind} has no forward pass of its own; patch the part of it that speaks, model.{speaker}")
-    if spelling_in(decoder, "ids") is None:
-        return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")
     if odd := why_odd(decoder):
         return Attention(None, reason=odd)
+    if spelling_in(decoder, "ids") is None:
+        return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")
     inside = {module for tower in encoders_inside(model, decoder) for module in tower.modules()}
     found = {
         names[module]: module
         for module in decoder.modules()
         if module in names and module not in inside and looking_up(type(module)) and hasattr(module, "config")
     }
-    by_function = _by_function(decoder, names, found) if found else Attention(None, reason=_why_none(decoder))
+    by_function = _by_function(decoder, names, found) if found else Attention(None)
     if by_function.layers or by_function.crosses:
         return by_function
-    return _by_mask(decoder, names, inside) or by_function
+    by_mask = _by_mask(decoder, names, inside)
+    return by_mask if by_mask.layers or not found else by_function
 
 
-def _by_mask(decoder: Any, names: Names, inside: set[nn.Module]) -> Attention | None:
-    """Attention that adds its mask to its logits, or why there is none of another kind; None where nothing more is known."""
-    masked = Masked() if spelling_in(decoder, "cache") is None else find_masked(
-        decoder, inside, lambda module: _configured(module, decoder, "heads")
-    )  # fmt: skip
+def _by_mask(decoder: Any, names: Names, inside: set[nn.Module]) -> Attention:
+    """Attention that adds its mask to its logits, or why there is none of either kind."""
+    kind, attending = type(decoder).__name__, _attention_in(decoder)
+    if not attending:
+        return Attention(
+            None, reason=f"{kind} has no attention to steer: its layers carry what came before in a state of another kind"
+        )
+    if spelling_in(decoder, "cache") is None:
+        return Attention(None, reason=f"{kind}.forward takes no cache of keys, on which what is said of a prompt could ride on")
+    masked = find_masked(decoder, inside, lambda module: _configured(module, decoder, "heads"))
     if not masked.takes:
-        faults = "; ".join(dict.fromkeys(masked.left_out.values()))
-        return Attention(None, reason=f"{_why_none(decoder)} ({faults})") if faults else None
+        return Attention(None, reason=_why_none(decoder, attending, masked))
     base = names[decoder] + "." if names[decoder] else ""
     found = {base + name: decoder.get_submodule(name) for name in masked.takes}
     seen = {base + name: own for name, own in masked.seen.items()}
@@ -191,10 +196,15 @@ def _speaking_part(model: Any) -> str | None:
     return next((name for name, part in parts if spelling_in(part, "ids") is not None), None)
 
 
-def _why_none(decoder: Any) -> str:
-    """In words, for a decoder without a module that looks an attention function up."""
-    attending = sorted({type(module).__name__ for module in decoder.modules() if "Attention" in type(module).__name__})
-    kind = type(decoder).__name__
-    if attending:
-        return f"the attention of {kind} ({', '.join(attending[:3])}) does not call an attention function that can be exchanged"
-    return f"{kind} has no attention to steer: its layers carry what came before in a state of another kind"
+def _attention_in(decoder: Any) -> list[str]:
+    """Classes of its modules that attend, by their names."""
+    return sorted({type(module).__name__ for module in decoder.modules() if "Attention" in type(module).__name__})
+
+
+def _why_none(decoder: Any, attending: Sequence[str], masked: Masked) -> str:
+    """In words, for a decoder whose attention neither looks a function up nor adds a mask that is told of the tokens."""
+    faults = "; ".join(dict.fromkeys(masked.left_out.values()))
+    return (
+        f"the attention of {type(decoder).__name__} ({', '.join(attending[:3])}) calls no attention function that can be "
+        f"exchanged, and adds no mask that a bias could be put into ({faults})"
+    )

@@ -26,33 +26,31 @@ def check_by_mask(attention: AttentionConfig, anatomy: Anatomy) -> None:
     implementation = implementation_of(anatomy.decoder.config)
     if implementation not in IMPLEMENTATIONS:
         raise PatchError(
-            f"the attention of {kind_of(anatomy)} gets its bias with its mask, and attention implementation {implementation!r} has none that "
-            "it could be added to. Load the model with attn_implementation='eager'."
+            f"{kind_of(anatomy)} gets its bias with its mask, and attention implementation {implementation!r} has none that it "
+            "could be added to. Load the model with attn_implementation='eager'."
         )
     row = attention.saliency.row
     if row is not None and row.reads_heads:
         raise PatchError(
-            f"saliency source {attention.saliency.source!r} reads attention weights. {why_unread(anatomy)} Take another source, or say "
-            "where to look: SaliencyConfig(source=None) and use_saliency."
+            f"saliency source {attention.saliency.source!r} reads attention weights. {why_unread(anatomy)} Take another source, or "
+            "say where to look: SaliencyConfig(source=None) and use_saliency."
         )
     if attention.backend not in (AUTO, MASK):
         say_once(
-            f"backend {attention.backend!r} gives way to {MASK!r}, with the same result: the attention of {kind_of(anatomy)} gets its "
-            "bias with its mask alone."
+            f"backend {attention.backend!r} gives way to {MASK!r}, with the same result: {kind_of(anatomy)} gets its bias with its "
+            "mask alone."
         )
 
 
 def refuse_unread(anatomy: Anatomy) -> None:
     """PatchError where what layers attend with is to be read, and cannot be."""
     if anatomy.carried == MASK:
-        raise PatchError(f"{why_unread(anatomy)} Steering works; what it looks at can be asked of the model: output_attentions=True.")
+        raise PatchError(f"{why_unread(anatomy)} Steering it works all the same.")
 
 
 def why_unread(anatomy: Anatomy) -> str:
     """In words."""
-    return (
-        f"The attention of {kind_of(anatomy)} calls no attention function that can be exchanged, so its queries and keys are not seen."
-    )
+    return f"{kind_of(anatomy)} calls no attention function that can be exchanged, so its queries and keys are not seen."
 
 
 def kind_of(anatomy: Anatomy) -> str:

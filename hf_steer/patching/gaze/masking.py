@@ -36,7 +36,9 @@ class Masking(nn.Module):
             site = place.site
             yield AddHook(site.module, "before", partial(self.before_attention, site.index, site.takes))
 
-    def before_attention(self, layer: int, takes: Additive, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_attention(
+        self, layer: int, takes: Additive, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Attention: its mask with the bias of this pass; untouched where there is none.
 
         Raises:

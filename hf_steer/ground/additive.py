@@ -27,9 +27,10 @@ Form = Callable[[Mapping[str, Any], str, Merge], dict[str, Any]]
 class OneForAll(Tensor):
     """A mask with a layer per head for modules that first check that it has a single one, and then add it as it is."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed with it is an ordinary tensor
+    # what is computed with it is an ordinary tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """As if it were one for all heads."""
         batch, _heads, queries, keys = self.shape
         told = torch.Size((batch, 1, queries, keys))

@@ -65,8 +65,9 @@ def find_masked(decoder: Any, inside: set[nn.Module], heads_of: Callable[[Any], 
     return _PROVEN[key] if heads else Masked()
 
 
-def _takes_mask(module: nn.Module) -> bool:
-    return mask_of(type(module)) is not None and not any(looking_up(type(own)) for own in module.modules())
+def _takes_mask(module: Any) -> bool:
+    kinds: list[Any] = [type(own) for own in module.modules()]
+    return mask_of(type(module)) is not None and not any(looking_up(kind) for kind in kinds)
 
 
 @torch.no_grad()

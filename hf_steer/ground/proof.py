@@ -234,7 +234,8 @@ def _pass_over(likeness: Any, modules: Sequence[str], width: int | None, *, keyw
 
     def begin(tokens: int) -> None:
         for name in modules:
-            setattr(likeness.get_submodule(name), _SEEN, own := [])
+            own: list[_Call] = []
+            setattr(likeness.get_submodule(name), _SEEN, own)
             calls[name].append(own)
 
     fault = prompt_and_step(

@@ -34,7 +34,8 @@ class Masking(nn.Module):
         """All that is changed."""
         for place in self.places:
             site = place.site
-            yield AddHook(site.module, "before", partial(self.before_attention, site.index, site.takes))
+            if site.takes is not None:
+                yield AddHook(site.module, "before", partial(self.before_attention, site.index, site.takes))
 
     def before_attention(
         self, layer: int, takes: Additive, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

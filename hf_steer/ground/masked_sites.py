@@ -1,7 +1,7 @@
 """Attention whose code looks no attention function up, but adds its mask to its logits: found, and tried, on a likeness.
 
-A module counts when it is the innermost to be called with a mask over the prompt's tokens, and when a mask per head, put in that
-mask's place, comes to an addition inside it, in a prompt and in a step after it.
+A module counts when it is the innermost to be called with a mask over the prompt's tokens, or with what an encoder hands on, and
+when a mask per head, put in its mask's place, comes to an addition inside it, in a prompt and in a step after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_steer.ground.additive import FORMS, OWN_FORMS, Additive, OneForAll, mask_of, parameters_of
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.implementations import looking_up
-from hf_steer.ground.proof import TOKENS, Guessing, Seen, likeness_of, prompt_and_step, said_of, shell_of, widths_of
+from hf_steer.ground.proof import SOURCE, TOKENS, Guessing, Seen, likeness_of, prompt_and_step, said_of, shell_of, widths_of
 
 ROWS = 3
 """Of the prompt that is tried: told apart from one, and from its tokens."""
@@ -81,7 +81,7 @@ def _prove(decoder: Any, heads: Mapping[str, int]) -> Masked:
             continue
         for how in _ways(likeness, tuple(heads)):
             noted, fault = _note(likeness, tuple(heads), how)
-            own = {name: keys for name, keys in noted.items() if keys[0] == TOKENS and not _holds_another(name, noted)}
+            own = {name: keys for name, keys in noted.items() if not _holds_another(name, noted)}
             if own and not fault:
                 return _try(likeness, own, heads, how)
     return Masked(left_out={type(decoder).__name__: fault or "a pass calls no module with a mask over its tokens"})
@@ -100,7 +100,7 @@ def _holds_another(name: str, noted: Mapping[str, Any]) -> bool:
 
 
 def _note(likeness: Any, names: Sequence[str], how: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Keys that the masks of modules are for, in the prompt and in the step; only those over the prompt's own."""
+    """Keys that modules are called over, in the prompt and in the step; only those over the prompt's own, or an encoder's."""
     noted: dict[str, list[int]] = {name: [] for name in names}
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,11 +108,13 @@ def _note(likeness: Any, names: Sequence[str], how: Mapping[str, Any]) -> tuple[
         mask = {**dict(zip(parameters_of(kind), args, strict=False)), **kwargs}.get(str(mask_of(kind)))
         if isinstance(mask, Tensor) and mask.ndim == 4:
             noted[name].append(mask.shape[-1])
+        elif any(isinstance(own, Tensor) and own.ndim == 3 and own.shape[1] == SOURCE for own in (*args, *kwargs.values())):
+            noted[name].append(SOURCE)
         return args, kwargs
 
     with _Called(likeness, names, note):
         fault = prompt_and_step(likeness, lambda tokens: None, mode=Guessing(), rows=ROWS, **how)
-    return {name: tuple(keys) for name, keys in noted.items() if TOKENS in keys}, fault
+    return {name: tuple(keys) for name, keys in noted.items() if keys and keys[0] in (TOKENS, SOURCE)}, fault
 
 
 def _try(likeness: Any, noted: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], how: Mapping[str, Any]) -> Masked:
@@ -120,26 +122,26 @@ def _try(likeness: Any, noted: Mapping[str, tuple[int, ...]], heads: Mapping[str
     kinds = {name: type(likeness.get_submodule(name)) for name in noted}
     takes: dict[str, Additive] = {}
     why: dict[str, str] = {}
-    for kind in dict.fromkeys(kinds.values()):
-        names = [name for name in noted if kinds[name] is kind]
+    for kind, over in dict.fromkeys((kinds[name], noted[name][0]) for name in noted):
+        names = [name for name in noted if (kinds[name], noted[name][0]) == (kind, over)]
         for form in (kind.__name__,) if kind.__name__ in OWN_FORMS else FORMS:
             additive = Additive(str(mask_of(kind)), form, parameters_of(kind))
-            why = {**why, **dict.fromkeys(names, _try_form(likeness, names, additive, heads, how))}
+            why = {**why, **dict.fromkeys(names, _try_form(likeness, names, additive, heads, over, how))}
             if not any(why[name] for name in names):
                 takes |= dict.fromkeys(names, additive)
                 break
-    seen = {name: Seen(heads[name], heads[name], (TOKENS,), noted[name][1:2], keyword=False) for name in takes}
+    seen = {name: Seen(heads[name], heads[name], noted[name][:1], noted[name][1:2], keyword=False) for name in takes}
     return Masked(seen, takes, {name: why[name] for name in noted if name not in takes})
 
 
 def _try_form(
-    likeness: Any, names: Sequence[str], additive: Additive, heads: Mapping[str, int], how: Mapping[str, Any]
+    likeness: Any, names: Sequence[str], additive: Additive, heads: Mapping[str, int], over: int, how: Mapping[str, Any]
 ) -> str:
-    """Why modules do not add masks per head in this form; empty where they do."""
+    """Why modules do not add masks per head, over so many keys in the prompt, in this form; empty where they do."""
     follows, tokens, calls, added = _Following(), [TOKENS, TOKENS], 0, 0
 
     def begin(count: int) -> None:
-        tokens[:] = [count, TOKENS if count == TOKENS else TOKENS + 1]
+        tokens[:] = [count, over + (over == TOKENS and count != TOKENS)]
 
     def put(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal calls, added

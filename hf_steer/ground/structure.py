@@ -97,10 +97,15 @@ def _by_mask(decoder: Any, names: Names, inside: set[nn.Module]) -> Attention:
     base = names[decoder] + "." if names[decoder] else ""
     found = {base + name: decoder.get_submodule(name) for name in masked.takes}
     seen = {base + name: own for name, own in masked.seen.items()}
-    sites = _sites(found, seen, decoder)
-    layers = tuple(dataclasses.replace(site, takes=masked.takes[site.name.removeprefix(base)]) for site in sites)
+    layers, crosses = (
+        tuple(
+            dataclasses.replace(site, takes=masked.takes[site.name.removeprefix(base)])
+            for site in _sites({name: found[name] for name in found if seen[name].reads_encoder is across}, seen, decoder)
+        )
+        for across in (False, True)
+    )
     left_out = {base + name: why for name, why in masked.left_out.items()}
-    return Attention(decoder, layers, carried="mask", left_out=left_out)
+    return Attention(decoder, layers, crosses, "mask", "mask", left_out)
 
 
 def _by_function(decoder: Any, names: Names, found: Mapping[str, Any]) -> Attention:

@@ -62,6 +62,9 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
 
 def _across(anatomy: Anatomy) -> Anatomy:
     """With cross-attention as what is steered; ConfigError where the decoder reads no encoder by it."""
+    if not anatomy.crosses and anatomy.left_out:
+        odd = "; ".join(f"{name}: {why}" for name, why in anatomy.left_out.items())
+        raise ConfigError(f"attention.attends='cross' cannot be had of this {anatomy.family!r} ({odd}). Leave attends at 'self'.")
     if not anatomy.crosses:
         raise ConfigError(
             "attention.attends='cross' needs a decoder that reads an encoder by cross-attention, and "

@@ -12,6 +12,7 @@ from kit.versions import RELEASE, cache_of, cached
 
 from hf_steer import (
     AttentionConfig,
+    ConfigError,
     PatchError,
     Saliency,
     SaliencyConfig,
@@ -187,6 +188,55 @@ def test_the_whole_contract_holds(kind):
     assert report.passed, str(report)
     skipped = {check.name for check in report.checks if check.passed is None}
     assert not skipped & {"oracle", "padding", "decoding", "beams"} or kind == "xglm"
+
+
+SOURCE = 12
+READS = {"led": {}, "mvp": {}, "trocr": {}, "roformer": {"add_cross_attention": True}}
+
+
+def reading(kind):
+    """A model that reads an encoder, and a prompt of its decoder with what is read."""
+    inputs = prompt_of(kind)
+    if kind in PAIRS:
+        model, words = make_masked(kind), inputs.pop("input_ids")
+        with torch.no_grad():
+            return model, inputs | {"encoder_outputs": model.get_encoder()(words)}, words.shape[1]
+    states = torch.randn(2, SOURCE, 32, generator=torch.Generator().manual_seed(4))
+    return make_masked(kind, **READS[kind]), {**inputs, "encoder_hidden_states": states}, SOURCE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in READS if kind in MASKED])
+@torch.no_grad()
+def test_what_an_encoder_hands_on_is_looked_at_too(kind):
+    model, inputs, places = reading(kind)
+    scores = torch.randn(2, places, generator=torch.Generator().manual_seed(5))
+    plain, expected = model(**inputs).logits, biased(model, inputs, scores, places).logits
+    patch_model(model, steer(attends="cross"))
+    found = model(**inputs, saliency=Saliency.from_tokens(scores))
+    torch.testing.assert_close(real(found.logits, inputs), real(expected, inputs), **CLOSE)
+    assert (real(found.logits, inputs) - real(plain, inputs)).abs().max() > 0.05
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["mvp", "trocr"])
+@torch.no_grad()
+def test_steps_look_at_what_an_encoder_handed_on(kind):
+    model, inputs, places = reading(kind)
+    name = "decoder_input_ids" if kind in PAIRS else "input_ids"
+    first = {key: value for key, value in inputs.items() if not key.endswith("attention_mask")} | {"use_cache": True}
+    scores, step = torch.randn(2, places, generator=torch.Generator().manual_seed(5)), {**first, name: first[name][:, -1:] + 1}
+    expected = biased(model, step | cached(cache_of(biased(model, first, scores, places))), scores, places).logits
+    patch_model(model, steer(attends="cross"))
+    cache = cache_of(model(**first, saliency=Saliency.from_tokens(scores)))
+    torch.testing.assert_close(model(**step, **cached(cache)).logits, expected, **CLOSE)
+    unpatch_model(model)
+    assert (model(**step, **cached(cache_of(model(**first)))).logits - expected).abs().max() > 0.01
+
+
+def test_cross_attention_that_cannot_be_told_says_why():
+    model = make_masked("prophetnet", add_cross_attention=True)
+    with pytest.raises(ConfigError, match=r"cross_attn: it takes no mask with a layer per head"):
+        patch_model(model, steer(attends="cross"))
 
 
 def test_only_the_steered_layers_have_a_hook_and_all_heads_but_one_stay():

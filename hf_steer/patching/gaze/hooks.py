@@ -54,7 +54,8 @@ class Gaze(nn.Module):
             place_of(anatomy.root, site) for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers
         )
         self.covers = frozenset(place.site.module for place in self.places)
-        self.masking = Masking(self.places if anatomy.carried == "mask" else (), sees=plan.sees)
+        by_mask = self.places if anatomy.carried == "mask" else ()
+        self.masking = Masking(by_mask, sees=plan.sees, crosses=anatomy.attends == "cross")
         kinds = dict.fromkeys(type(place.site.module) for place in self.places if place.site.takes is None)
         family = anatomy.family
         self.functions = {

@@ -24,11 +24,12 @@ class Masking(nn.Module):
     Args:
         places: of these modules.
         sees: whether the model's own eyes steer it when nobody says anything.
+        crosses: whether they attend to what an encoder hands on, all of which any token may see.
     """
 
-    def __init__(self, places: Sequence[Place], *, sees: bool) -> None:
+    def __init__(self, places: Sequence[Place], *, sees: bool, crosses: bool) -> None:
         super().__init__()
-        self.places, self.sees = tuple(places), sees
+        self.places, self.sees, self.crosses = tuple(places), sees, crosses
 
     def edits(self) -> Iterator[AddHook]:
         """All that is changed."""
@@ -51,25 +52,25 @@ class Masking(nn.Module):
         if passing is None or bias is None:
             return None
         states = next(own for own in (*args, *kwargs.values()) if isinstance(own, Tensor) and own.is_floating_point())
-        added = takes.added(args, kwargs, partial(_merge, passing, layer, bias, states))
+        added = takes.added(args, kwargs, partial(self._merge, passing, layer, bias, states))
         passing.signed.add(layer)
         return added
 
-
-def _merge(passing: Pass, layer: int, bias: HeadBias, states: Tensor, mask: Tensor | None) -> Tensor:
-    """A mask, or none for a single query, with the bias of a layer whose inputs are `states`."""
-    queries = 1 if passing.bias_of is None else passing.bias_of.queries
-    if mask is None and queries > 1:
-        raise SteerError(
-            f"layer {layer} is called for {queries} tokens without a mask, so which of them may see which is not known. Give the "
-            "model an attention mask, or run inside disable_steering(model)."
-        )
-    if mask is not None:
-        bias = bias_over(passing, layer, bias, mask.shape[-1])
-    device = states.device if mask is None else mask.device
-    if bias.key.device != device:
-        bias = on_device(bias, device)
-    return add_to_mask(bias, mask, mask.dtype if mask is not None and mask.is_floating_point() else states.dtype)
+    def _merge(self, passing: Pass, layer: int, bias: HeadBias, states: Tensor, mask: Tensor | None) -> Tensor:
+        """A mask, or none, with the bias of a layer whose inputs are `states`."""
+        queries = 1 if passing.bias_of is None else passing.bias_of.queries
+        if mask is None and queries > 1 and not self.crosses:
+            raise SteerError(
+                f"layer {layer} is called for {queries} tokens without a mask, so which of them may see which is not known. Give "
+                "the model an attention mask, or run inside disable_steering(model)."
+            )
+        if mask is not None:
+            bias = bias_over(passing, layer, bias, mask.shape[-1])
+        device = states.device if mask is None else mask.device
+        if bias.key.device != device:
+            bias = on_device(bias, device)
+        dtype = mask.dtype if mask is not None and mask.is_floating_point() else states.dtype
+        return add_to_mask(bias, mask, dtype).expand(-1, -1, queries, -1)
 
 
 def takes_bias_by_mask(module: nn.Module) -> bool:

@@ -172,6 +172,8 @@ class Case:
         batch = tiny_inputs(self.model, padded=way.padded)
         scores = self._scores(batch)[:, : way.prompt]
         plain, why = _attempt(lambda: way.run(self.model, batch))
+        if plain is None and way.instead is not None:
+            return self.hold(replace(way, run=way.instead, also=None, instead=None))
         if plain is None:
             return Verdict(None, f"not shown, {why}")
         expected, why = _attempt(lambda: self._biased(way.run, batch, scores))

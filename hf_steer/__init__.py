@@ -51,6 +51,7 @@ _HOMES = {
     "unpatch_model": "patching",
     "use_saliency": "patching",
     "use_strength": "patching",
+    "verify": "verify",
 }
 """Public name -> the module that has it. Type checkers read `__init__.pyi`, which has a line for each."""
 

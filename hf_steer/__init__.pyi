@@ -50,5 +50,6 @@ from hf_steer.registry import register_gate as register_gate
 from hf_steer.registry import register_router as register_router
 from hf_steer.registry import register_source as register_source
 from hf_steer.saliency import Saliency as Saliency
+from hf_steer.verify import verify as verify
 
 __version__: str

@@ -45,11 +45,37 @@ OURS: Mapping[str, Family] = MappingProxyType(
             blocks="encoder.layers", block_attention="self_attn", placeholders=MODALITIES, layout="llava_onevision",
             arrangement="anyres", encoders=_LLAVA_EYE,
         ),
+        **dict.fromkeys(
+            ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+            Family(placeholders=MODALITIES, layout="qwen"),
+        ),
+        **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v"), Family(placeholders=("image",), layout="glm4v")),
+        "kimi_k25": Family(placeholders=("image",), layout="kimi_k25"),
+        **dict.fromkeys(("vipllava", "mistral3"), Family(placeholders=("image",), layout="llava")),
+        **dict.fromkeys(("llava_next", "llava_next_video"), Family(placeholders=("image",), layout="llava_next")),
+        **dict.fromkeys(("gemma3", "paligemma"), Family(placeholders=("image",), layout="square")),
+        **dict.fromkeys(("deepseek_vl", "janus"), Family(placeholders=("image",), layout="padded_square")),
+        "internvl": Family(placeholders=("image",), layout="internvl"),
+        "aya_vision": Family(placeholders=("image",), layout="aya_vision"),
+        "cohere2_vision": Family(placeholders=("image",), layout="cohere2_vision"),
+        "llama4": Family(placeholders=("image",), layout="llama4"),
+        **dict.fromkeys(("idefics3", "smolvlm"), Family(placeholders=("image",), layout="idefics3")),
         "qwen2_audio": Family(
             placeholders=("audio",), layout="qwen2_audio", counts_items=False, encoders=_ear(mask="mel_mask")
         ),
         "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3", encoders=_ear(mask="mel_mask")),
         "voxtral": Family(placeholders=("audio",), layout="voxtral", encoders=_ear(outlet="output")),
+        "qwen3_asr": Family(placeholders=("audio",), layout="qwen3_omni"),
+        **dict.fromkeys(("granite_speech", "granite_speech_plus"), Family(placeholders=("audio",), layout="granite_speech")),
+        "qwen2_5_omni_thinker": Family(placeholders=(*MODALITIES, "audio"), layout=("qwen", "qwen2_5_omni")),
+        "qwen3_omni_moe_thinker": Family(placeholders=(*MODALITIES, "audio"), layout=("qwen", "qwen3_omni")),
+        "gemma3n": Family(placeholders=("image", "audio"), layout=("square", "gemma3n_audio")),
+        "gemma4": Family(placeholders=("image", "audio"), layout=("gemma4", "gemma4_audio")),
+        "gemma4_unified": Family(placeholders=("audio",), layout="gemma4_unified_audio"),
+        **{
+            name: Family(placeholders=("audio",), layout=name)
+            for name in ("glmasr", "musicflamingo", "moss_transcribe_diarize", "fun_asr_nano", "phi4_multimodal", "vibevoice_asr")
+        },
         "whisper": Family(frame_seconds=0.02, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
         "wav2vec2": _CTC,
         "hubert": _CTC,

@@ -90,7 +90,7 @@ def test_every_way_of_asking_works():
 
 
 def test_rooms_are_attributes_without_an_import_of_their_own():
-    rooms = sorted({name.split(".")[1] for name in MODULES if "." in name} - {"compose"})
+    rooms = sorted({name.split(".")[1] for name in MODULES if "." in name} - {"compose", "verify"})
     assert {"analysis", "patching", "training", "errors"} <= set(rooms)
     run_afresh(f"import hf_steer; assert hf_steer.{room}.__name__ == 'hf_steer.{room}'" for room in rooms)
 

@@ -22,9 +22,10 @@ from hf_steer.cli.kinds import nearest
 from hf_steer.cli.saliency import SALIENCY
 from hf_steer.cli.simulate import SIMULATE
 from hf_steer.cli.sweep import SWEEP
+from hf_steer.cli.verify import VERIFY
 from hf_steer.errors import SteerError
 
-COMMANDS = (DEMO, INSPECT, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE, BENCH)
+COMMANDS = (DEMO, INSPECT, VERIFY, SALIENCY, HEADS, SWEEP, CALIBRATE, SIMULATE, BENCH)
 FAILED, INTERRUPTED, READER_GONE = 1, 130, 141
 """Exit statuses beside 0, and 2 of argparse; the last two are what a shell says of a program that SIGINT or SIGPIPE ended."""
 EPILOG = f"""\
@@ -33,7 +34,7 @@ values has commas between them, --strengths 0,2,4; so does one that is given twi
 
 exit status
   0    done
-  {FAILED}    an error of hf_steer, or a finding: inspect finds no way to patch, bench a wrong result
+  {FAILED}    an error of hf_steer, or a finding: inspect finds no way to patch, verify a broken promise, bench a wrong result
   2    a usage error: an option, a value or a command that does not exist
   {INTERRUPTED}  interrupted with Ctrl-C; files are the old ones or the new ones, never half of one
   {READER_GONE}  whoever read the output has closed it, as head does

@@ -35,9 +35,14 @@ def as_close_as_plain(subject: Subject, ways: Ways, *, config: SteerConfig, said
         exact: bit by bit, where the unpatched model is.
 
     Raises:
-        CannotShow: the two are not the same without steering, either.
+        CannotShow: the two are not the same without steering, either, or cannot be computed.
     """
-    plain, expected = ways(None)
+    try:
+        plain, expected = ways(None)
+    except CannotShow:
+        raise
+    except Exception as error:  # which is no fault of what steers
+        raise CannotShow(f"the unpatched model itself fails here ({type(error).__name__}: {error})") from error
     own = largest(plain - expected)
     if not own <= MOST_OF_PLAIN * bar_for(subject, expected, 0.0):
         raise CannotShow(f"the unpatched model's own results in these two ways are {own:.3g} apart")

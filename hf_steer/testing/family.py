@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 
 from hf_steer.config import SteerConfig
-from hf_steer.errors import ConfigError, PatchError
+from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.arguments import ARGUMENTS
 from hf_steer.ground.implementations import implementation_of
 from hf_steer.patching import get_steer_status
 from hf_steer.saliency import Saliency
+from hf_steer.testing.checking import check, evaluating, wanted
 from hf_steer.testing.promises import PROMISES
-from hf_steer.testing.report import CannotShow, Check, ContractReport, Finding
+from hf_steer.testing.report import ContractReport
 from hf_steer.testing.settled import settle
 from hf_steer.testing.subject import Subject
 
@@ -60,16 +59,16 @@ def check_family(
         ConfigError: promises that are not there; saliency for a configuration without a gaze.
         SaliencyError: saliency that does not fit the inputs.
     """
-    names = _wanted(only)
+    names = wanted(only, PROMISES)
     if get_steer_status(model).patched:
         raise PatchError("check_family takes a model that is not patched; call hf_steer.unpatch_model(model) first.")
     anatomy, begun = resolve(model), time.monotonic()
-    with _evaluating(model):
+    with evaluating(model):
         config, said = settle(model, inputs, anatomy, config=config, saliency=saliency)
         own = {name: value for name, value in inputs.items() if name not in ARGUMENTS["labels"]}
         subject = Subject(model, own, anatomy, config, said, tokenizer, copies)
         subject.changes()  # notes what the model is, while nothing has been patched
-        checks = tuple(_check(name, subject) for name in names)
+        checks = tuple(check(name, PROMISES[name], subject) for name in names)
     decoder, weights = anatomy.decoder, next(model.parameters())
     return ContractReport(
         model=type(model).__name__,
@@ -81,41 +80,3 @@ def check_family(
         seconds=time.monotonic() - begun,
         checks=checks,
     )
-
-
-def _wanted(only: Sequence[str] | None) -> list[str]:
-    if only is None:
-        return list(PROMISES)
-    unknown = [name for name in only if name not in PROMISES]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], PROMISES, 1)
-        guess = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"the contract has no promise {unknown[0]!r}{guess}; it has {', '.join(PROMISES)}.")
-    return [name for name in PROMISES if name in only]
-
-
-def _check(name: str, subject: Subject) -> Check:
-    promise = PROMISES[name]
-    try:
-        finding = promise.find(subject)
-        changes = subject.changes()
-        if finding.holds and changes:
-            finding = Finding(False, note=f"afterwards the model was not as before: {'; '.join(changes[:5])}")
-    except CannotShow as reason:
-        return Check(name, promise.says, None, why=str(reason))
-    except Exception as error:  # a model may fail in any way, and that it fails is what is looked for
-        finding = Finding(False, note=f"{type(error).__name__}: {error}")
-    return Check(name, promise.says, finding.holds, finding.error, finding.bar, finding.note)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, then each module's own again; and the random numbers that come next are those that would have come."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices if device.index is not None]):
-        try:
-            yield model.eval()
-        finally:
-            for module, training in modes:
-                module.training = training

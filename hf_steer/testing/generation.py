@@ -20,32 +20,50 @@ THREADS = 3
 
 
 def decoding(subject: Subject) -> Finding:
-    """Prompt, then token by token on a cache, against no cache, and against one pass over prompt and answer where that can be."""
-    at_once = _why_not_at_once(subject) is None
+    """Prompt, then token by token on a cache, against one pass over prompt and answer where that can be, and against no cache."""
+    at_once = why_not_at_once(subject) is None
+    if subject.attention.gate is not None:
+        raise CannotShow("a gate remembers on the cache what it measured, so without one nothing can be computed anew")
 
     def ways(said: Saliency | None) -> tuple[Tensor, Tensor]:
         out = subject.generate(said)
-        others = [steps_of(subject.generate(said, **named(keeps_cache=False)))]
-        if at_once:
-            others.append(_answer_at_once(subject, said, out))
-        return steps_of(out).repeat(len(others), 1, 1), torch.cat(others)
+        pairs = [(steps_of(out), _answer_at_once(subject, said, out))] if at_once else []
+        if subject.thorough or not at_once:
+            pairs.append(while_alike(out, subject.generate(said, **named(keeps_cache=False))))
+        found, expected = zip(*pairs, strict=True)
+        return torch.cat([own.flatten(0, 1) for own in found]), torch.cat([own.flatten(0, 1) for own in expected])
 
     return as_close_as_plain(subject, ways, config=subject.gaze, said=subject.said)
+
+
+def while_alike(out: Any, other: Any) -> tuple[Tensor, Tensor]:
+    """Logits of all steps before which both have said the same: two near words may come out the other way round."""
+    alike = (out.sequences == other.sequences)[:, -NEW_TOKENS:].int().cumprod(1).bool()
+    same = torch.cat([torch.ones_like(alike[:, :1]), alike[:, :-1]], 1)[..., None]
+    found, expected = steps_of(out), steps_of(other)
+    return torch.where(same, found, 0), torch.where(same, expected, 0)
 
 
 def beams(subject: Subject) -> Finding:
-    """The likelihood of each row's best beam, against one pass over it."""
-    why_not = _why_not_at_once(subject)
-    if why_not is not None:
-        raise CannotShow(why_not)
+    """The likelihood of each row's best beam, against the same words said without beams."""
+    at_once = why_not_at_once(subject) is None
 
     def ways(said: Saliency | None) -> tuple[Tensor, Tensor]:
         out = subject.generate(said, num_beams=BEAMS, output_scores=True, length_penalty=0.0)
-        chosen = out.sequences[:, -NEW_TOKENS:, None]
-        likely = _answer_at_once(subject, said, out).float().log_softmax(-1).gather(-1, chosen)
+        again = _answer_at_once(subject, said, out) if at_once else _said_again(subject, said, out)
+        likely = again.float().log_softmax(-1).gather(-1, out.sequences[:, -NEW_TOKENS:, None])
         return out.sequences_scores, likely.sum((1, 2))
 
     return as_close_as_plain(subject, ways, config=subject.gaze, said=subject.said)
+
+
+def _said_again(subject: Subject, said: Saliency | None, out: Any) -> Tensor:
+    """Logits of each new token of a `generate` that may say no other words than those."""
+
+    def word(row: int, tokens: Tensor) -> list[int]:
+        return [int(out.sequences[row, len(tokens)])]
+
+    return steps_of(subject.generate(said, prefix_allowed_tokens_fn=word))
 
 
 def _answer_at_once(subject: Subject, said: Saliency | None, out: Any) -> Tensor:
@@ -54,15 +72,16 @@ def _answer_at_once(subject: Subject, said: Saliency | None, out: Any) -> Tensor
     return whole[:, -NEW_TOKENS - 1 : -1]
 
 
-def _why_not_at_once(subject: Subject) -> str | None:
+def why_not_at_once(subject: Subject) -> str | None:
     """Why one pass over prompt and answer would be steered otherwise than the passes of `generate`; None where it would not."""
     attention, said = subject.attention, subject.said
     if attention.phase_factors != (1.0, 1.0, 1.0) or attention.gate is not None:
         return "one pass over prompt and answer knows nothing of this gaze's scope, schedule or gate"
     if said is None and attention.saliency.reads_prompt:
         return "this gaze's saliency is read from the whole prompt, which the answer would be a part of"
-    if said is not None and said.tokens is not None and attention.saliency.preserve_mass:
-        return "mass is preserved over the prompt, which one pass cannot tell from the answer"
+    scaled = attention.saliency.preserve_mass or attention.saliency.normalize != "none"
+    if said is not None and said.tokens is not None and scaled:
+        return "scores are scaled over the prompt, which one pass cannot tell from the answer"
     return None
 
 

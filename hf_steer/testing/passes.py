@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_steer.attention import SteeredCall
 from hf_steer.config import AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, SaliencyError, SteerError
+from hf_steer.ground.parts import Site
 from hf_steer.patching import make_plan
 from hf_steer.patching.edits import AddHook
 from hf_steer.saliency import Saliency
@@ -92,13 +93,17 @@ def partial_match(subject: Subject) -> Finding:
 def applied(subject: Subject) -> Finding:
     """Each steered layer in turn gets no bias handed to it: that is said, or it is applied all the same."""
     strengths = make_plan(subject.model, subject.gaze, subject.tokenizer).strengths
-    sites = [site for site in subject.anatomy.layers if site.index in strengths]
+    return applied_in(subject, [site for site in subject.anatomy.layers if site.index in strengths])
+
+
+def applied_in(subject: Subject, sites: Sequence[Site]) -> Finding:
+    """The same for some of the steered layers."""
     with subject.patched(subject.gaze):
         expected = subject.logits(subject.said)
         for site in sites:
             with AddHook(site.module, "before", _without_bias):
                 try:
-                    found = subject.logits(subject.said)
+                    found = subject.anew(subject.said)
                 except SteerError:
                     continue
             if not torch.equal(found, expected):

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from hf_steer.ground.implementations import implementation_of
+from hf_steer.ground.implementations import implementation_of, original_config
+from hf_steer.patching.lifted import called_by
 
 State = Mapping[str, Any]
 
@@ -31,14 +33,22 @@ def _items(model: Any) -> Iterator[tuple[str, Any]]:
         own = vars(module)
         place = name or "the model"
         yield f"{place}: object", (id(module), type(module))
-        yield f"{place}: config object", id(own.get("config"))
+        yield f"{place}: config object", _config_of(own.get("config"))
         yield f"{place}: attributes", frozenset(own)
-        hooks = {key: tuple(value) for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
+        kept = {key: value for key, value in own.items() if "hooks" in key and isinstance(value, dict)}
+        hooks = {key: tuple(map(called_by, value.values())) for key, value in kept.items()}
         yield f"{place}: hooks", hooks
         yield f"{place}: training", module.training
     for name, parameter in model.named_parameters():
         yield f"{name}: tensor", (id(parameter), parameter.data_ptr(), parameter.requires_grad, _writes(parameter))
         yield f"{name}: gradient", id(parameter.grad)
+
+
+def _config_of(config: Any) -> Any:
+    """Which object it is; of one that a steered module has for its own, the one that it had, and the function that it names."""
+    if not isinstance(config, PreTrainedConfig):
+        return id(config)
+    return id(original_config(config)), implementation_of(config)
 
 
 def _writes(tensor: Tensor) -> int | None:

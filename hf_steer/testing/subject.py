@@ -38,6 +38,7 @@ class Subject:
         said: what steers its gaze; None for its own eyes.
         tokenizer: as for `patch_model`.
         copies: whether the model may be copied.
+        thorough: whether the same may be computed in several ways where one shows it.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Subject:
     said: Saliency | None
     tokenizer: Any = None
     copies: bool = True
+    thorough: bool = True
 
     @property
     def given(self) -> Given:
@@ -135,6 +137,10 @@ class Subject:
         """Of one forward pass."""
         with self.looking(said):
             return logits_in((model or self.model)(**(self.inputs if inputs is None else inputs))).detach()
+
+    def anew(self, said: Saliency | None = None) -> Tensor:
+        """Logits of the prompt, of a pass of its own, also where results are remembered."""
+        return self.logits(said)
 
     def generate(self, said: Saliency | None = None, **how: Any) -> Any:
         """What `generate` gives, greedily, with raw logits."""

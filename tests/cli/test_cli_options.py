@@ -12,6 +12,7 @@ from hf_steer.cli.kinds import Several
 from hf_steer.cli.main import COMMANDS, main, parse
 
 NEEDED = {"inspect": ["MODEL"], "saliency": ["IMAGE"], "calibrate": ["--budget", "1"]}
+WRITES_NOTHING = {"inspect", "verify"}
 ONE_NAME = {
     "--output": ("out", "dir", "folder", "save", "path"),
     "--model": ("checkpoint", "model-id", "repo"),
@@ -88,7 +89,7 @@ def test_an_idea_has_one_name():
 def test_every_command_takes_json_and_writes_where_it_is_told(command):
     names = {option.option_strings[0] for place, option in options() if place == command}
     assert "--json" in names
-    assert "--output" in names or command == "inspect"
+    assert "--output" in names or command in WRITES_NOTHING
     assert not parse([command, *NEEDED.get(command, [])]).json
 
 
@@ -126,7 +127,7 @@ def test_several_values_add_up_and_may_be_negative():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["simlate"], "there is no command 'simlate', only demo, inspect, saliency"),
+        (["simlate"], "there is no command 'simlate', only demo, inspect, verify, saliency"),
         (["simlate", "--json"], "did you mean simulate?"),
         (["xyzzy"], "there is no command 'xyzzy', only demo, "),
         ([], "the following arguments are required: COMMAND"),
@@ -158,7 +159,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_right(words, message, capsys):
     assert said.err.startswith("usage: hf-steer")
 
 
-@pytest.mark.parametrize("command", sorted({command.name for command in COMMANDS} - {"inspect"}))
+@pytest.mark.parametrize("command", sorted({command.name for command in COMMANDS} - WRITES_NOTHING))
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(command, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = [command, *NEEDED.get(command, []), "--output", str(tmp_path / "file" / "under")]

@@ -10,17 +10,22 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_steer.attention import AttentionCall, Reader, SteeredCall
+from hf_steer.attention import AttentionCall, SteeredCall
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.attention_call import called_by_name, layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.ground.parts import Anatomy
+from hf_steer.patching.by_mask import refuse_unread
 from hf_steer.patching.edits import SetAttentionFunction
+from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
+from hf_steer.values import HeadBias
 
-_READERS: ContextVar[Mapping[int, Reader]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
+Witness = Callable[[AttentionCall], Callable[[Any], None] | None]
+"""Sees what a layer is about to attend with; what it gives back, if anything, is called with what the layer's function returns."""
+_READERS: ContextVar[Mapping[int, Witness]] = ContextVar("hf_steer_readers", default={})  # noqa: B039 - never mutated
 
 
 def anatomy_of(model: Any) -> Anatomy:
@@ -38,14 +43,15 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 @contextmanager
-def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = None) -> Iterator[None]:
+def probe_attention(model: Any, read: Witness, *, layers: Iterable[int] | None = None) -> Iterator[None]:
     """Hand what each decoder layer is about to attend with to `read`, in this thread, for the calls inside the block.
 
     The layers' attention functions are wrapped meanwhile: do not enter or leave it while other threads run the model.
 
     Args:
         model: a transformers model, patched or not.
-        read: called once per layer and forward pass; must not change the tensors.
+        read: called once per layer and forward pass; must not change the tensors. A function that it returns is called with what
+            the layer's attention function gives back: `(batch, queries, heads, value_dim)` and weights, or None.
         layers: which; all when None.
 
     Raises:
@@ -53,6 +59,7 @@ def probe_attention(model: Any, read: Reader, *, layers: Iterable[int] | None = 
     """
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
+    refuse_unread(anatomy)
     chosen = {site.index for site in anatomy.layers} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
     try:
@@ -76,6 +83,12 @@ def _register(module: Any, decoder: Any) -> str:
     return name
 
 
+def _bias_over(passing: SteeredCall, layer: int, keys: int) -> HeadBias | None:
+    """What the steering adds in a layer that attends to so many keys."""
+    bias = passing.biases.get(layer)
+    return bias if bias is None or bias.key.shape[1] == keys else passing.over(layer, keys)
+
+
 def probing_attention(
     module: Any,
     query: Tensor,
@@ -89,10 +102,13 @@ def probing_attention(
     **options: Any,
 ) -> Any:
     """Attention of a decoder layer, unchanged; the thread's reader sees its queries, keys, mask and bias first."""
-    read = _READERS.get().get(decoder)
+    read, then = _READERS.get().get(decoder), None
     if read is not None:
-        passing: SteeredCall | None = options.get(STEERING)
-        bias = None if passing is None else passing.biases.get(layer_of(module))
+        passing: SteeredCall | None = options.get(STEERING) or pass_around(module)
+        bias = None if passing is None else _bias_over(passing, layer_of(module), key.shape[2])
         own = {name: value for name, value in options.items() if name != STEERING}
-        read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
-    return inner(module, query, key, value, mask, **options)
+        then = read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
+    result = inner(module, query, key, value, mask, **options)
+    if then is not None:
+        then(result)
+    return result

@@ -34,6 +34,16 @@ def test_a_fresh_aligner_changes_nothing_and_a_stirred_one_does(family, placemen
 
 
 @every
+def test_a_fresh_aligner_changes_nothing_in_half_precision(family, placement, kind):
+    """Where features that lie otherwise in memory are multiplied otherwise: LLaVA's projector reads a slice."""
+    model = make_encoder_model(family).bfloat16()
+    inputs = {name: own.bfloat16() if own.is_floating_point() else own for name, own in make_encoder_inputs(family).items()}
+    plain = logits(model, inputs)
+    patch_model(model, align(family, placement, kind))
+    assert torch.equal(logits(model, inputs), plain)
+
+
+@every
 def test_unpatching_restores_everything(family, placement, kind):
     model = make_encoder_model(family)
     inputs = make_encoder_inputs(family)

@@ -32,9 +32,9 @@ def chosen(only, shard):
     return names[place - 1 :: shards]
 
 
-def covered(names):
+def covered(names, implementation):
     for number, one in enumerate(names, 1):
-        found = cover(one.model_type, one.class_name)
+        found = cover(one.model_type, one.class_name, implementation=implementation)
         state = "ok" if found.covered else ", ".join(found.failed) or found.reason[:90]
         print(f"[{number}/{len(names)}] {one} {found.seconds:.1f} s {state}", file=sys.stderr, flush=True)
         yield found
@@ -65,13 +65,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or classes")
     parser.add_argument("--shard", default="1/1", metavar="i/n", help="every n-th architecture, from the i-th")
+    parser.add_argument("--implementation", default="eager", help="of attention in the steered model; the oracle is eager")
     parser.add_argument("--csv", metavar="PATH", help="a line per architecture")
     parser.add_argument("--json", action="store_true", help="print all as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the counts by kind as a table")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    found = list(covered(chosen(args.only, args.shard)))
+    found = list(covered(chosen(args.only, args.shard), args.implementation))
     rows = [one.row() for one in found]
     if args.csv:
         write_csv(args.csv, rows)

@@ -23,7 +23,8 @@ from hf_steer.testing.zoo.inputs import TOKENS, Batch, reader, tiny_inputs
 from hf_steer.testing.zoo.models import tiny_model
 from hf_steer.testing.zoo.prompts import mask_of
 
-STRENGTH = 1.5
+STRENGTH, ORACLE = 1.5, "eager"
+"""λ, and the implementation of attention in the oracle."""
 BAR = 5e-4
 """Greatest deviation from the oracle, of the largest value: another order of summation in a few layers of float32."""
 LEAST_EFFECT = 1e-3
@@ -82,7 +83,7 @@ class Coverage:
 
 
 @torch.no_grad()
-def cover(model_type: str, class_name: str | None = None, *, implementation: str = "eager") -> Coverage:
+def cover(model_type: str, class_name: str | None = None, *, implementation: str = ORACLE) -> Coverage:
     """Build an architecture, patch it, and hold it against the oracle.
 
     Args:
@@ -111,9 +112,11 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
         return replace(blank, reason=f"does not run: {why}")
     reading = calls.reading(TOKENS)
     runs = replace(blank, builds=True, interface=bool(reading))
-    steered = model if implementation == "eager" else reader(tiny_model(*names, implementation=implementation))
+    steered, why = model, ""
+    if implementation != ORACLE:
+        steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
     case = Case(model, steered, reading)
-    why = case.refusal()
+    why = why or case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from hf_steer.errors import SteerError
 from hf_steer.families import resolve
 from hf_steer.patching import patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
-from hf_steer.testing.biased import AttentionCalls
+from hf_steer.testing.biased import AttentionCalls, Through
 from hf_steer.testing.report import CannotShow
 from hf_steer.testing.ways import WAYS, Way, whole
 from hf_steer.testing.zoo.catalogue import find
@@ -105,19 +105,26 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
     if model is None:
         return replace(blank, reason=f"does not build: {why}")
     batch = tiny_inputs(model)
-    calls = AttentionCalls()
-    with calls:
-        plain, why = _attempt(lambda: whole(model, batch))
-    if plain is None:
+    through, reading, why = _reading(model, batch)
+    if why:
         return replace(blank, reason=f"does not run: {why}")
-    reading = calls.reading(TOKENS)
-    runs = replace(blank, builds=True, interface=bool(reading))
+    runs = replace(blank, builds=True, interface=through == "interface")
     steered, why = model, ""
     if implementation != ORACLE:
         steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
-    case = Case(model, steered, reading)
+    case = Case(model, steered, through, reading)
     why = why or case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)
+
+
+def _reading(model: Any, batch: Batch) -> tuple[Through | None, list[Any], str]:
+    """How the modules that read the prompt attend, and which these are; why it does not run otherwise."""
+    for through in get_args(Through):
+        with AttentionCalls(through) as calls:
+            logits, why = _attempt(lambda: whole(model, batch))
+        if logits is None or calls.reading(TOKENS):
+            return through, calls.reading(TOKENS), why
+    return None, [], ""
 
 
 def _held(case: Case, runs: Coverage) -> Coverage:
@@ -145,11 +152,13 @@ class Case:
     Attributes:
         model: not patched; the oracle.
         steered: the one that is patched and unpatched; the same one, or of another implementation of attention.
+        through: how the attention that reads the prompt is seen; None where there is none.
         reading: the attention modules that read the prompt, as a pass of the model showed.
     """
 
     model: Any
     steered: Any
+    through: Through | None
     reading: list[Any]
 
     def refusal(self) -> str:
@@ -162,12 +171,13 @@ class Case:
 
     def unlike(self) -> list[str]:
         """Modules that hf_steer steers and that do not read the prompt, or the other way round."""
-        steered, named = self.steered, {module: name for name, module in self.model.named_modules()}
-        ours = {site.name for site in resolve(steered).layers}
-        theirs = {named[module] for module in self.reading}
+        ours = {site.name for site in resolve(self.steered).layers}
+        theirs = {name for name, module in self.model.named_modules() if module in self.reading}
+        pairs = {(one, other) for one in ours for other in theirs if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")}
+        missed, besides = theirs - {other for _, other in pairs}, ours - {one for one, _ in pairs}
         return [
             f"{words} {', '.join(sorted(names)[:3])} ({len(names)} of {len(theirs)})"
-            for words, names in (("does not steer", theirs - ours), ("steers besides", ours - theirs)) if names
+            for words, names in (("does not steer", missed), ("steers besides", besides)) if names
         ]  # fmt: skip
 
     def hold(self, way: Way) -> Verdict:
@@ -219,7 +229,7 @@ class Case:
         return torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
 
     def _biased(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor) -> Tensor:
-        with AttentionCalls(self.reading, STRENGTH * scores):
+        with AttentionCalls(self.through or "interface", self.reading, STRENGTH * scores):
             return run(self.model, batch)
 
     def _steered(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor, strength: float = STRENGTH) -> Tensor:

@@ -15,6 +15,7 @@ import warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
+
 from hf_steer.testing.coverage import STAGES, cover
 from hf_steer.testing.zoo import architectures
 
@@ -58,7 +59,7 @@ def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: MARKS.get(value, value) if isinstance(value, (bool, type(None))) else value for name, value in row.items()} for row in rows)
+        writer.writerows({name: MARKS.get(value, value) for name, value in row.items()} for row in rows)
 
 
 def main():
@@ -81,7 +82,9 @@ def main():
     if args.markdown:
         print(as_table(found))
     if not (args.json or args.markdown):
-        print(f"{sum(one.covered for one in found)} of {sum(one.interface for one in found)} that call the attention interface are covered")
+        held = [one for one in found if one.interface]
+        print(f"{sum(one.covered for one in held)} of {len(held)} that call the attention interface are covered; and "
+              f"{sum(one.covered for one in found if not one.interface)} others")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
+from hf_steer.ground.arguments import ARGUMENTS
+from hf_steer.testing.report import CannotShow
+
 Through = Literal["interface", "softmax"]
 
 
@@ -54,12 +57,27 @@ class AttentionCalls:
         return list(dict.fromkeys(found))
 
     def added(self, module: Any, like: Tensor, queries: int, keys: int) -> Tensor | None:
-        """Write a call down; what it adds to its logits, `(rows, keys)` with rows repeated for beams and heads; None for nothing."""
+        """Write a call down.
+
+        Args:
+            module: that attends.
+            like: queries or logits, of `(rows * times, ...)`.
+            queries: tokens.
+            keys: tokens; those of the prompt come first.
+
+        Returns:
+            What its logits gain, `(rows * times, keys)`; None for nothing.
+
+        Raises:
+            CannotShow: there are fewer keys than the prompt has tokens.
+        """
         self.seen.append((module, queries, keys))
         if self.bias is None or module not in self.modules:
             return None
+        if keys < self.bias.shape[1]:
+            raise CannotShow(f"{keys} keys cannot stand for a prompt of {self.bias.shape[1]} tokens")
         rows = self.bias.repeat_interleave(like.shape[0] // self.bias.shape[0], 0).to(like.dtype)
-        return nn.functional.pad(rows, (0, keys - rows.shape[1]))  # the prompt's keys come first
+        return nn.functional.pad(rows, (0, keys - rows.shape[1]))
 
 
 def _look_up(calls: AttentionCalls) -> Iterator[tuple[Any, str, Any]]:
@@ -69,7 +87,7 @@ def _look_up(calls: AttentionCalls) -> Iterator[tuple[Any, str, Any]]:
         function: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        mask = kwargs.pop(MASK, mask)
+        mask = kwargs.pop(ARGUMENTS["mask"][0], mask)
         added = calls.added(module, query, query.shape[2], key.shape[2])
         return function(module, query, key, value, mask if added is None else _with_bias(mask, added, query), *args, **kwargs)
 
@@ -114,6 +132,5 @@ def _with_bias(mask: Tensor | None, added: Tensor, query: Tensor) -> Tensor:
     return torch.where(mask, bias, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else mask + bias
 
 
-MASK = "attention_mask"
 _INSTEAD: dict[str, Callable[[AttentionCalls], Iterator[tuple[Any, str, Any]]]] = {"interface": _look_up, "softmax": _softmax}
 """What is wrapped: place, name, and what stands there instead."""

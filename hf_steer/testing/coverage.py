@@ -17,7 +17,7 @@ from hf_steer.patching import patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 from hf_steer.testing.biased import AttentionCalls, Through
 from hf_steer.testing.report import CannotShow
-from hf_steer.testing.ways import WAYS, Way, whole
+from hf_steer.testing.ways import WAYS, Run, Way, whole
 from hf_steer.testing.zoo.catalogue import find
 from hf_steer.testing.zoo.inputs import TOKENS, Batch, reader, tiny_inputs
 from hf_steer.testing.zoo.models import tiny_model
@@ -173,8 +173,7 @@ class Case:
         """Modules that hf_steer steers and that do not read the prompt, or the other way round."""
         ours = {site.name for site in resolve(self.steered).layers}
         theirs = {name for name, module in self.model.named_modules() if module in self.reading}
-        pairs = {(one, other) for one in ours for other in theirs if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")}
-        missed, besides = theirs - {other for _, other in pairs}, ours - {one for one, _ in pairs}
+        missed, besides = theirs - _related(theirs, ours), ours - _related(ours, theirs)
         return [
             f"{words} {', '.join(sorted(names)[:3])} ({len(names)} of {len(theirs)})"
             for words, names in (("does not steer", missed), ("steers besides", besides)) if names
@@ -202,7 +201,7 @@ class Case:
             return Verdict(False, f"{error:.2g} from the oracle")
         return Verdict(True) if way.also is None else self._hold_also(way.also, batch, scores, plain, found)
 
-    def _hold_also(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor, plain: Tensor, found: Tensor) -> Verdict:
+    def _hold_also(self, run: Run, batch: Batch, scores: Tensor, plain: Tensor, found: Tensor) -> Verdict:
         """What was found against the oracle run in another way, with room for what the model itself makes of the other way."""
         own = apart(plain, run(self.model, batch))
         error = apart(found, self._biased(run, batch, scores))
@@ -228,11 +227,11 @@ class Case:
         mask = mask_of(self.model, batch)
         return torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
 
-    def _biased(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor) -> Tensor:
+    def _biased(self, run: Run, batch: Batch, scores: Tensor) -> Tensor:
         with AttentionCalls(self.through or "interface", self.reading, STRENGTH * scores):
             return run(self.model, batch)
 
-    def _steered(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor, strength: float = STRENGTH) -> Tensor:
+    def _steered(self, run: Run, batch: Batch, scores: Tensor, strength: float = STRENGTH) -> Tensor:
         def told() -> Tensor:
             with use_saliency(self.steered, Saliency.from_tokens(scores)):
                 return run(self.steered, batch)
@@ -249,6 +248,11 @@ class Case:
 
 def _config(strength: float = STRENGTH) -> SteerConfig:
     return SteerConfig(attention=AttentionConfig(strength=strength, saliency=SaliencyConfig(source=None, normalize="none")))
+
+
+def _related(names: set[str], others: set[str]) -> set[str]:
+    """Those of which another is the same module, one inside it, or one around it."""
+    return {one for one in names for other in others if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")}
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

@@ -48,7 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": TWO_KINDS},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "num_key_value_heads": 2,
-        "ffn_config.hidden_size": FEATURES,
+        "ffn_config.hidden_size": FEATURES, "ffn_config.ffn_hidden_size": FEATURES,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": INNER},
@@ -68,6 +68,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
     "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "led": {"attention_window": [8, 8]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
@@ -86,7 +87,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5, "layers_block_type": ["linear_attention", *["linear_attention", "hybrid"] * 2],
-        "attention_head_dim": 32, "num_key_value_heads": HEADS,
+        "attention_head_dim": 32, "num_key_value_heads": HEADS, "use_mamba_kernels": False,
     },
     "zamba2": {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],

@@ -50,4 +50,10 @@ def next_word(model: Any, batch: Batch, position: int, left: Any, cache: Any) ->
     word = batch[prompt_name(model)][:, position : position + 1]
     encoded = getattr(left, "encoder_last_hidden_state", None)
     again = {} if encoded is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}
-    return {**again, prompt_name(model): word, spelling_in(model, "cache") or "cache": cache}
+    return {**again, prompt_name(model): word, _cache_name(model): cache}
+
+
+def _cache_name(model: Any) -> str:
+    """What this model, or else its decoder, calls what holds the keys."""
+    parts = (model, model.get_decoder(), model.base_model)
+    return next(name for name in (spelling_in(part, "cache") for part in parts) if name)

@@ -15,6 +15,7 @@ import warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
+
 from hf_steer.testing.coverage import STAGES, cover
 from hf_steer.testing.zoo import architectures
 
@@ -32,9 +33,9 @@ def chosen(only, shard):
     return names[place - 1 :: shards]
 
 
-def covered(names):
+def covered(names, implementation):
     for number, one in enumerate(names, 1):
-        found = cover(one.model_type, one.class_name)
+        found = cover(one.model_type, one.class_name, implementation=implementation)
         state = "ok" if found.covered else ", ".join(found.failed) or found.reason[:90]
         print(f"[{number}/{len(names)}] {one} {found.seconds:.1f} s {state}", file=sys.stderr, flush=True)
         yield found
@@ -58,20 +59,21 @@ def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: MARKS.get(value, value) if isinstance(value, (bool, type(None))) else value for name, value in row.items()} for row in rows)
+        writer.writerows({name: MARKS.get(value, value) for name, value in row.items()} for row in rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or classes")
     parser.add_argument("--shard", default="1/1", metavar="i/n", help="every n-th architecture, from the i-th")
+    parser.add_argument("--implementation", default="eager", help="of attention in the steered model; the oracle is eager")
     parser.add_argument("--csv", metavar="PATH", help="a line per architecture")
     parser.add_argument("--json", action="store_true", help="print all as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the counts by kind as a table")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    found = list(covered(chosen(args.only, args.shard)))
+    found = list(covered(chosen(args.only, args.shard), args.implementation))
     rows = [one.row() for one in found]
     if args.csv:
         write_csv(args.csv, rows)
@@ -80,7 +82,9 @@ def main():
     if args.markdown:
         print(as_table(found))
     if not (args.json or args.markdown):
-        print(f"{sum(one.covered for one in found)} of {sum(one.interface for one in found)} that call the attention interface are covered")
+        held = [one for one in found if one.interface]
+        print(f"{sum(one.covered for one in held)} of {len(held)} that call the attention interface are covered; and "
+              f"{sum(one.covered for one in found if not one.interface)} others")
 
 
 if __name__ == "__main__":

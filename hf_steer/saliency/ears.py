@@ -1,4 +1,4 @@
-"""How the tokens of a sound follow one another, family by family: what one hears is counted in steps of what the encoder reads.
+"""How the tokens of a sound follow one another, family by family, counted in steps of what the encoder reads.
 
 Convolutions with a stride alone put a token's middle on its first step; where steps are joined or averaged after them, a token
 begins with its first step. Attention in the encoder may carry more into a token than it hears itself; that is not looked at.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,15 +15,16 @@ from hf_steer.errors import SteerError
 from hf_steer.families import resolve
 from hf_steer.patching import patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
-from hf_steer.testing.biased import AttentionCalls
+from hf_steer.testing.biased import AttentionCalls, Through
 from hf_steer.testing.report import CannotShow
-from hf_steer.testing.ways import WAYS, Way, whole
+from hf_steer.testing.ways import WAYS, Run, Way, whole
 from hf_steer.testing.zoo.catalogue import find
 from hf_steer.testing.zoo.inputs import TOKENS, Batch, reader, tiny_inputs
 from hf_steer.testing.zoo.models import tiny_model
 from hf_steer.testing.zoo.prompts import mask_of
 
-STRENGTH = 1.5
+STRENGTH, ORACLE = 1.5, "eager"
+"""λ, and the implementation of attention in the oracle."""
 BAR = 5e-4
 """Greatest deviation from the oracle, of the largest value: another order of summation in a few layers of float32."""
 LEAST_EFFECT = 1e-3
@@ -82,7 +83,7 @@ class Coverage:
 
 
 @torch.no_grad()
-def cover(model_type: str, class_name: str | None = None, *, implementation: str = "eager") -> Coverage:
+def cover(model_type: str, class_name: str | None = None, *, implementation: str = ORACLE) -> Coverage:
     """Build an architecture, patch it, and hold it against the oracle.
 
     Args:
@@ -104,17 +105,26 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
     if model is None:
         return replace(blank, reason=f"does not build: {why}")
     batch = tiny_inputs(model)
-    calls = AttentionCalls()
-    with calls:
-        plain, why = _attempt(lambda: whole(model, batch))
-    if plain is None:
+    through, reading, why = _reading(model, batch)
+    if why:
         return replace(blank, reason=f"does not run: {why}")
-    reading = calls.reading(TOKENS)
-    runs = replace(blank, builds=True, interface=bool(reading))
-    steered = model if implementation == "eager" else reader(tiny_model(*names, implementation=implementation))
-    case = Case(model, steered, reading)
-    why = case.refusal()
+    runs = replace(blank, builds=True, interface=through == "interface")
+    steered, why = model, ""
+    if implementation != ORACLE:
+        steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
+    case = Case(model, steered, through, reading)
+    why = why or case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)
+
+
+def _reading(model: Any, batch: Batch) -> tuple[Through | None, list[Any], str]:
+    """How the modules that read the prompt attend, and which these are; why it does not run otherwise."""
+    for through in get_args(Through):
+        with AttentionCalls(through) as calls:
+            logits, why = _attempt(lambda: whole(model, batch))
+        if logits is None or calls.reading(TOKENS):
+            return through, calls.reading(TOKENS), why
+    return None, [], ""
 
 
 def _held(case: Case, runs: Coverage) -> Coverage:
@@ -142,11 +152,13 @@ class Case:
     Attributes:
         model: not patched; the oracle.
         steered: the one that is patched and unpatched; the same one, or of another implementation of attention.
+        through: how the attention that reads the prompt is seen; None where there is none.
         reading: the attention modules that read the prompt, as a pass of the model showed.
     """
 
     model: Any
     steered: Any
+    through: Through | None
     reading: list[Any]
 
     def refusal(self) -> str:
@@ -159,12 +171,12 @@ class Case:
 
     def unlike(self) -> list[str]:
         """Modules that hf_steer steers and that do not read the prompt, or the other way round."""
-        steered, named = self.steered, {module: name for name, module in self.model.named_modules()}
-        ours = {site.name for site in resolve(steered).layers}
-        theirs = {named[module] for module in self.reading}
+        ours = {site.name for site in resolve(self.steered).layers}
+        theirs = {name for name, module in self.model.named_modules() if module in self.reading}
+        missed, besides = theirs - _related(theirs, ours), ours - _related(ours, theirs)
         return [
             f"{words} {', '.join(sorted(names)[:3])} ({len(names)} of {len(theirs)})"
-            for words, names in (("does not steer", theirs - ours), ("steers besides", ours - theirs)) if names
+            for words, names in (("does not steer", missed), ("steers besides", besides)) if names
         ]  # fmt: skip
 
     def hold(self, way: Way) -> Verdict:
@@ -172,6 +184,8 @@ class Case:
         batch = tiny_inputs(self.model, padded=way.padded)
         scores = self._scores(batch)[:, : way.prompt]
         plain, why = _attempt(lambda: way.run(self.model, batch))
+        if plain is None and way.instead is not None:
+            return self.hold(replace(way, run=way.instead, also=None, instead=None))
         if plain is None:
             return Verdict(None, f"not shown, {why}")
         expected, why = _attempt(lambda: self._biased(way.run, batch, scores))
@@ -187,7 +201,7 @@ class Case:
             return Verdict(False, f"{error:.2g} from the oracle")
         return Verdict(True) if way.also is None else self._hold_also(way.also, batch, scores, plain, found)
 
-    def _hold_also(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor, plain: Tensor, found: Tensor) -> Verdict:
+    def _hold_also(self, run: Run, batch: Batch, scores: Tensor, plain: Tensor, found: Tensor) -> Verdict:
         """What was found against the oracle run in another way, with room for what the model itself makes of the other way."""
         own = apart(plain, run(self.model, batch))
         error = apart(found, self._biased(run, batch, scores))
@@ -213,11 +227,11 @@ class Case:
         mask = mask_of(self.model, batch)
         return torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
 
-    def _biased(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor) -> Tensor:
-        with AttentionCalls(self.reading, STRENGTH * scores):
+    def _biased(self, run: Run, batch: Batch, scores: Tensor) -> Tensor:
+        with AttentionCalls(self.through or "interface", self.reading, STRENGTH * scores):
             return run(self.model, batch)
 
-    def _steered(self, run: Callable[[Any, Batch], Tensor], batch: Batch, scores: Tensor, strength: float = STRENGTH) -> Tensor:
+    def _steered(self, run: Run, batch: Batch, scores: Tensor, strength: float = STRENGTH) -> Tensor:
         def told() -> Tensor:
             with use_saliency(self.steered, Saliency.from_tokens(scores)):
                 return run(self.steered, batch)
@@ -234,6 +248,11 @@ class Case:
 
 def _config(strength: float = STRENGTH) -> SteerConfig:
     return SteerConfig(attention=AttentionConfig(strength=strength, saliency=SaliencyConfig(source=None, normalize="none")))
+
+
+def _related(names: set[str], others: set[str]) -> set[str]:
+    """Those of which another is the same module, one inside it, or one around it."""
+    return {one for one in names for other in others if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")}
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

@@ -29,13 +29,15 @@ class Way:
         run: from a model and a batch to numbers that steering changes.
         prompt: tokens that the user speaks of.
         padded: whether the second row is shorter, and padded on the left.
-        also: another run that must give the same as far as the model itself does; the last of its numbers count.
+        also: another run that must give the same as far as the model itself does.
+        instead: what is run where the model itself cannot be run the first way.
     """
 
     run: Run
     prompt: int = TOKENS
     padded: bool = False
     also: Run | None = None
+    instead: Run | None = None
 
 
 def whole(model: Any, batch: Batch) -> Tensor:
@@ -60,7 +62,7 @@ def one_by_one(model: Any, batch: Batch) -> Tensor:
         caches = made_caches(out)
         if not caches:
             raise CannotShow("it gives back no cache of keys")
-        out = model(**next_word(model, batch, position, caches[0]), **named(keeps_cache=True))
+        out = model(**next_word(model, batch, position, out, caches[0]), **named(keeps_cache=True))
         seen.append(logits_in(out)[:, -1])
     return torch.stack(seen, 1)
 
@@ -68,6 +70,12 @@ def one_by_one(model: Any, batch: Batch) -> Tensor:
 def at_once(model: Any, batch: Batch) -> Tensor:
     """The same logits out of one pass."""
     return whole(model, beginning(model, batch, TOKENS))[:, FIRST - 1 :]
+
+
+def greedily(model: Any, batch: Batch) -> Tensor:
+    """A beginning, and what `generate` puts after it: logits of each new word."""
+    out = _generate(model, beginning(model, batch, FIRST), output_logits=True)
+    return torch.stack(out.logits, 1)
 
 
 def beams(model: Any, batch: Batch) -> Tensor:
@@ -92,7 +100,7 @@ def _generate(model: Any, batch: Batch, **options: Any) -> Any:
 
 WAYS: dict[str, Way] = {
     "prefill": Way(whole),
-    "decode": Way(one_by_one, prompt=FIRST, also=at_once),
+    "decode": Way(one_by_one, prompt=FIRST, also=at_once, instead=greedily),
     "padded": Way(real, padded=True),
     "beams": Way(beams),
     "static": Way(static),

@@ -8,6 +8,8 @@ from hf_steer.testing.zoo.sizes import FEATURES, HEAD_SIZE, HEADS, INNER, WORDS
 
 IMAGE = 300
 """The placeholder of a picture, where a configuration has none."""
+SOUND = 301
+"""The same for sounds."""
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TWO_KINDS = {"full_attention": ROPE, "sliding_attention": ROPE}
 BOTH = ["sliding_attention", "full_attention"]
@@ -46,7 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": TWO_KINDS},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "num_key_value_heads": 2,
-        "ffn_config.hidden_size": FEATURES,
+        "ffn_config.hidden_size": FEATURES, "ffn_config.ffn_hidden_size": FEATURES,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": INNER},
@@ -66,6 +68,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
     "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "led": {"attention_window": [8, 8]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
@@ -84,7 +87,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5, "layers_block_type": ["linear_attention", *["linear_attention", "hybrid"] * 2],
-        "attention_head_dim": 32, "num_key_value_heads": HEADS,
+        "attention_head_dim": 32, "num_key_value_heads": HEADS, "use_mamba_kernels": False,
     },
     "zamba2": {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
@@ -109,9 +112,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [INNER, INNER]
     },
+    "fast_vlm": {"vision_config.architecture": "fastvit_t8", "vision_config.model_args": {}},
     "florence_vision": {
         "depths": [1] * 4, "embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "projection_dim": FEATURES
     },
+    "gemma3n_vision": {"architecture": "mobilenetv3_small_050", "vocab_size": 8, "vocab_offset": 296},
     "glm46v_text": THREE_AXES,
     "glm4v_text": THREE_AXES,
     "glm4v_moe_text": {"rope_parameters.mrope_section": [2, 1, 1]},
@@ -133,10 +138,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 250, "vision_end_token_id": 251},
     "step3p5": {"sliding_window": 64},
     "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [16, FEATURES]},
+    "perception_lm": {
+        "vision_config.architecture": "vit_tiny_patch16_224", "vision_use_cls_token": True,
+        "vision_config.model_args": {"depth": 2, "embed_dim": FEATURES, "num_heads": HEADS, "img_size": [32, 32], "patch_size": 8},
+    },
     "unlimited_ocr_text": {"num_experts_per_tok": 2, "num_key_value_heads": HEADS},
     # sounds
     "dia_decoder": {"num_channels": 9},
     "dots3_note_audio_encoder": {"adapter_input_size": FEATURES, "adapter_out_dim": FEATURES},
+    "gemma3n_audio": {
+        "vocab_size": 8, "vocab_offset": 304, "input_feat_size": 16, "conf_num_hidden_layers": 1,
+        "sscp_conv_channel_size": [8, 8],
+    },
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "kyutai_speech_to_text": {
         "num_codebooks": 4, "codebook_vocab_size": 65, "codec_config.upsample_groups": FEATURES, "codec_config.num_filters": 4,
@@ -151,6 +164,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"enable_audio_output": False},
     "vibevoice_acoustic_tokenizer": VIBRATIONS,
     "vibevoice_acoustic_tokenizer_encoder": VIBRATIONS,
+    "voxtral": {"audio_token_id": SOUND},
     "wavtokenizer_encoder": {"codebook_dim": FEATURES, "num_filters": 4, "codebook_size": 64},
 }  # fmt: skip
 """Model type of a section, or `type-Class` for the whole of one architecture -> path -> value."""

@@ -15,7 +15,7 @@ from hf_steer.testing.zoo.models import START, sections
 ROWS, TOKENS, SOURCE_TOKENS, PADDING = 2, 11, 14, 3
 FIRST_WORD, LAST_WORD = 20, 200
 """Words are drawn from between these: no special tokens, and no placeholders."""
-FRAMES, SAMPLES, SIDE_PX = 80, 1600, 32
+FRAMES, SAMPLES, SIDE_PX = 128, 1600, 32
 Batch = dict[str, Any]
 
 
@@ -125,6 +125,12 @@ def _codes(config: Any, batch: Batch, draw: Draw) -> Batch:
     return {**batch, "input_ids": (draw.words % (config.codebook_vocab_size - 5))[..., None].expand(-1, -1, codes)}
 
 
+def _whole_window(config: Any, batch: Batch, draw: Draw) -> Batch:
+    """Whisper's: always as many frames as it has positions for, two each."""
+    frames = draw.noise(config.num_mel_bins, 2 * config.max_source_positions)
+    return {**batch, "input_features": frames} if "input_features" in batch else batch
+
+
 def _codebooks(config: Any, batch: Batch, draw: Draw) -> Batch:
     """MusicGen's: the codes of each codebook as a row."""
     return {**batch, "input_ids": draw.words.repeat_interleave(getattr(config, "decoder", config).num_codebooks, 0)}
@@ -150,8 +156,6 @@ OWN: Mapping[str, Callable[[Any, Batch, Draw], Batch]] = {
     "voxtral_realtime": lambda config, batch, draw: {
         **batch, "input_features": draw.noise(config.audio_config.num_mel_bins, draw.words.shape[1] * 8)
     },
-    "whisper": lambda config, batch, draw: {
-        **batch, **({"input_features": batch["input_features"].mT} if "input_features" in batch else {})
-    },
+    "whisper": _whole_window,
 }  # fmt: skip
 """Model types that want something besides, or in another form."""

@@ -18,8 +18,8 @@ from hf_steer.testing.zoo.sizes import WORDS
 MOST_PARAMETERS = 20_000_000
 GAIN = 1.3
 """Of the weights of a matrix, over what keeps the size of a signal."""
-START = 2
-"""Token with which what an encoder-decoder writes begins."""
+START, END = 2, WORDS - 1
+"""Tokens with which what an encoder-decoder writes begins, and what Whisper writes ends."""
 ORDERED = ("A_log", "dt_bias", "log_lambda", "recurrent_param")
 """Parts of names of vectors in which a state space keeps its times: they stay as they were initialised."""
 
@@ -114,6 +114,7 @@ def settle_generation(model: Any) -> None:
     """Generate to the length that is asked for, from a start that is known."""
     settings = getattr(model, "generation_config", None)
     if settings is not None:
-        settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
+        settings.eos_token_id = END if model.config.model_type == "whisper" else None  # its `generate` wants one
+        settings.forced_eos_token_id = settings.forced_bos_token_id = None
         settings.pad_token_id = 0
         settings.decoder_start_token_id = START if model.config.is_encoder_decoder else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.testing.zoo.inputs import Batch
@@ -36,9 +37,23 @@ def beginning(model: Any, batch: Batch, tokens: int) -> Batch:
     return {name: value for name, value in cut.items() if name != prompt_name(model).replace("input_ids", "attention_mask")}
 
 
-def next_word(model: Any, batch: Batch, position: int, cache: Any) -> Batch:
-    """One word after a beginning, with the cache that it left."""
-    source = {name: value for name, value in batch.items() if name in SOURCE_WORDS or name.startswith("input_")}
-    again = source if model.config.is_encoder_decoder else {}
+def next_word(model: Any, batch: Batch, position: int, left: Any, cache: Any) -> Batch:
+    """One word after a beginning.
+
+    Args:
+        model: of the zoo.
+        batch: the whole.
+        position: of the word.
+        left: what the pass before it gave back; what the encoder made is handed on.
+        cache: of that pass.
+    """
     word = batch[prompt_name(model)][:, position : position + 1]
-    return {**again, prompt_name(model): word, spelling_in(model, "cache") or "cache": cache}
+    encoded = getattr(left, "encoder_last_hidden_state", None)
+    again = {} if encoded is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}
+    return {**again, prompt_name(model): word, _cache_name(model): cache}
+
+
+def _cache_name(model: Any) -> str:
+    """What this model, or else its decoder, calls what holds the keys."""
+    parts = (model, model.get_decoder(), model.base_model)
+    return next(name for name in (spelling_in(part, "cache") for part in parts) if name)

@@ -7,6 +7,7 @@ of the encoders do nothing, so that what they mix does not hide where a token lo
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,8 @@ def _encoded(model: Any, named: dict[str, Any]) -> Any:
 
 
 def _features(model: Any, named: dict[str, Any]) -> Tensor:
-    return _encoded(model, named).pooler_output
+    output = _encoded(model, named)
+    return output.last_hidden_state if output.pooler_output is None else output.pooler_output  # Qwen-Omni before 5.24
 
 
 def _whisper(chunk_seconds: int = 1, **options: Any) -> Callable[[Sounds], dict[str, Any]]:
@@ -267,7 +269,7 @@ LISTENERS: dict[str, Listener] = {
         },
         _own("VibeVoiceAcousticTokenizerFeatureExtractor", options={"pad_to_multiple_of": 3200}),
         rate=24000,
-        heard=lambda model, named: model.get_audio_features(**named, sample=False).pooler_output,
+        heard=lambda model, named: _vibevoice(model, named),
     ),
     "qwen2_audio": Listener(
         "Qwen2AudioForConditionalGeneration", "Qwen2AudioConfig",
@@ -355,6 +357,14 @@ ENCODERS: dict[str, Listener] = {
 LISTENERS["granite_speech_plus"] = replace(
     LISTENERS["granite_speech"], model="GraniteSpeechPlusForConditionalGeneration", config="GraniteSpeechPlusConfig"
 )
+
+
+def _vibevoice(model: Any, named: dict[str, Any]) -> Tensor:
+    """Without the noise that it adds, or with the same one every time where that cannot be left out."""
+    torch.manual_seed(0)
+    own = model if hasattr(model, "get_audio_features") else model.model
+    quiet = {"sample": False} if "sample" in inspect.signature(own.get_audio_features).parameters else {}
+    return own.get_audio_features(**named, **quiet).pooler_output
 
 
 def _qwen2_audio(model: Any, named: dict[str, Any]) -> Tensor:
@@ -449,6 +459,18 @@ def _granite(sounds: Sounds) -> dict[str, Any]:
 
 def _listener(family: str) -> Listener:
     return LISTENERS[family] if family in LISTENERS else ENCODERS[family]
+
+
+def is_here(family: str) -> bool:
+    """Whether the installed transformers has it, and makes its features without a further package."""
+    own = _listener(family)
+    if not hasattr(transformers, own.model):
+        return False
+    try:
+        own.extract([noise(0.5, own.rate, 0)])
+    except ImportError:  # Parakeet's wanted librosa
+        return False
+    return True
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hf_steer.analysis.described import describe, sites_of
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
@@ -85,7 +85,8 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
         FileError: no `config.json` that transformers can read.
     """
     config = read_base_config(id_or_dir, **hub_kwargs)
-    anatomy, reason, gazes, no_gaze = None, None, [], None
+    anatomy, reason, no_gaze = None, None, None
+    gazes: list[str] = []
     try:
         anatomy = resolve(build_on_meta(config))
         gazes, no_gaze = _gazes(anatomy)
@@ -115,7 +116,8 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
 def _gazes(anatomy: Anatomy) -> tuple[list[str], str | None]:
     """What attention can be steered, and why not, where none can: as `patch_model` would say before it touches anything."""
     able, why = [], None
-    for attends, sites in (("self", anatomy.layers), ("cross", anatomy.crosses)):
+    ways: tuple[tuple[Literal["self", "cross"], Sequence[Site]], ...] = (("self", anatomy.layers), ("cross", anatomy.crosses))
+    for attends, sites in ways:
         if not sites and attends == "cross":
             continue
         try:

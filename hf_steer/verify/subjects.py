@@ -179,7 +179,7 @@ class Standing(Counted):
         return None if self.config.attention is None else self.gaze
 
     @property
-    def strengths(self) -> Mapping[int, tuple[float, ...]]:  # type: ignore[override]
+    def strengths(self) -> Mapping[int, tuple[float, ...]]:
         """Layer -> λ per query head of the gaze, as planned."""
         return steering_of(self.model).plan.strengths  # type: ignore[no-any-return]
 

@@ -39,6 +39,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
             "feature_attention_mask", "input_features_mask", "audio_attention_mask", "input_values_mask", "audio_input_ids_mask",
             "padding_mask",
         ),
+        # these read the same of a call, by what they count
         "frame_mask": ("audio_input_ids_mask",),
         "sample_mask": ("input_values_mask", "padding_mask"),
         "sample_counts": ("chunk_sample_lengths",),

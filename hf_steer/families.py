@@ -72,6 +72,10 @@ OURS: Mapping[str, Family] = MappingProxyType(
         "gemma3n": Family(placeholders=("image", "audio"), layout=("square", "gemma3n_audio")),
         "gemma4": Family(placeholders=("image", "audio"), layout=("gemma4", "gemma4_audio")),
         "gemma4_unified": Family(placeholders=("audio",), layout="gemma4_unified_audio"),
+        "dots3_note": Family(placeholders=("audio",), layout="dots3_note_audio"),
+        "inkling": Family(placeholders=("audio",), layout="inkling_audio"),
+        "muse_spark": Family(placeholders=("audio",), layout="muse_spark_audio"),
+        "nemotron_h_omni": Family(placeholders=("audio",), layout="nemotron_h_omni"),
         **{
             name: Family(placeholders=("audio",), layout=name)
             for name in ("glmasr", "musicflamingo", "moss_transcribe_diarize", "fun_asr_nano", "phi4_multimodal", "vibevoice_asr")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_steer.config import SteerConfig
+from hf_steer.analysis.described import describe, sites_of
+from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import FileError, SteerError
 from hf_steer.families import resolve
-from hf_steer.ground.parts import Anatomy, Site
+from hf_steer.ground.parts import Anatomy
+from hf_steer.ground.survey import survey
 from hf_steer.io import build_on_meta, read_base_config
 from hf_steer.patching import make_plan
+from hf_steer.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,13 @@ class Inspection:
         model: as asked for.
         model_type: of its `config.json`.
         architectures: likewise.
-        can_be_patched: whether its family is known and its attention can be steered.
+        can_be_patched: whether it takes a gaze or aligners.
         reason: why not, if not.
-        anatomy: parts by name: layers, heads, encoder, placeholder tokens; None when the family is not known.
+        gaze: `"self"`, `"cross"` or both with a comma between, where attention can be steered; None where it cannot.
+        no_gaze: why not, if not.
+        row: whether its type has a row in the families table; structure alone speaks otherwise.
+        anatomy: parts by name: layers, heads, encoder, placeholder tokens; None where nothing could be looked at.
+        sites: every attention that can be steered, one by one.
         steering: the configuration that lies beside it, if one does.
     """
 
@@ -34,21 +40,38 @@ class Inspection:
     architectures: tuple[str, ...]
     can_be_patched: bool
     reason: str | None
+    gaze: str | None
+    no_gaze: str | None
+    row: bool
     anatomy: dict[str, Any] | None
+    sites: tuple[dict[str, Any], ...]
     steering: dict[str, Any] | None
 
     def __str__(self) -> str:
+        said = "structure, and its row of the families table" if self.row else "structure alone"
         lines = [
             f"{self.model}",
             f"  type             {self.model_type} ({', '.join(self.architectures) or 'no architectures named'})",
             f"  can be patched   {'yes' if self.can_be_patched else 'no: ' + str(self.reason)}",
         ]
+        if self.can_be_patched:
+            lines += [f"  gaze             {self.gaze or 'no: ' + str(self.no_gaze)}", f"  found by         {said}"]
         lines += [f"  {name:<17}{_text(value)}" for name, value in (self.anatomy or {}).items()]
         beside = "none beside it"
         if self.steering is not None:
             aligners = [f"{a['kind']} at {a['modality']} {a['placement']}" for a in self.steering["aligners"]]
             beside = f"steer_config.json: attention {self.steering['attention']}, aligners {', '.join(aligners) or 'none'}"
         return "\n".join([*lines, f"  steering         {beside}"])
+
+
+    def listed(self) -> str:
+        """Every attention that can be steered, one a line."""
+        wide = max((len(site["path"]) for site in self.sites), default=0)
+        return "\n".join(
+            f"  {site['attends']:<5}  layer {site['layer']:>3}  {site['path']:<{wide}}  {site['class']}, {site['heads']} query, "
+            f"{site['key_value_heads']} key/value, by {site['carried']}"
+            for site in self.sites
+        )
 
 
 def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspection:
@@ -62,11 +85,12 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
         FileError: no `config.json` that transformers can read.
     """
     config = read_base_config(id_or_dir, **hub_kwargs)
-    anatomy, reason = None, None
+    anatomy, reason, gazes, no_gaze = None, None, [], None
     try:
-        model = build_on_meta(config)
-        anatomy = resolve(model)
-        make_plan(model, SteerConfig())
+        anatomy = resolve(build_on_meta(config))
+        gazes, no_gaze = _gazes(anatomy)
+        if not gazes and not anatomy.encoders:
+            reason = no_gaze
     except SteerError as error:
         reason = str(error)
     try:
@@ -79,34 +103,28 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
         architectures=tuple(config.architectures or ()),
         can_be_patched=reason is None,
         reason=reason,
-        anatomy=None if anatomy is None else _describe(anatomy),
+        gaze=", ".join(gazes) or None,
+        no_gaze=no_gaze,
+        row=FAMILIES.look(config.model_type)[0] is not None,
+        anatomy=None if anatomy is None else describe(anatomy),
+        sites=() if anatomy is None else sites_of(anatomy),
         steering=steering,
     )
 
 
-def _describe(anatomy: Anatomy) -> dict[str, Any]:
-    names = {module: name for name, module in anatomy.root.named_modules()}
-    description: dict[str, Any] = {}
-    if anatomy.decoder is not None:
-        description["decoder"] = names[anatomy.decoder] or "(the model itself)"
-        description["layers"] = f"{len(anatomy.layers)}: {_range(anatomy.layers)}"
-        heads = f"{anatomy.num_heads} query, {anatomy.num_key_value_heads} key/value, of {anatomy.head_dim} features"
-        description["heads per layer"] = heads
-    for modality, encoder in anatomy.encoders.items():
-        places = ["output", "layers", *(["projector"] if encoder.projector is not None else [])]
-        description[f"{modality} encoder"] = names[encoder.tower] or "(the model itself)"
-        description[f"{modality} layers"] = f"{len(encoder.layers)}: {_range(encoder.layers)}, of {encoder.layer_size} features"
-        description[f"{modality} aligners"] = f"at {', '.join(places)}"
-    if anatomy.tower is not None:
-        description["vision tower"] = names[anatomy.tower]
-        description["vision blocks"] = f"{len(anatomy.blocks)}: {_range(anatomy.blocks)}"
-        description["vision tokens"] = dict(anatomy.placeholder_ids)
-        description["patches a token"] = anatomy.merge_size**2
-    return description
-
-
-def _range(sites: Sequence[Site]) -> str:
-    return sites[0].name if len(sites) == 1 else f"{sites[0].name} ... {sites[-1].name}"
+def _gazes(anatomy: Anatomy) -> tuple[list[str], str | None]:
+    """What attention can be steered, and why not, where none can: as `patch_model` would say before it touches anything."""
+    able, why = [], None
+    for attends, sites in (("self", anatomy.layers), ("cross", anatomy.crosses)):
+        if not sites and attends == "cross":
+            continue
+        try:
+            saliency = SaliencyConfig(source=None)
+            survey(make_plan(anatomy.root, SteerConfig(attention=AttentionConfig(attends=attends, saliency=saliency))))
+            able.append(attends)
+        except SteerError as error:
+            why = why or str(error)
+    return able, None if able else why
 
 
 def _text(value: Any) -> str:

@@ -39,8 +39,6 @@ REASONS: Mapping[str, str] = MappingProxyType(
             "Steer GPT-2 instead"
         ),
         "pi0": "it plans actions of a robot and speaks no tokens",
-        "qwen2_5_omni": "the language model is its thinker: patch_model(model.thinker, ...)",
-        "qwen3_omni_moe": "the language model is its thinker: patch_model(model.thinker, ...)",
         "reformer": "its attention takes the prompt in chunks, sorted by hashes, so which key stands for which token changes",
         "rwkv": "what it calls attention carries what came before in a state, without keys",
         "speecht5": "its decoder gets its tokens through a layer of its own, which hides them. Steer Whisper instead",

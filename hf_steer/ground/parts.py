@@ -102,7 +102,7 @@ class Anatomy:
     tower: Any
     blocks: tuple[Site, ...]
     placeholder_ids: Mapping[str, int]
-    layout: str | Callable[..., Any] | None
+    layout: str | Callable[..., Any] | tuple[str | Callable[..., Any], ...] | None
     merge_size: int
     patch_px: int
     temporal_patch_size: int

@@ -52,6 +52,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "steps_a_query": ("downsample_rate",),
         "codec": ("acoustic_tokenizer_encoder_config",),
         "hop": ("hop_length",),
+        "samples_a_token": ("samples_per_token",),
         # of generate
         "end_tokens": ("eos_token_id",),
     }
@@ -97,8 +98,9 @@ def side_of(config: Any, word: str) -> int:
 
 def placeholder_of(config: Any, modality: str) -> int:
     """The token that stands for a picture, video or sound in a prompt; Phi-4 says it where it describes the ear."""
-    if modality == "audio" and not has_setting(config, "audio_token") and has_setting(config, "audio"):
-        config = setting(config, "audio")
+    ear = getattr(config, name_of_setting("audio"), None)
+    if modality == "audio" and not has_setting(config, "audio_token") and has_setting(ear, "audio_token"):
+        config = ear
     return setting(config, f"{modality}_token")  # type: ignore[no-any-return]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
@@ -41,6 +41,17 @@ def count_steps(given: Given, word: str) -> list[tuple[int, bool]] | None:
     return [(int(count), int(count) == told.shape[-1]) for count in told.sum(-1)]
 
 
+def strides_of(encoder: nn.Module) -> tuple[int, float] | None:
+    """Of an encoder that begins with convolutions over time (Whisper, Moonshine): steps of its input from one place to the next,
+    and the step on which the middle of the first lies; None for other encoders."""
+    convolutions = [module for module in encoder.children() if isinstance(module, nn.Conv1d)]
+    stride, middle = 1, 0.0
+    for own in convolutions:
+        middle += stride * ((own.kernel_size[0] - 1) / 2 - int(own.padding[0]))
+        stride *= own.stride[0]
+    return (stride, middle) if convolutions else None
+
+
 def chunk_of(anatomy: Anatomy) -> int:
     """Mel frames after which the convolutions of a Qwen begin anew."""
     return 2 * int(setting(setting(anatomy.root.config, "audio"), "half_window"))
@@ -59,6 +70,11 @@ def tokens_a_sound(anatomy: Anatomy) -> int:
 def hop_of(anatomy: Anatomy) -> int:
     """Samples that a token of a codec stands for."""
     return int(setting(setting(anatomy.root.config, "codec"), "hop"))
+
+
+def samples_a_token(anatomy: Anatomy) -> int:
+    """Samples that a token stands for, where the ear reads samples."""
+    return int(setting(setting(anatomy.root.config, "audio"), "samples_a_token"))
 
 
 def queries_of(anatomy: Anatomy) -> tuple[int, int]:

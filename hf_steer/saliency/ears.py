@@ -30,7 +30,7 @@ class Ear:
         steps: how many of what is counted make a token.
         step_seconds: what one of them stands for.
         counted: our word for the argument that says how many are real: a mask of them, or their number.
-        rest: how many that are left over make one more token.
+        rest: how many that are left over make one more token; 0 where there is one more in any case.
         centred: a token lies around its first step, half of it before.
         behind_seconds: how far the middle of the first step lies behind the beginning of the sound, where `centred`.
         window: steps after which the convolutions begin anew; None where they never do.
@@ -68,16 +68,16 @@ class Ear:
     def _cells(self, count: int, seconds: float) -> Tensor:
         """`(tokens, 2)` seconds, without gaps; the last one ends with the sound if what is left over makes a token."""
         window = self.window or max(count, 1)
+        token = self.steps * self.step_seconds
+        before = self.behind_seconds - token / 2 if self.centred else 0.0
         starts: list[float] = []
         end = 0.0
         for first in range(0, count, window):
             steps = min(window, count - first)
             own = (steps + self.steps - self.rest) // self.steps
-            middle = self.behind_seconds - self.steps * self.step_seconds / 2 if self.centred else 0.0
-            begun, step = first * self.step_seconds, self.steps * self.step_seconds
-            starts += [begun + max(0.0, place * step + middle) for place in range(own)]
-            end = (first + own * self.steps) * self.step_seconds
-        edges = torch.tensor([*starts, seconds if self.rest == 1 else end], dtype=torch.float64)
+            starts += [first * self.step_seconds + max(0.0, place * token + before) for place in range(own)]
+            end = first * self.step_seconds + own * token
+        edges = torch.tensor([*starts, seconds if self.rest <= 1 else end], dtype=torch.float64)
         return torch.stack([edges[:-1], edges[1:]], 1)
 
 
@@ -85,6 +85,24 @@ def heard(given: Given, ear: Ear) -> dict[str, list[Layout]]:
     """One layout per row of a call's sounds."""
     counts = sounds.count_steps(given, ear.counted)
     return {} if counts is None else {"audio": [ear.layout(count, full=full) for count, full in counts]}
+
+
+def places_between(start_seconds: float, end_seconds: float, *, places: int, step_seconds: float, first_seconds: float) -> range:
+    """Which places of what an encoder hands on a stretch of the sound covers: those whose middle lies in it, or the nearest one.
+
+    Args:
+        start_seconds: of the stretch.
+        end_seconds: of the stretch.
+        places: how many the encoder hands on.
+        step_seconds: from the middle of one place to the next.
+        first_seconds: where the middle of the first one lies (`ground.sounds.strides_of` gives both).
+    """
+    first = math.ceil((start_seconds - first_seconds) / step_seconds)
+    last = math.ceil((end_seconds - first_seconds) / step_seconds)
+    if first == last:  # shorter than a step
+        first = round(((start_seconds + end_seconds) / 2 - first_seconds) / step_seconds)
+        last = first + 1
+    return range(min(max(first, 0), places - 1), max(min(last, places), 1))
 
 
 EARS: Mapping[str, Callable[[Anatomy], Ear]] = MappingProxyType(
@@ -100,14 +118,18 @@ EARS: Mapping[str, Callable[[Anatomy], Ear]] = MappingProxyType(
         "phi4_multimodal": lambda anatomy: Ear(
             steps=1, step_seconds=0.08, counted="sound_tokens", centred=True, behind_seconds=0.0125, over_seconds=0.025
         ),
+        "nemotron_h_omni": lambda anatomy: Ear(steps=8, centred=True, rest=0, over_seconds=0.01),
+        "dots3_note_audio": lambda anatomy: Ear(steps=1280, step_seconds=1 / 16000, counted="sample_counts", centred=True),
         # every fourth of what strides of four have left
-        "gemma3n_audio": lambda anatomy: Ear(
-            steps=16, over_seconds=0.04, most_seconds=30.0, tokens=sounds.tokens_a_sound(anatomy)
-        ),
-        # stacks of frames, or of samples
+        "gemma3n_audio": lambda anatomy: Ear(steps=16, over_seconds=0.04, most_seconds=30.0, tokens=sounds.tokens_a_sound(anatomy)),
+        # frames as they are, stacks of them, or of samples
+        "inkling_audio": lambda anatomy: Ear(steps=1, step_seconds=0.05, counted="frame_mask", centred=True),
         "fun_asr_nano": lambda anatomy: Ear(steps=1, step_seconds=0.06, centred=True, behind_seconds=0.0125, over_seconds=0.025),
         "gemma4_unified_audio": lambda anatomy: Ear(steps=1, step_seconds=0.04, most_seconds=30.0),
         "vibevoice_asr": lambda anatomy: Ear(steps=sounds.hop_of(anatomy), step_seconds=1 / 24000, counted="sample_mask"),
+        "muse_spark_audio": lambda anatomy: Ear(
+            steps=sounds.samples_a_token(anatomy), step_seconds=1 / 24000, counted="sample_mask"
+        ),
         # queries to the same stretch
         "granite_speech": lambda anatomy: _queries(*sounds.queries_of(anatomy)),
     }

@@ -77,6 +77,7 @@ def verify(
     anatomy: Anatomy = resolve(model) if steering is None else steering.plan.anatomy
     if isinstance(config, AttentionConfig):
         config = SteerConfig(attention=config)
+    _refuse_nothing(anatomy)
     own = short_prompts(anatomy, tokenizer) if inputs is None else check_inputs(inputs)
     begun, checks = time.monotonic(), []
     with evaluating(model), torch.no_grad(), counted(anatomy) as counter:
@@ -91,6 +92,17 @@ def verify(
                 checks.append(check(name, PROMISES[name], subject))
                 bar.update()
     return _report(subject, checks, time.monotonic() - begun, counter.passes, counter.tokens)
+
+
+def _refuse_nothing(anatomy: Anatomy) -> None:
+    """PatchError for a model that takes neither a gaze nor aligners."""
+    if anatomy.encoders or anatomy.layers or anatomy.crosses:
+        return
+    why = anatomy.reason or "; ".join(f"{name}: {left}" for name, left in anatomy.left_out.items())
+    raise PatchError(
+        f"there is nothing in this {anatomy.family!r} model that hf_steer could steer, so there is nothing to verify: {why}. See "
+        "`hf-steer inspect`."
+    )
 
 
 def _fresh(

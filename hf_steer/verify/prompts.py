@@ -25,9 +25,7 @@ def short_prompts(anatomy: Anatomy, tokenizer: Any) -> dict[str, Any]:
         ConfigError: a model that reads no prompt.
     """
     if anatomy.decoder is None:
-        raise ConfigError(
-            f"{anatomy.family!r} reads no prompt, so there are none for it; give inputs=, as its processor makes them."
-        )
+        raise ConfigError(f"{anatomy.family!r} reads no prompt that could be made up; give inputs=, as its processor makes them.")
     rows = None if tokenizer is None else written(tokenizer, TEXTS)
     if rows is None or not _are_words(rows, anatomy):
         rows = _drawn(anatomy)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ _WHISPER = {
     "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": MELS,
 }  # fmt: skip
 _LAYERED = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "num_mel_bins": MELS}
-_LAYERS = re.compile(r"\.(layers|encoders|conformer)\.")
+_LAYERS = re.compile(r"(^|(?<!subsampling)\.)(layers|encoders|conformer)\.")
 _READERS = re.compile(r"language_model|^model\.layers")
 """Layers of encoders, and of the language models that are left as they are."""
 Sounds = list[np.ndarray]
@@ -49,6 +50,7 @@ class Listener:
         seconds: how long the sounds of a test are.
         rate: samples a second.
         muted: pattern of those of the layers' matrices that are zero, where not all are.
+        whole: the configuration of the whole model, where only its ear is made here.
         heard: from the model and its arguments to `(tokens of all sounds, features)`, and tokens of each.
     """
 
@@ -59,6 +61,7 @@ class Listener:
     seconds: tuple[float, ...] = (1.13, 0.871)
     rate: int = RATE
     muted: str = ""
+    whole: Callable[[], Any] | None = None
     heard: Callable[[Any, dict[str, Any]], Tensor] = field(default=lambda model, named: _features(model, named))
 
 
@@ -148,7 +151,7 @@ LISTENERS: dict[str, Listener] = {
             "audio_token_id": AUDIO, "timestamp_token_id": 95, "pad_token_id": 0, "eos_token_id": 1,
         },
         _renamed(
-            _own("Qwen3ASRFeatureExtractor", feature_size=MELS, options={"return_attention_mask": True}),
+            _own("Qwen3ASRFeatureExtractor", feature_size=MELS, chunk_length=3, options={"return_attention_mask": True}),
             attention_mask="input_features_mask",
         ),
         seconds=(2.431, 1.1),
@@ -179,6 +182,7 @@ LISTENERS: dict[str, Listener] = {
         },
         _own("Gemma3nAudioFeatureExtractor", feature_size=32),
         seconds=(1.43, 0.871),
+        whole=lambda: transformers.Gemma3nConfig(audio_soft_tokens_per_image=12),
         heard=lambda model, named: _gemma3n(model, named),
     ),
     "gemma4": Listener(
@@ -265,7 +269,120 @@ LISTENERS: dict[str, Listener] = {
         rate=24000,
         heard=lambda model, named: model.get_audio_features(**named, sample=False).pooler_output,
     ),
+    "qwen2_audio": Listener(
+        "Qwen2AudioForConditionalGeneration", "Qwen2AudioConfig",
+        {
+            "audio_config": {**_WHISPER, "model_type": "qwen2_audio_encoder", "max_source_positions": 100},
+            "text_config": _text("qwen2"), "audio_token_index": AUDIO,
+        },
+        _whisper(2, mask="feature_attention_mask"),
+        heard=lambda model, named: _qwen2_audio(model, named),
+    ),
+    "audioflamingo3": Listener(
+        "AudioFlamingo3ForConditionalGeneration", "AudioFlamingo3Config",
+        {
+            "audio_config": {**_LAYERED, "max_source_positions": 100, "model_type": "audioflamingo3_encoder"},
+            "text_config": _text("qwen2"), "audio_token_id": AUDIO,
+        },
+        _whisper(2, mask="input_features_mask"),
+    ),
+    "voxtral": Listener(
+        "VoxtralForConditionalGeneration", "VoxtralConfig",
+        {
+            "audio_config": {**_LAYERED, "max_source_positions": 100, "model_type": "voxtral_encoder"},
+            "text_config": _text("llama"), "audio_token_id": AUDIO,
+        },
+        lambda sounds: {"input_features": _whisper(2, mask="mask")(sounds)["input_features"]},
+    ),
+    "muse_spark": Listener(
+        "MuseSparkAudioModel", "MuseSparkAudioConfig",
+        {"hidden_sizes": (4, 8, 8, 16), "depths": (1, 1, 1, 1), "out_hidden_size": 32},
+        _own("MuseSparkFeatureExtractor", options={"return_attention_mask": True}),
+        rate=24000,
+        muted="mlp",
+        whole=lambda: transformers.MuseSparkConfig(),
+        heard=lambda model, named: _muse(model, named),
+    ),
+    "dots3_note": Listener(
+        "Dots3NoteAudioModel", "Dots3NoteAudioConfig",
+        {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "feature_size": MELS,
+            "downsample_hidden_size": 4, "adapter_input_size": 16, "adapter_out_dim": 32,
+        },
+        _own("Dots3NoteFeatureExtractor", feature_size=MELS, chunk_length=2),
+        whole=lambda: transformers.Dots3NoteConfig(),
+        heard=lambda model, named: model(named["input_features"], named["chunk_sample_lengths"]).pooler_output,
+    ),
+    "nemotron_h_omni": Listener(
+        "ParakeetEncoder", "ParakeetEncoderConfig",
+        {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "num_mel_bins": MELS,
+            "subsampling_conv_channels": 4,
+        },
+        _renamed(_own("ParakeetFeatureExtractor", feature_size=MELS), attention_mask="input_features_mask"),
+        whole=lambda: SimpleNamespace(),
+        heard=lambda model, named: _parakeet(model, named),
+    ),
+    "inkling": Listener(
+        "InklingAudioModel", "InklingAudioConfig", {"n_mel_bins": 80, "mel_vocab_size": 16, "text_hidden_size": 32},
+        lambda sounds: _inkling(sounds),
+        whole=lambda: SimpleNamespace(),
+        heard=lambda model, named: model(named["audio_input_ids"][named["audio_input_ids_mask"]]).pooler_output,
+    ),
 }  # fmt: skip
+ENCODERS: dict[str, Listener] = {
+    "whisper": Listener(
+        "WhisperModel", "WhisperConfig",
+        {
+            **_WHISPER, "max_source_positions": 100, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16,
+            "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+        },
+        lambda sounds: {"input_features": _whisper(2, mask="mask")(sounds)["input_features"]},
+        heard=lambda model, named: model.get_encoder()(**named).last_hidden_state[0],
+    ),
+    "moonshine": Listener(
+        "MoonshineModel", "MoonshineConfig",
+        {
+            "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "encoder_num_hidden_layers": 1,
+            "decoder_num_hidden_layers": 1, "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2,
+            "encoder_num_key_value_heads": 2, "decoder_num_key_value_heads": 2,
+        },
+        lambda sounds: {"input_values": torch.from_numpy(sounds[0])[None]},
+        heard=lambda model, named: model.get_encoder()(**named).last_hidden_state[0],
+    ),
+}  # fmt: skip
+"""Encoders that decoders read by cross-attention, and the first sound's places."""
+LISTENERS["granite_speech_plus"] = replace(
+    LISTENERS["granite_speech"], model="GraniteSpeechPlusForConditionalGeneration", config="GraniteSpeechPlusConfig"
+)
+
+
+def _qwen2_audio(model: Any, named: dict[str, Any]) -> Tensor:
+    own = model if hasattr(model, "multi_modal_projector") else model.model
+    projected = own.multi_modal_projector(own.audio_tower(named["input_features"]).last_hidden_state)
+    counts = own.audio_tower._get_feat_extract_output_lengths(named["feature_attention_mask"].sum(-1))[1]
+    return _first(projected, counts)
+
+
+def _muse(ear: Any, named: dict[str, Any]) -> Tensor:
+    return _first(ear(named["input_values"]).last_hidden_state, -(-named["input_values_mask"].sum(-1) // 1920))
+
+
+def _parakeet(ear: Any, named: dict[str, Any]) -> Tensor:
+    mask = named["input_features_mask"]
+    rows = ear(named["input_features"], attention_mask=mask).last_hidden_state
+    return _first(rows, ear._get_subsampling_output_length(mask.sum(-1) + 1))
+
+
+def _first(rows: Tensor, counts: Tensor) -> Tensor:
+    return torch.cat([row[:count] for row, count in zip(rows, counts.tolist(), strict=True)])
+
+
+def _inkling(sounds: Sounds) -> dict[str, Any]:
+    """The bins of mel frames, which the processor makes."""
+    made = _own("InklingFeatureExtractor")(sounds)
+    bins = ((made["input_features"].clamp(-4, 2) + 4) / 6 * 15.99).int()
+    return {"audio_input_ids": bins, "audio_input_ids_mask": made["input_features_mask"]}
 
 
 def _music(model: Any, named: dict[str, Any]) -> Tensor:
@@ -330,10 +447,14 @@ def _granite(sounds: Sounds) -> dict[str, Any]:
         module.requires_backends = kept
 
 
+def _listener(family: str) -> Listener:
+    return LISTENERS[family] if family in LISTENERS else ENCODERS[family]
+
+
 @functools.cache
 def make_listener(family: str) -> Any:
     """A model whose encoder's layers change nothing."""
-    own = LISTENERS[family]
+    own = _listener(family)
     torch.manual_seed(0)
     model = getattr(transformers, own.model)._from_config(getattr(transformers, own.config)(**own.sections))
     tiny.spread(model, 0)
@@ -351,7 +472,7 @@ def noise(seconds: float, rate: int, seed: int) -> np.ndarray:
 
 def hear(family: str, sounds: Sounds) -> Tensor:
     """`(tokens, features)` of all sounds, one after the other."""
-    own = LISTENERS[family]
+    own = _listener(family)
     with torch.no_grad():
         heard = own.heard(make_listener(family), own.extract(list(sounds)))
     return heard.reshape(-1, heard.shape[-1]).double()
@@ -359,7 +480,7 @@ def hear(family: str, sounds: Sounds) -> Tensor:
 
 def changes(family: str, sounds: Sounds, which: int, slot_seconds: float) -> Tensor:
     """`(slots, tokens)`: how much the features of each token change when a slot of one of the sounds is made anew."""
-    rate = LISTENERS[family].rate
+    rate = _listener(family).rate
     plain, rows = hear(family, sounds), []
     step = round(slot_seconds * rate)
     for number, start in enumerate(range(0, len(sounds[which]), step)):

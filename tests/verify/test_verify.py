@@ -11,7 +11,7 @@ from kit.gazing import gaze, logits, prompt_for, steer
 from kit.tiny import IMPLEMENTATIONS, SEEING, UNCOMMON, make_model
 from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from hf_steer import (
     AlignerConfig,
@@ -238,6 +238,9 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_touched():
         verify(model, inputs, saliency=Saliency.from_tokens(torch.ones(3, 4)))
     with pytest.raises(ConfigError, match="asks for nothing, neither attention nor aligners"):
         verify(model, inputs, config=SteerConfig(attention=None))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(PatchError, match="nothing in this 'mamba' model that hf_steer could steer.*MambaModel has no attention"):
+        verify(mamba)
     with pytest.raises(PatchError, match="PreTrainedModel; got Linear"):
         verify(torch.nn.Linear(2, 2))
     assert changes_between(before, state_of(model)) == []

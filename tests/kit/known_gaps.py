@@ -19,20 +19,20 @@ KEYS_OF_OTHERS = "shared_kv_states cannot be None"  # they draft with the keys o
 GAPS: dict[str, str] = {
     # no attention to a prompt
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "xlstm"), STATE),
-    "rwkv": "does not call an attention function that can be exchanged",
+    "rwkv": "what it calls attention carries what came before in a state, without keys",
     "diffusion_gemma": NO_PROMPT,
-    "speecht5": NO_PROMPT,
+    "speecht5": "its decoder gets its tokens through a layer of its own",
     # attention in which no single key stands for a token, or with another prompt than words
     **dict.fromkeys(("dia", "musicgen", "musicgen_melody"), CODES),
     "kyutai_speech_to_text": "its prompt is sound",
     "blt": "it reads bytes and attends to patches of them",
     "deepseek_v4": "its layers attend to keys that each stand for a stretch of tokens",
-    "reformer": "its attention",
+    "reformer": "its attention takes the prompt in chunks, sorted by hashes",
     "t5gemma2": "its layers attend to their own tokens and to what the encoder hands on at once",
     "cpmant": "it puts a learned prompt of its own before each prompt",
     # attention or passes of another form
-    "blip": "a gaze cannot be put into this 'blip' model",
-    "fsmt": "a gaze cannot be put into this 'fsmt' model",
+    "blip": "BLIP's forward takes no cache",
+    "fsmt": "its decoder is told its masks by the model around it alone",
     "idefics": "its forward demands a picture in every call",
     "openai-gpt": "its forward takes no cache of keys",
     "vibevoice": "names none of ours for mask",

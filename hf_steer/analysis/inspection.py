@@ -115,8 +115,9 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
 
 def _gazes(anatomy: Anatomy) -> tuple[list[str], str | None]:
     """What attention can be steered, and why not, where none can: as `patch_model` would say before it touches anything."""
-    able, why = [], None
-    ways: tuple[tuple[Literal["self", "cross"], Sequence[Site]], ...] = (("self", anatomy.layers), ("cross", anatomy.crosses))
+    able: list[str] = []
+    why: str | None = None
+    ways: tuple[tuple[Literal["self", "cross"], Any], ...] = (("self", anatomy.layers), ("cross", anatomy.crosses))
     for attends, sites in ways:
         if not sites and attends == "cross":
             continue

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from hf_steer.analysis.described import describe, sites_of
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
@@ -117,14 +118,13 @@ def _gazes(anatomy: Anatomy) -> tuple[list[str], str | None]:
     """What attention can be steered, and why not, where none can: as `patch_model` would say before it touches anything."""
     able: list[str] = []
     why: str | None = None
-    ways: tuple[tuple[Literal["self", "cross"], Any], ...] = (("self", anatomy.layers), ("cross", anatomy.crosses))
-    for attends, sites in ways:
-        if not sites and attends == "cross":
-            continue
+    wanted = [AttentionConfig(saliency=SaliencyConfig(source=None))]
+    if anatomy.crosses:
+        wanted.append(dataclasses.replace(wanted[0], attends="cross"))
+    for attention in wanted:
         try:
-            saliency = SaliencyConfig(source=None)
-            survey(make_plan(anatomy.root, SteerConfig(attention=AttentionConfig(attends=attends, saliency=saliency))))
-            able.append(attends)
+            survey(make_plan(anatomy.root, SteerConfig(attention=attention)))
+            able.append(attention.attends)
         except SteerError as error:
             why = why or str(error)
     return able, None if able else why

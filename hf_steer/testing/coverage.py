@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hf_steer import families
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import SteerError
-from hf_steer import families
 from hf_steer.patching import patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 from hf_steer.testing.biased import AttentionCalls, Through
@@ -115,7 +115,7 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
     steered, why = model, ""
     if implementation != ORACLE:
         steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
-    plain, why = (None, why) if why else _attempt(lambda: [whole(steered, batch), whole(steered, batch)])
+    plain, why = ([], why) if why else _attempt(lambda: [whole(steered, batch), whole(steered, batch)])
     case = Case(model, steered, through, reading, plain)
     why = why or case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, get_args
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hf_steer import families
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import SteerError
-from hf_steer.families import resolve
 from hf_steer.patching import patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 from hf_steer.testing.biased import AttentionCalls, Through
@@ -95,7 +96,9 @@ def cover(model_type: str, class_name: str | None = None, *, implementation: str
         ConfigError: the installed transformers has no such model.
     """
     began, architecture = time.perf_counter(), find(model_type, class_name)
-    found = _cover(Coverage(*architecture), implementation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models that are made small, and of releases that are tried
+        found = _cover(Coverage(*architecture), implementation)
     return replace(found, seconds=round(time.perf_counter() - began, 2))
 
 
@@ -112,7 +115,8 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
     steered, why = model, ""
     if implementation != ORACLE:
         steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
-    case = Case(model, steered, through, reading)
+    plain, why = ([], why) if why else _attempt(lambda: [whole(steered, batch), whole(steered, batch)])
+    case = Case(model, steered, through, reading, plain)
     why = why or case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)
 
@@ -154,12 +158,14 @@ class Case:
         steered: the one that is patched and unpatched; the same one, or of another implementation of attention.
         through: how the attention that reads the prompt is seen; None where there is none.
         reading: the attention modules that read the prompt, as a pass of the model showed.
+        plain: logits of two passes of the one that is patched, before it ever was.
     """
 
     model: Any
     steered: Any
     through: Through | None
     reading: list[Any]
+    plain: list[Tensor]
 
     def refusal(self) -> str:
         """What hf_steer says when asked to patch it; empty where it does."""
@@ -171,7 +177,7 @@ class Case:
 
     def unlike(self) -> list[str]:
         """Modules that hf_steer steers and that do not read the prompt, or the other way round."""
-        ours = {site.name for site in resolve(self.steered).layers}
+        ours = {site.name for site in families.resolve(self.steered).layers}
         theirs = {name for name, module in self.model.named_modules() if module in self.reading}
         missed, besides = theirs - _related(theirs, ours), ours - _related(ours, theirs)
         return [
@@ -211,8 +217,8 @@ class Case:
     def around(self) -> dict[str, Verdict]:
         """A patched model that is told nothing or steered by nothing, and one that is unpatched again."""
         batch = tiny_inputs(self.model)
-        plain = whole(self.steered, batch)
-        if not torch.equal(plain, whole(self.steered, batch)):
+        plain = self.plain[0]
+        if not torch.equal(plain, self.plain[1]):
             return dict.fromkeys(("undo", "unsteered"), Verdict(None, "not shown, two passes of the model itself differ"))
         silent, why = _attempt(lambda: self._patched(lambda: whole(self.steered, batch)))
         idle, why_idle = _attempt(lambda: self._steered(whole, batch, self._scores(batch), strength=0.0))

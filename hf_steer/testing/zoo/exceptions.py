@@ -159,6 +159,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "moonshine": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
     "nemo_speechlm": {"audio_config.diarization_config.head_config.audio_hidden_size": FEATURES},
+    "nemotron_h_omni": {"audio_token_id": SOUND},
     "nemotron3_5_asr": {"default_prompt_id": 5},
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen3_omni_moe": {"enable_audio_output": False},

@@ -89,8 +89,9 @@ def tiny_model(
             f"{architecture} has {parameters:,} parameters when shrunk, more than {MOST_PARAMETERS:,}; the greatest are "
             f"{', '.join(f'{name} {shape}' for _, name, shape in names[:3])}: add a row to hf_steer/testing/zoo/exceptions.py"
         )
-    torch.manual_seed(seed)
-    model = kind._from_config(config, attn_implementation=implementation).float()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = kind._from_config(config, attn_implementation=implementation).float()
     spread(model, seed)
     settle_generation(model)
     return model.eval()

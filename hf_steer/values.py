@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,9 @@ class Layout:
         cells: `(tokens, 4)` float64: left, top, right, bottom in fractions of the sides of the original picture; or `(tokens, 2)`:
             start and end in seconds of a sound. NaN for a token without a place (a newline, a class token). None where the
             grid has all tokens and covers the whole picture evenly.
-        crop_px: the cells are fractions of the centre square that is left of the picture when its shorter side is resized to
-            so many pixels; None when they are fractions of the whole.
+        fit: from `(width, height)` of the original picture to its cells, where the model's inputs do not tell its shape and the
+            cells depend on it (a centre square, tiles); `cells` are then a stand-in, of a square. Raises SaliencyError for a
+            shape that the inputs contradict. None where the cells are known.
         size: `(width, height)` in pixels, or `(seconds,)`, of the original, as far as the model's inputs tell; else None.
         slack: by how much each number of `size` may be off (what the processor rounds or pads); infinite where a sound may
             have been cut.
@@ -33,7 +35,7 @@ class Layout:
 
     grid: tuple[int, int, int] | None = None
     cells: Tensor | None = None
-    crop_px: int | None = None
+    fit: Callable[[tuple[float, float]], Tensor] | None = None
     size: tuple[float, ...] | None = None
     slack: float = 0.0
     continues: bool = False
@@ -44,6 +46,10 @@ class Layout:
         tokens = math.prod(self.grid or (0,)) if self.cells is None else len(self.cells)
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "frames", 1 if self.grid is None else self.grid[0])
+
+    def at(self, size: tuple[float, float] | None) -> Layout:
+        """Of a picture of this `(width, height)`; the same where it is not said, or where nothing depends on it."""
+        return self if self.fit is None or size is None else replace(self, cells=self.fit(size), fit=None)
 
 
 @dataclass(frozen=True)

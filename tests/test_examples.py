@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,26 @@ def test_the_aligners_benchmark_runs_and_writes_its_table_and_picture(tmp_path):
     full = (ROOT / "examples" / "benchmarks" / "aligners-cpu.csv").read_text().splitlines()
     assert len(quick) == len(full) == 21
     assert (tmp_path / "aligners-cpu.png").stat().st_size > 5000
+
+
+def common_row(outcome, *reasons, **models):
+    return {"outcome": outcome, "reasons": list(reasons), "models": models}
+
+
+def test_a_common_test_that_ends_otherwise_when_patched_is_named_and_allowed_for_its_own_reason_alone():
+    """The run itself fetches transformers' tests; what it says of two records is held here."""
+    script = runpy.run_path(str(ROOT / "examples" / "common_tests"), run_name="common_tests")
+    allowed = "test_model_weights_reload_no_missing_tied_weights"
+    begins, why = script["ALLOWED"]["zero", allowed]
+    plain = {f"LlamaTest::{name}": common_row("passed") for name in ("test_a", "test_b", allowed)}
+    plain["WhisperTest::test_a"] = common_row("passed")
+    patched = {
+        "LlamaTest::test_a": common_row("passed", patched=2), "LlamaTest::test_b": common_row("failed", "it broke", patched=1),
+        f"LlamaTest::{allowed}": common_row("failed", begins + " and more", odd=1),
+    }  # fmt: skip
+    row = script["compare"](plain, patched, "llama", "zero")
+    assert (row["tests"], row["same"], row["models_patched"], row["refused"]) == (3, 1, 3, {"odd": 1})
+    assert [(one["test"], one["allowed"]) for one in row["differs"]] == [("test_b", None), (allowed, why)]
+    patched[f"LlamaTest::{allowed}"]["reasons"] = ["another reason"]
+    assert script["compare"](plain, patched, "llama", "zero")["differs"][1]["allowed"] is None
+    assert script["compare"](plain, {}, "whisper", "zero")["differs"][0]["patched"] == "missing"

@@ -1,14 +1,16 @@
 """Pure functions that attend with a bias; one file per way to carry it."""
 
-from hf_steer.attention.backends import choose_backend
-from hf_steer.attention.bias import head_bias, mass_shift
+from hf_steer.attention.backends import choose_backend, say_once
+from hf_steer.attention.bias import head_bias, mass_shift, on_device
 from hf_steer.attention.chunks import READABLE, logits_in_chunks
+from hf_steer.attention.masked import add_to_mask
 from hf_steer.attention.steered import (
     CURRENT_PASS,
     STEERABLE,
     Reader,
     SteeredCall,
     attend_steered,
+    bias_over,
     recording_attention,
     registered_name,
 )
@@ -23,11 +25,15 @@ __all__ = [
     "AttentionCall",
     "Reader",
     "SteeredCall",
+    "add_to_mask",
     "attend_steered",
+    "bias_over",
     "choose_backend",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",
+    "on_device",
     "recording_attention",
     "registered_name",
+    "say_once",
 ]

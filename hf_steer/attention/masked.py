@@ -18,15 +18,28 @@ def attend_masked(call: AttentionCall, bias: HeadBias) -> tuple[Tensor, Any]:
     causal = call.causal and sdpa and call.queries > 1  # no mask means causal to sdpa alone
     dtype = _mask_dtype(call.query, sdpa=sdpa)
 
-    merged = bias.forms.get(("mask", dtype), ())
-    mask = next((own for given, own in merged if given is call.mask), None)
-    if mask is None:  # the first layer, or the first of another kind with another mask, such as a window
-        mask = merge_mask(dense_bias(bias, dtype), call.mask, causal_queries=call.queries if causal else None)
-        if not (bias.query.requires_grad or bias.key.requires_grad):  # see `bias.once`
-            bias.forms["mask", dtype] = (*merged, (call.mask, mask))
+    mask = add_to_mask(bias, call.mask, dtype, causal_queries=call.queries if causal else None)
     if sdpa and call.plain and call.queries == 1 and call.added is None and call.cap is None:
         return _attend_step(call, mask)
     return call.run(call.query, call.key, call.value, mask, causal=False)
+
+
+def add_to_mask(bias: HeadBias, mask: Tensor | None, dtype: torch.dtype, *, causal_queries: int | None = None) -> Tensor:
+    """`(batch, heads, queries or 1, keys)`: a mask with the bias, made once for the layers of a pass that share both.
+
+    Args:
+        bias: of a layer.
+        mask: that it has; see `merge_mask`.
+        dtype: of the result.
+        causal_queries: see `merge_mask`.
+    """
+    merged = bias.forms.get(("mask", dtype), ())
+    found: Tensor | None = next((own for given, own in merged if given is mask), None)
+    if found is None:  # the first layer, or the first of another kind with another mask, such as a window
+        found = merge_mask(dense_bias(bias, dtype), mask, causal_queries=causal_queries)
+        if not (bias.query.requires_grad or bias.key.requires_grad):  # see `bias.once`
+            bias.forms["mask", dtype] = (*merged, (mask, found))
+    return found
 
 
 def _attend_step(call: AttentionCall, mask: Tensor) -> tuple[Tensor, None]:

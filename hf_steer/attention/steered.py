@@ -61,7 +61,7 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         return call.inner(call.module, call.query, call.key, call.value, call.mask, **call.options)
     layer = call.module.config.hf_steer_layer
     if bias.key.shape[1] != call.key.shape[2]:
-        bias = call.bias = _over_its_keys(passing, call, bias)
+        bias = call.bias = bias_over(passing, layer, bias, call.key.shape[2])
     if bias.key.device != call.key.device:
         bias = call.bias = on_device(bias, call.key.device)
     attend = passing.chosen.get(alike := _kind_of(call))
@@ -73,12 +73,18 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
     return (output if output.is_contiguous() else output.contiguous()), weights  # some modules look at it through .view()
 
 
-def _over_its_keys(passing: SteeredCall, call: AttentionCall, bias: HeadBias) -> HeadBias:
-    """The bias over other keys than the cache told."""
-    fitting = passing.over(call.layer, call.key.shape[2])
+def bias_over(passing: SteeredCall, layer: int, bias: HeadBias, keys: int) -> HeadBias:
+    """A layer's bias over the keys that it attends to, which may be other than the cache told.
+
+    Raises:
+        SteerError: which of them the saliency speaks of is not known.
+    """
+    if bias.key.shape[1] == keys:
+        return bias
+    fitting = passing.over(layer, keys)
     if fitting is None:
         raise SteerError(
-            f"layer {call.layer} attends to {call.key.shape[2]} keys, the saliency covers {bias.key.shape[1]}: this kind "
+            f"layer {layer} attends to {keys} keys, the saliency covers {bias.key.shape[1]}: this kind "
             "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
         )
     return fitting

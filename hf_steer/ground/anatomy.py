@@ -10,8 +10,10 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import ARGUMENTS, spelling_in
 from hf_steer.ground.parts import Anatomy, Encoder, Site
 from hf_steer.ground.pictures import CLASS_TOKENS, kind_of
-from hf_steer.ground.settings import has_setting, placeholder_of, setting, text_settings
+from hf_steer.ground.settings import has_setting, placeholder_of, setting, side_of, text_settings
 from hf_steer.ground.structure import Attention, Names, find_attention
+from hf_steer.ground.towers import find_encoders
+from hf_steer.ground.ways import PERCEIVED
 from hf_steer.registry import EncoderRow, Family
 
 
@@ -40,9 +42,9 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
     attention = find_attention(model, names, None if family.decoder is None else _inside(model, family.decoder))
     text = text_settings(model)
+    found = find_encoders(model, [modality for modality in PERCEIVED if modality not in family.encoders])
     tower = _readable_tower(model, family)
     eye = setting(model.config, "vision") if has_setting(model.config, "vision") else None
-    vision = None if tower is None or family.arrangement is not None else setting(model.config, "vision")
     heads, key_value_heads, head_dim = _sizes(text, attention)
     return Anatomy(
         family=kind_of(model.config),
@@ -62,14 +64,15 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
         blocks=() if tower is None else _blocks(names, model, tower, family),
         placeholder_ids={modality: placeholder_of(model.config, modality) for modality in family.placeholders},
         layout=family.layout,
-        merge_size=1 if vision is None else setting(vision, "merge"),
+        merge_size=side_of(eye, "merge") if eye is not None and has_setting(eye, "merge") else 1,
         patch_px=_side(setting(eye, "patch_px")) if eye is not None and has_setting(eye, "patch_px") else 0,
-        temporal_patch_size=1 if vision is None else setting(vision, "frames_per_step"),
+        temporal_patch_size=side_of(eye, "frames_per_step") if eye is not None and has_setting(eye, "frames_per_step") else 1,
         windowed=family.windowed,
         arrangement=family.arrangement,
         class_tokens=0 if tower is None else CLASS_TOKENS.get(kind_of(tower.config), 0),
         hidden_size=int(setting(text, "features")) if has_setting(text, "features") else 0,
-        encoders={modality: _encoder(names, model, family, modality, row) for modality, row in family.encoders.items()},
+        encoders={**found.encoders, **{eye: _encoder(names, model, family, eye, row) for eye, row in family.encoders.items()}},
+        no_encoder=found.reasons,
         frame_seconds=family.frame_seconds,
     )
 
@@ -123,6 +126,7 @@ def _encoder(names: Names, model: Any, family: Family, modality: str, row: Encod
         size=width * max(1, len(_states_read(model))),
         layer_size=width,
         projector=projector,
+        projectors=() if projector is None else (projector,),
         placeholder_ids=tuple(placeholder_of(model.config, name) for name in placeholders),
         mask=None if row.mask is None else _mask_argument(model, family, row.mask),
     )

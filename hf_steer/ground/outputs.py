@@ -43,6 +43,8 @@ def with_added_loss(output: Any, extra: Tensor) -> Any:
 
 def with_features(output: Any, features: Tensor) -> Any:
     """An encoder's output with other features."""
+    if isinstance(output, Tensor):
+        return features
     if not isinstance(output, ModelOutput):
         return (features, *output[1:])
     changed: dict[str, Any] = {"last_hidden_state": features}
@@ -54,6 +56,8 @@ def with_features(output: Any, features: Tensor) -> Any:
 
 def features_in(output: Any) -> Tensor:
     """What an encoder hands on."""
+    if isinstance(output, Tensor):
+        return output
     return output["last_hidden_state"] if isinstance(output, ModelOutput) else output[0]  # type: ignore[no-any-return]
 
 

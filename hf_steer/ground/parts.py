@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_steer.errors import PatchError
+from hf_steer.ground.additive import Additive
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Site:
         heads: query heads of a decoder's attention; 0 for others.
         key_value_heads: of its keys.
         slot: which layer of a cache holds its keys; None where that is not known.
+        takes: the argument that a bias is added to, for modules that look no attention function up; None for others.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Site:
     heads: int = 0
     key_value_heads: int = 0
     slot: int | None = None
+    takes: Additive | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Encoder:
         projector: what maps features into the language model's space; None where nothing does.
         placeholder_ids: tokens that the features replace in the prompt.
         mask: the model's argument that says which mel frames or samples are real; None where there is none.
+        projectors: all that map them, in the order of their calls.
+        argument: of the outlet, in which the features come where they are its input; empty for the first.
+        lacks: placement -> why no aligner can be put there.
+        channels_first: whether the features are the second dimension of what the outlet reads, as before a convolution.
     """
 
     tower: Any
@@ -59,6 +66,10 @@ class Encoder:
     projector: nn.Module | None
     placeholder_ids: tuple[int, ...]
     mask: str | None
+    projectors: tuple[nn.Module, ...] = ()
+    argument: str = ""
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    channels_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ class Anatomy:
     `layout` names the row of `saliency.LAYOUTS` that says where placeholder tokens lie, or is a function of that kind; None for a
     model that reads text only. `blocks` are those whose output matters; `arrangement` says how the model lays what they saw out
     as tokens (see `registry.Family`), and `class_tokens` how many of the tower's tokens come before its patches. `frame_seconds` is
-    how much of a sound one position of what an encoder hands on stands for, where that is known.
+    how much of a sound one position of what an encoder hands on stands for, where that is known. `no_encoder` says why a modality
+    has no encoder.
     """
 
     family: str
@@ -90,7 +102,7 @@ class Anatomy:
     tower: Any
     blocks: tuple[Site, ...]
     placeholder_ids: Mapping[str, int]
-    layout: str | Callable[..., Any] | None
+    layout: str | Callable[..., Any] | tuple[str | Callable[..., Any], ...] | None
     merge_size: int
     patch_px: int
     temporal_patch_size: int
@@ -106,6 +118,7 @@ class Anatomy:
         """The same, with attention to what an encoder hands on as that which is steered."""
         heads = max((site.heads for site in self.crosses), default=0)
         return dataclasses.replace(self, layers=self.crosses, carried=self.carried_across, num_heads=heads, attends="cross")
+    no_encoder: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
         """A copy with the model's, never without it: a part of the steering would then take all of the base along."""

@@ -15,7 +15,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given, name_of
 from hf_steer.ground.outputs import pooled_in
 from hf_steer.ground.parts import Anatomy
-from hf_steer.ground.settings import setting
+from hf_steer.ground.settings import has_setting, setting, side_of
 
 CLASS_TOKENS: Mapping[str, int] = MappingProxyType({"clip_vision_model": 1, "siglip_vision_model": 0})
 """Towers on a fixed square, whose attention can be read, and how many tokens they put before the patches."""
@@ -57,7 +57,14 @@ def kind_of(config: Any) -> str:
 def square_of(anatomy: Anatomy) -> Square:
     """The square of a model's eye."""
     vision = vision_of(anatomy)
-    return Square(int(setting(vision, "side_px")), int(setting(vision, "patch_px")))
+    return Square(side_of(vision, "side_px"), side_of(vision, "patch_px"))
+
+
+def merged_px(anatomy: Anatomy) -> int:
+    """The side of a prompt token in pixels, where a tower of any size joins so many patches a side to one: Qwen-VL, Mistral 3."""
+    vision, config = vision_of(anatomy), anatomy.root.config
+    owner = vision if has_setting(vision, "merge") else config
+    return side_of(vision, "patch_px") * (side_of(owner, "merge") if has_setting(owner, "merge") else 1)
 
 
 def resolutions_of(anatomy: Anatomy) -> Any:
@@ -71,10 +78,27 @@ def grids_in(given: Given) -> dict[str, list[tuple[int, int, int]]]:
     return {modality: [(t, h, w) for t, h, w in grid.tolist()] for modality, grid in grids.items() if grid is not None}
 
 
+def places_in(given: Given) -> list[Tensor]:
+    """Of each picture `(patches, 2)` column and row of its patches, as the processor says, without padding.
+
+    Raises:
+        SaliencyError: they did not come along.
+    """
+    places: Tensor | None = given.patch_places
+    if places is None:
+        raise _missing("patch_places", given)
+    return [own[(own >= 0).all(1)] for own in places]
+
+
 def features_of(given: Given, modality: str) -> Any:
     """Features that the caller computed: one tensor per picture, or one for all videos; None without."""
     output = given.features(modality)
     return None if output is None else pooled_in(output)
+
+
+def pictures_came(given: Given) -> bool:
+    """Whether pixels or features of pictures came, however many they are."""
+    return given.image_pixels is not None or given.features("image") is not None
 
 
 def count_pictures(given: Given, modality: str) -> int:
@@ -91,12 +115,17 @@ def sizes_in(given: Given) -> list[tuple[int, int]]:
         SaliencyError: they did not come along.
     """
     if given.image_sizes is None:
-        sizes, came = name_of("image_sizes"), name_of("encoded" if given.image_pixels is None else "image_pixels")
-        raise SaliencyError(
-            f"{sizes} did not come with {came}, so where in a picture each token lies is unknown. Pass {sizes} as well, "
-            "as the processor returned it, or give one score per token with Saliency.from_tokens(...)."
-        )
+        raise _missing("image_sizes", given)
     return [(int(height), int(width)) for height, width in torch.as_tensor(given.image_sizes).tolist()]
+
+
+def _missing(word: str, given: Given) -> SaliencyError:
+    """Something that the processor returned was not handed on."""
+    name, came = name_of(word), name_of("encoded" if given.image_pixels is None else "image_pixels")
+    return SaliencyError(
+        f"{name} did not come with {came}, so where in a picture each token lies is unknown. Pass {name} as well, "
+        "as the processor returned it, or give one score per token with Saliency.from_tokens(...)."
+    )
 
 
 def seen_sizes(given: Given) -> list[tuple[int, int]]:
@@ -134,9 +163,10 @@ def frames_in(given: Given, anatomy: Anatomy) -> tuple[int, ...]:
 
 
 def first_token(given: Given, anatomy: Anatomy) -> int:
-    """The first of a tower's tokens that a LLaVA keeps: its strategy "default" drops one."""
-    strategy = given.feature_strategy or setting(anatomy.root.config, "feature_strategy")
-    return int(strategy == "default")
+    """The first of a tower's tokens that a LLaVA keeps: its strategy "default" drops one, and so do those without (VipLLaVA)."""
+    config = anatomy.root.config
+    configured = setting(config, "feature_strategy") if has_setting(config, "feature_strategy") else "default"
+    return int((given.feature_strategy or configured) == "default")
 
 
 def aspect_ratio(given: Given, anatomy: Anatomy, *, whole: bool) -> str:

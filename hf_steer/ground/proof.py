@@ -116,7 +116,7 @@ def _prove(decoder: Any, modules: Sequence[str]) -> Proof:
             try:
                 likeness = _watched(make(decoder), modules)
             except Exception as error:  # any class of decoder may need what its configuration alone does not say
-                best = _better(best, Proof({}, whole=False, fault=f"a likeness of it cannot be made ({_said(error)})"))
+                best = _better(best, Proof({}, whole=False, fault=f"a likeness of it cannot be made ({said_of(error)})"))
                 break
             best = _better(best, _run(likeness, modules, **how))
             if best.whole and any(own.goes_on for own in best.seen.values()):
@@ -131,7 +131,8 @@ def _better(one: Proof, other: Proof) -> Proof:
     return other if rank(other) > rank(one) or not (one.seen or one.fault) else one
 
 
-def _said(error: Exception) -> str:
+def said_of(error: Exception) -> str:
+    """An error in a line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
 
 
@@ -174,7 +175,7 @@ def _watched(likeness: Any, modules: Sequence[str]) -> Any:
     return likeness.to(torch.bfloat16)  # kernels for experts take no other
 
 
-class _Guessing(TorchDispatchMode):
+class Guessing(TorchDispatchMode):
     """Tensors without numbers, asked for one all the same: any will do, since what is noted are shapes."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,6 +189,8 @@ class _Guessing(TorchDispatchMode):
             return first.new_zeros(1, first.ndim, dtype=torch.long)
         if name == "equal":
             return True
+        if name == "split_with_sizes" and sum(args[1]) != first.shape[(dim := args[2] if len(args) > 2 else 0)]:
+            return function(first, [first.shape[dim], *[0] * (len(args[1]) - 1)], *args[2:], **kwargs)
         if name == "index":  # with masks: as if each let one place through
             places = [_one_of(own) for own in args[1]]
             return function(first, [own for some in places for own in some], *args[2:], **kwargs)
@@ -217,7 +220,7 @@ def _tolerant(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _run(likeness: Any, modules: Sequence[str], *, encoder: bool, keyword: bool) -> Proof:
     """One prompt and one step, with what an encoder hands on in the first width that fits."""
     best = Proof({}, whole=False)
-    for width in _widths(likeness, modules) if encoder else (None,):
+    for width in widths_of(likeness, modules) if encoder else (None,):
         for makes_cache in (True, False):
             proof = _pass_over(likeness, modules, width, keyword=keyword, makes_cache=makes_cache)
             best = _better(best, proof)
@@ -228,29 +231,63 @@ def _run(likeness: Any, modules: Sequence[str], *, encoder: bool, keyword: bool)
 
 def _pass_over(likeness: Any, modules: Sequence[str], width: int | None, *, keyword: bool, makes_cache: bool) -> Proof:
     calls: dict[str, list[list[_Call]]] = {name: [] for name in modules}
-    cache, fault = None, ""
-    for tokens in (TOKENS, 1):
+
+    def begin(tokens: int) -> None:
         for name in modules:
-            setattr(likeness.get_submodule(name), _SEEN, own := [])
+            own: list[_Call] = []
+            setattr(likeness.get_submodule(name), _SEEN, own)
             calls[name].append(own)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+
+    fault = prompt_and_step(
+        likeness, begin, mode=Guessing(), width=width, makes_cache=makes_cache, **({KEYWORD: True} if keyword else {})
+    )
+    seen = {name: own for name, passes in calls.items() if (own := _seen(passes)) is not None}
+    return Proof(seen, whole=not fault, fault=fault)
+
+
+def prompt_and_step(
+    likeness: Any,
+    begin: Callable[[int], None],
+    *,
+    mode: Guessing,
+    width: int | None = None,
+    makes_cache: bool = True,
+    rows: int = 1,
+    **more: Any,
+) -> str:
+    """Run a likeness over a prompt, and over a step on the cache that it gave.
+
+    Args:
+        likeness: of a decoder.
+        begin: is told before each of the two how many tokens are new.
+        mode: answers what tensors without numbers are asked.
+        width: features of what an encoder hands on; None without one.
+        makes_cache: whether the decoder makes its cache, which else is given to it.
+        rows: of the prompt.
+        more: handed to the likeness as it is.
+
+    Returns:
+        What went wrong; empty where nothing did.
+    """
+    cache, dtype = None, next((own.dtype for own in likeness.parameters()), torch.float32)
+    for tokens in (TOKENS, 1):
+        begin(tokens)
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         changes: dict[str, Any] = {"ids": ids, "keeps_cache": True}
         if width is not None:
-            changes["encoder_states"] = torch.zeros(1, SOURCE, width, device="meta", dtype=torch.bfloat16)
+            changes["encoder_states"] = torch.zeros(rows, SOURCE, width, device="meta", dtype=dtype)
         try:
             if cache is None and not makes_cache:
                 cache = _cache_for(likeness, width is not None)
             if cache is not None:
                 changes["cache"] = cache
             named = with_changes(likeness, Given({}), **changes)
-            with _Guessing():
-                output = likeness(**named, **({KEYWORD: True} if keyword else {}))
+            with mode:
+                output = likeness(**named, **more)
         except Exception as error:  # a changed forward may fail in any way, and that it fails is what is looked for
-            fault = f"a {'prompt' if tokens == TOKENS else 'step'} of a likeness raises {_said(error)}"
-            break
+            return f"a {'prompt' if tokens == TOKENS else 'step'} of a likeness raises {said_of(error)}"
         cache = cache or next(iter(made_caches(output)), None)
-    seen = {name: own for name, passes in calls.items() if (own := _seen(passes)) is not None}
-    return Proof(seen, whole=not fault, fault=fault)
+    return ""
 
 
 def _cache_for(likeness: Any, encoder: bool) -> Any:
@@ -268,7 +305,7 @@ def _seen(passes: Sequence[Sequence[_Call]]) -> Seen | None:
     return Seen(every[0].heads, every[0].key_value_heads, prompt, step, all(call.keyword for call in every))
 
 
-def _widths(likeness: Any, modules: Sequence[str]) -> Iterator[int]:
+def widths_of(likeness: Any, modules: Sequence[str]) -> Iterator[int]:
     """Features of what an encoder would hand on, the likeliest first: the inputs of what makes keys."""
     linear = (child for name in modules for child in likeness.get_submodule(name).modules() if isinstance(child, nn.Linear))
     widths = dict.fromkeys(own.in_features for own in linear)

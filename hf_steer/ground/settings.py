@@ -15,7 +15,9 @@ from hf_steer.ground.arguments import Given
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         # of a language model
-        "heads": ("decoder_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads"),
+        "heads": (
+            "decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads",
+        ),
         "key_value_heads": ("num_key_value_heads",),
         "head_size": ("qk_head_dim", "head_dim"),  # DeepSeek's head_dim counts the rotated features of a query alone
         "features": ("hidden_size", "d_model", "n_embd"),
@@ -33,13 +35,24 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         # of pictures
         "side_px": ("image_size",),
         "patch_px": ("patch_size",),
-        "merge": ("spatial_merge_size",),
+        "merge": ("spatial_merge_size", "merge_kernel_size"),
         "frames_per_step": ("temporal_patch_size",),
+        "tokens_in_square": ("mm_tokens_per_image", "vision_soft_tokens_per_image"),
+        "patches_joined": ("scale_factor", "downsample_factor", "pooling_kernel_size", "hidden_stride"),
+        "patches_shrunk": ("downsample_ratio", "pixel_shuffle_ratio"),
         "resolutions_px": ("image_grid_pinpoints",),
         "aspect_ratio": ("vision_aspect_ratio",),
         "feature_strategy": ("vision_feature_select_strategy",),
         # of sounds
         "window_steps": ("max_source_positions",),
+        "half_window": ("n_window",),
+        "joined_steps": ("audio_merge_size",),
+        "tokens_a_sound": ("audio_soft_tokens_per_image",),
+        "stretch_steps": ("window_size",),
+        "steps_a_query": ("downsample_rate",),
+        "codec": ("acoustic_tokenizer_encoder_config",),
+        "hop": ("hop_length",),
+        "samples_a_token": ("samples_per_token",),
         # of generate
         "end_tokens": ("eos_token_id",),
     }
@@ -77,8 +90,17 @@ def setting(config: Any, word: str) -> Any:
     )
 
 
+def side_of(config: Any, word: str) -> int:
+    """A side of something square, which some configurations give as height and width."""
+    value = setting(config, word)
+    return int(value[0] if isinstance(value, (tuple, list)) else value)
+
+
 def placeholder_of(config: Any, modality: str) -> int:
-    """The token that stands for a picture, video or sound in a prompt."""
+    """The token that stands for a picture, video or sound in a prompt; Phi-4 says it where it describes the ear."""
+    ear = getattr(config, name_of_setting("audio"), None)
+    if modality == "audio" and not has_setting(config, "audio_token") and has_setting(ear, "audio_token"):
+        config = ear
     return setting(config, f"{modality}_token")  # type: ignore[no-any-return]
 
 

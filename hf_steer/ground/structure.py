@@ -6,6 +6,7 @@ and how many heads each has, is seen by running a likeness of the decoder withou
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.decoders import decoder_of, encoders_inside
 from hf_steer.ground.implementations import looking_up
+from hf_steer.ground.masked_sites import Masked, find_masked
+from hf_steer.ground.odd import why_odd
 from hf_steer.ground.parts import Site
 from hf_steer.ground.proof import TOKENS, Proof, Seen, prove
 from hf_steer.ground.settings import has_setting, setting
 
 Names = Mapping[nn.Module, str]
-Carried = Literal["keyword", "pass"]
+Carried = Literal["keyword", "pass", "mask"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Attention:
         layers: attention to the prompt itself, by number.
         crosses: attention to what an encoder hands on, by number.
         carried: how the bias reaches them: `"keyword"`, as an argument that the decoder hands on; `"pass"`, out of the pass that
-            this thread is in, where a decoder drops such arguments.
+            this thread is in, where a decoder drops such arguments; `"mask"`, likewise, and added to the mask of modules that look
+            no attention function up.
         carried_across: the same for attention to an encoder.
         left_out: modules that cannot be steered, and why.
         reason: why there is no decoder; empty where there is one.
@@ -61,6 +65,8 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     speaker = _speaking_part(model)
     if speaker is not None:
         return Attention(None, reason=f"{kind} has no forward pass of its own; patch the part of it that speaks, model.{speaker}")
+    if odd := why_odd(decoder):
+        return Attention(None, reason=odd)
     if spelling_in(decoder, "ids") is None:
         return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")
     inside = {module for tower in encoders_inside(model, decoder) for module in tower.modules()}
@@ -69,10 +75,43 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
         for module in decoder.modules()
         if module in names and module not in inside and looking_up(type(module)) and hasattr(module, "config")
     }
-    if not found:
-        return Attention(None, reason=_why_none(decoder))
+    by_function = _by_function(decoder, names, found) if found else Attention(None)
+    if by_function.layers or by_function.crosses:
+        return by_function
+    by_mask = _by_mask(decoder, names, inside)
+    return by_mask if by_mask.layers or not found else by_function
+
+
+def _by_mask(decoder: Any, names: Names, inside: set[nn.Module]) -> Attention:
+    """Attention that adds its mask to its logits, or why there is none of either kind."""
+    kind, attending = type(decoder).__name__, _attention_in(decoder)
+    if not attending:
+        return Attention(
+            None, reason=f"{kind} has no attention to steer: its layers carry what came before in a state of another kind"
+        )
     if spelling_in(decoder, "cache") is None:
-        return Attention(decoder, left_out={kind: "its forward takes no cache of keys"})
+        return Attention(None, reason=f"{kind}.forward takes no cache of keys, on which what is said of a prompt could ride on")
+    masked = find_masked(decoder, inside, lambda module: _configured(module, decoder, "heads"))
+    if not masked.takes:
+        return Attention(None, reason=_why_none(decoder, attending, masked))
+    base = names[decoder] + "." if names[decoder] else ""
+    found = {base + name: decoder.get_submodule(name) for name in masked.takes}
+    seen = {base + name: own for name, own in masked.seen.items()}
+    layers, crosses = (
+        tuple(
+            dataclasses.replace(site, takes=masked.takes[site.name.removeprefix(base)])
+            for site in _sites({name: found[name] for name in found if seen[name].reads_encoder is across}, seen, decoder)
+        )
+        for across in (False, True)
+    )
+    left_out = {base + name: why for name, why in masked.left_out.items()}
+    return Attention(decoder, layers, crosses, "mask", "mask", left_out)
+
+
+def _by_function(decoder: Any, names: Names, found: Mapping[str, Any]) -> Attention:
+    """Attention that looks its function up, as a likeness has shown it."""
+    if spelling_in(decoder, "cache") is None:
+        return Attention(decoder, left_out={type(decoder).__name__: "its forward takes no cache of keys"})
     base = names[decoder] + "." if names[decoder] else ""
     proof = prove(decoder, tuple(name.removeprefix(base) for name in found))
     seen = {base + name: own for name, own in proof.seen.items()}
@@ -114,13 +153,19 @@ def _sites(found: Mapping[str, Any], seen: Mapping[str, Seen], decoder: Any) -> 
     for number, (name, module) in zip(numbers_of(found), found.items(), strict=True):
         heads = seen[name].heads if name in seen else _configured(module, decoder, "heads")
         shared = seen[name].key_value_heads if name in seen else _configured(module, decoder, "key_value_heads") or heads
-        slot = getattr(module, "layer_idx", None)
-        sites.append(Site(name, module, number, heads, shared, slot if isinstance(slot, int) and slot >= 0 else None))
+        sites.append(Site(name, module, number, heads, shared, _slot_of(module)))
     return tuple(sorted(sites, key=lambda site: site.index))
 
 
+def _slot_of(module: Any) -> int | None:
+    """Which layer of a cache a module, or what it calls, says that it fills."""
+    said = (getattr(own, name, None) for own in module.modules() for name in ("layer_idx", "layer_id"))
+    slot = next((own for own in said if type(own) is int), -1)
+    return slot if slot >= 0 else None
+
+
 def _configured(module: Any, decoder: Any, word: str) -> int:
-    settings = next((own for own in (module, module.config, decoder.config) if has_setting(own, word)), None)
+    settings = next((own for own in (module, getattr(module, "config", None), decoder.config) if has_setting(own, word)), None)
     return 0 if settings is None else int(setting(settings, word))
 
 
@@ -156,10 +201,15 @@ def _speaking_part(model: Any) -> str | None:
     return next((name for name, part in parts if spelling_in(part, "ids") is not None), None)
 
 
-def _why_none(decoder: Any) -> str:
-    """In words, for a decoder without a module that looks an attention function up."""
-    attending = sorted({type(module).__name__ for module in decoder.modules() if "Attention" in type(module).__name__})
-    kind = type(decoder).__name__
-    if attending:
-        return f"the attention of {kind} ({', '.join(attending[:3])}) does not call an attention function that can be exchanged"
-    return f"{kind} has no attention to steer: its layers carry what came before in a state of another kind"
+def _attention_in(decoder: Any) -> list[str]:
+    """Classes of its modules that attend, by their names."""
+    return sorted({type(module).__name__ for module in decoder.modules() if "Attention" in type(module).__name__})
+
+
+def _why_none(decoder: Any, attending: Sequence[str], masked: Masked) -> str:
+    """In words, for a decoder whose attention neither looks a function up nor adds a mask that is told of the tokens."""
+    faults = "; ".join(dict.fromkeys(masked.left_out.values()))
+    return (
+        f"the attention of {type(decoder).__name__} ({', '.join(attending[:3])}) calls no attention function that can be "
+        f"exchanged, and adds no mask that a bias could be put into ({faults})"
+    )

@@ -79,6 +79,8 @@ def _root_takes(plan: Planned) -> str | None:
 def _finds_functions(plan: Planned) -> str | None:
     for part, sites in ((plan.anatomy.decoder, plan.anatomy.layers[:1]), (plan.anatomy.tower, plan.eyes[:1])):
         for site in sites:
+            if site.takes is not None:  # its attention calls none
+                continue
             name = implementation_of(part.config)
             try:
                 function_of(name, type(site.module))

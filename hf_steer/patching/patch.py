@@ -14,6 +14,7 @@ from hf_steer.errors import ConfigError, PatchError
 from hf_steer.ground.implementations import implementation_of, is_ours
 from hf_steer.ground.survey import survey
 from hf_steer.patching.edits import SetTrainable
+from hf_steer.patching.gaze.masking import takes_bias_by_mask
 from hf_steer.patching.handle import Steering, note_in_force, owner_of
 from hf_steer.patching.plan import make_plan
 from hf_steer.patching.planned import Plan
@@ -140,7 +141,11 @@ def _refuse_nested(model: Any) -> None:
 
 def _refuse_shared(plan: Plan) -> None:
     """PatchError for layers that another patched model holds, too."""
-    shared = [site.name for site in plan.anatomy.layers if is_ours(implementation_of(site.module.config))]
+    shared = [
+        site.name
+        for site in plan.anatomy.layers
+        if (takes_bias_by_mask(site.module) if site.takes else is_ours(implementation_of(site.module.config)))
+    ]
     if shared:
         raise PatchError(
             f"{shared[0]} is steered already, by another patched model that shares it, and layers can follow one configuration "

@@ -14,6 +14,7 @@ from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
+from hf_steer.patching.by_mask import check_by_mask
 from hf_steer.patching.gaze.phrases import read_patterns
 from hf_steer.patching.planned import Plan
 from hf_steer.registry import FAMILIES
@@ -52,6 +53,7 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
         anatomy = _across(anatomy)
     strengths = resolve_strengths(attention, anatomy) if anatomy.layers else {}  # `survey` says why there are none
     refuse_implementation(anatomy.decoder.config, "decoder")
+    check_by_mask(attention, anatomy)
     eyes = _eyes(attention, anatomy) if strengths or not anatomy.layers else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
     readers = _readers(attention, anatomy, strengths)
@@ -60,6 +62,9 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
 
 def _across(anatomy: Anatomy) -> Anatomy:
     """With cross-attention as what is steered; ConfigError where the decoder reads no encoder by it."""
+    if not anatomy.crosses and anatomy.left_out:
+        odd = "; ".join(f"{name}: {why}" for name, why in anatomy.left_out.items())
+        raise ConfigError(f"attention.attends='cross' cannot be had of this {anatomy.family!r} ({odd}). Leave attends at 'self'.")
     if not anatomy.crosses:
         raise ConfigError(
             "attention.attends='cross' needs a decoder that reads an encoder by cross-attention, and "

@@ -48,7 +48,8 @@ def refuse_changed(plan: Plan, was: tuple[str | None, str | None], places: Seque
         was: the implementations of decoder and tower when it was patched.
         places: of the attention modules that are to be steered now.
     """
-    parts = (plan.anatomy.decoder, plan.anatomy.tower, *(place.site.module for place in places))
+    own = (place.site for place in places)  # those with a hook instead of a function sign the receipt, or miss it
+    parts = (plan.anatomy.decoder, plan.anatomy.tower, *(site.module if site.takes is None else None for site in own))
     now, eyes_now, *names = implementations_of(parts)
     if (now, eyes_now) != was:
         raise PatchError(
@@ -61,7 +62,7 @@ def refuse_changed(plan: Plan, was: tuple[str | None, str | None], places: Seque
         if there is not None and there is not place.site.module:
             kind = type(there).__name__
             raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
-        if not str(name).startswith(PREFIX):
+        if place.site.takes is None and not str(name).startswith(PREFIX):
             raise PatchError(
                 f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
                 f"{name!r} and no longer hf_steer's function. {AGAIN}"

@@ -50,7 +50,7 @@ class Family:
         block_attention: path of the attention module from a block.
         placeholders: modalities that have placeholder tokens in the prompt.
         layout: row of `saliency.LAYOUTS` that says where in a picture or sound each placeholder token lies; or a function like
-            those that are in it.
+            those that are in it; several where pictures and sounds have one each.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
         arrangement: how the model lays out what the tower saw as tokens: `"whole"`, every picture its patches; `"anyres"`,
             base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).
@@ -65,7 +65,7 @@ class Family:
     blocks: str | None = None
     block_attention: str = "attn"
     placeholders: tuple[str, ...] = ()
-    layout: str | Callable[..., Any] | None = None
+    layout: str | Callable[..., Any] | tuple[str | Callable[..., Any], ...] | None = None
     windowed: bool = False
     arrangement: Literal["whole", "anyres"] | None = None
     encoders: Mapping[str, EncoderRow] = field(default_factory=lambda: NOTHING)

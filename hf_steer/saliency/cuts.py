@@ -52,10 +52,16 @@ class Whole:
 
     def layout(self) -> Layout:
         """A grid, where every patch is kept."""
-        nowhere = torch.full((max(self.ahead, 0), 4), torch.nan, dtype=torch.float64)
-        cells = torch.cat([nowhere, patch_cells(self.square)[max(-self.ahead, 0) :]])
         grid = (1, self.square.patches, self.square.patches) if self.ahead >= 0 else None
-        return Layout(grid=grid, cells=cells, crop_px=self.square.side_px if self.cropped else None)
+        return Layout(grid=grid, cells=self._cells(), fit=self.uncropped if self.cropped else None)
+
+    def uncropped(self, size: tuple[float, float]) -> Tensor:
+        """Cells in fractions of a whole picture of this width and height."""
+        return uncrop(self._cells(), self.square.side_px, size)
+
+    def _cells(self) -> Tensor:
+        nowhere = torch.full((max(self.ahead, 0), 4), torch.nan, dtype=torch.float64)
+        return torch.cat([nowhere, patch_cells(self.square)[max(-self.ahead, 0) :]])
 
     def lay(self, seen: Tensor) -> Tensor:
         """As they are."""
@@ -82,7 +88,7 @@ class Padded:
         sides = torch.tensor([width, height], dtype=torch.float64)
         before = (max(self.size) - sides).div(2, rounding_mode="floor")
         cells = (cells - before.repeat(2)) / sides.repeat(2)
-        return Layout(cells=_inside(_with_newline(cells)), size=(width, height))
+        return Layout(cells=inside(_with_newline(cells)), size=(width, height))
 
     def lay(self, seen: Tensor) -> Tensor:
         """Row by row, then the newline."""
@@ -126,10 +132,10 @@ class Parts:
     def layout(self) -> Layout:
         """The base, then the parts; each token shows the patches, or shares of them, that it is made of."""
         edges = [(self._edges(axis) - (self.canvas[axis] - self.resized[axis]) // 2) / self.resized[axis] for axis in (0, 1)]
-        parts = _grid_cells(*edges).view(*self.tokens, 4)
+        parts = grid_cells(*edges).view(*self.tokens, 4)
         newlines = torch.full((self.tokens[0], 1, 4), torch.nan, dtype=torch.float64)
         cells = torch.cat([patch_cells(self.square), torch.cat([parts, newlines], 1).view(-1, 4)])
-        return Layout(cells=_inside(cells), size=self.size[::-1])
+        return Layout(cells=inside(cells), size=self.size[::-1])
 
     def lay(self, seen: Tensor) -> Tensor:
         """The base, then the parts side by side, without padding, interpolated where they are too many."""
@@ -158,21 +164,21 @@ class Parts:
         return part * self.square.side_px + place * self.square.patch_px
 
 
-def cut_in_parts(size: Sides, square: Square, *, resolutions_px: Any, aspect_ratio: str) -> Parts:
+def cut_in_parts(size: Sides, square: Square, *, resolutions_px: Any, aspect_ratio: str | None = None) -> Parts:
     """The parts of a picture.
 
     Args:
         size: of the original picture, in pixels.
         square: that the tower sees at once.
         resolutions_px: heights and widths that the parts may tile.
-        aspect_ratio: `"anyres_max_9"` interpolates to about nine times the tokens of one square.
+        aspect_ratio: `"anyres_max_9"` interpolates to about nine times the tokens of one square; None keeps all (LLaVA-NeXT).
     """
     canvas, resized = fit_canvas(size, resolutions_px)
     shape = [length // square.side_px * square.patches for length in canvas]
     rows, columns = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
     left = without_padding(torch.stack([rows, columns]), size)
     kept = int(left.shape[1]), int(left.shape[2])
-    most = int(aspect_ratio.removeprefix("anyres_max_"))
+    most = math.inf if aspect_ratio is None else int(aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(kept[0] * kept[1] / (most * square.patches**2))
     tokens = (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > 1.1 else kept
     first = (int(left[0, 0, 0]), int(left[1, 0, 0])) if left.numel() else (0, 0)  # nothing is left of a picture like a thread
@@ -196,7 +202,7 @@ class Pooled:
         side, patch = self.square.pooled, self.square.patches / self.square.pooled * self.square.patch_px
         edges = torch.arange(side + 1, dtype=torch.float64) * (patch / self.square.side_px)
         edges = torch.stack([edges[:-1], edges[1:]], 1)
-        return Layout(grid=(self.takes, side, side), cells=_with_newline(_grid_cells(edges, edges).repeat(self.takes, 1)))
+        return Layout(grid=(self.takes, side, side), cells=_with_newline(grid_cells(edges, edges).repeat(self.takes, 1)))
 
     def lay(self, seen: Tensor) -> Tensor:
         """Frame by frame, row by row, then the newline."""
@@ -205,14 +211,28 @@ class Pooled:
         return F.pad(pooled.flatten(2).mT.flatten(0, 1), (0, 0, 0, 1))
 
 
+def uncrop(cells: Tensor, side_px: int, size: tuple[float, float]) -> Tensor:
+    """Cells in fractions of a whole picture, out of those of its centre square.
+
+    Args:
+        cells: `(tokens, 4)` in fractions of the square.
+        side_px: of the square, to which the picture's shorter side is resized.
+        size: width and height of the picture, in pixels or to another scale.
+    """
+    # the longer side follows, rounded down, and is cut to as much in the middle
+    sides = [side_px if side == min(size) else int(side_px * side / min(size)) for side in size]
+    before = torch.tensor([(side - side_px) // 2 for side in sides] * 2, dtype=torch.float64)
+    return (cells * side_px + before) / torch.tensor(sides * 2, dtype=torch.float64)
+
+
 def patch_cells(square: Square) -> Tensor:
     """`(patches, 4)` left, top, right, bottom of the patches of a square, in fractions of its side, row by row."""
     starts = torch.arange(square.patches, dtype=torch.float64) * square.patch_px
     edges = torch.stack([starts, starts + square.patch_px], 1) / square.side_px
-    return _grid_cells(edges, edges)
+    return grid_cells(edges, edges)
 
 
-def _grid_cells(rows: Tensor, columns: Tensor) -> Tensor:
+def grid_cells(rows: Tensor, columns: Tensor) -> Tensor:
     """`(rows * columns, 4)` cells out of `(rows, 2)` tops and bottoms and `(columns, 2)` lefts and rights."""
     vertical = rows[:, None].expand(-1, len(columns), -1)
     across = columns[None].expand(len(rows), -1, -1)
@@ -223,7 +243,7 @@ def _with_newline(cells: Tensor) -> Tensor:
     return torch.cat([cells, torch.full((1, 4), torch.nan, dtype=torch.float64)])
 
 
-def _inside(cells: Tensor) -> Tensor:
+def inside(cells: Tensor) -> Tensor:
     """The part of each cell that shows the picture; NaN where that is nothing but padding."""
     clipped = cells.clamp(0, 1)
     empty = (clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1])

@@ -36,6 +36,18 @@ def whole_pictures(given: Given, anatomy: Anatomy, whole: bool) -> Cuts:
     return {"image": [Whole(pictures.square_of(anatomy), ahead, cropped=tower == "clip_vision_model")] * count}
 
 
+def all_in_parts(given: Given, anatomy: Anatomy) -> Cuts:
+    """Every picture whole and in parts, however many there are, and each patch a token (LLaVA-NeXT).
+
+    Raises:
+        SaliencyError: pictures came without their sizes.
+    """
+    if not pictures.pictures_came(given):
+        return {}
+    square, resolutions = pictures.square_of(anatomy), pictures.resolutions_of(anatomy)
+    return {"image": [cut_in_parts(size, square, resolutions_px=resolutions) for size in pictures.sizes_in(given)]}
+
+
 def pictures_and_parts(given: Given, anatomy: Anatomy, whole: bool) -> Cuts:
     """Pictures that are alone in their prompt come whole and in parts, others whole; videos in pooled frames.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_steer.saliency.regions import cells_of_original
 from hf_steer.values import Layout
 
 _FINEST = 96
@@ -18,7 +17,7 @@ def map_of(values: Tensor, layout: Layout, size: tuple[float, float] | None = No
     Args:
         values: `(tokens,)`.
         layout: where they lie.
-        size: `(width, height)` of the original picture, where the model sees only its centre square; a square when None.
+        size: `(width, height)` of the original picture, where the model's inputs do not tell its shape; a square when None.
 
     Returns:
         `(frames, height, width)` float32: one cell per token where they form a regular grid; otherwise the mean of the tokens
@@ -28,8 +27,9 @@ def map_of(values: Tensor, layout: Layout, size: tuple[float, float] | None = No
         return values.float().view(layout.grid or (1, 1, -1))
     if layout.cells.shape[1] == 2:
         return values.float()[None, None]
-    width, height = size or layout.size or (1.0, 1.0)
-    cells = cells_of_original(layout, (width, height))
+    known = size or layout.size
+    cells = layout.at(None if known is None else (known[0], known[1])).cells
+    assert cells is not None
     per_frame = len(values) // layout.frames
     frames = [slice(frame * per_frame, (frame + 1) * per_frame) for frame in range(layout.frames)]
     if layout.frames == 1:

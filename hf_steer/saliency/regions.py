@@ -122,6 +122,7 @@ def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Te
     if isinstance(region.paint, Stretches):
         return _on_sound(region, region.paint, layout)
     _refuse_other_aspect(region, layout)
+    layout = layout.at(region.size)
     if isinstance(region.paint, Film):
         return _on_frames(region, region.paint, layout, temporal_patch_size)
     if layout.cells is None:
@@ -140,23 +141,6 @@ def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Te
     return painted
 
 
-def cells_of_original(layout: Layout, size: tuple[float, float] | None) -> Tensor:
-    """`(tokens, 4)` cells in fractions of the whole picture, of which the layout may know a centre square alone.
-
-    Args:
-        layout: with cells.
-        size: `(width, height)` of the original, in pixels or to another scale.
-    """
-    assert layout.cells is not None
-    if layout.crop_px is None:
-        return layout.cells
-    assert size is not None
-    # the shorter side becomes crop_px long; the longer one follows, rounded down, and is cut to as much in the middle
-    sides = [layout.crop_px if side == min(size) else int(layout.crop_px * side / min(size)) for side in size]
-    before = torch.tensor([(side - layout.crop_px) // 2 for side in sides] * 2, dtype=torch.float64)
-    return (layout.cells * layout.crop_px + before) / torch.tensor(sides * 2, dtype=torch.float64)
-
-
 def _on_frames(region: Region, film: Film, layout: Layout, temporal_patch_size: int) -> Tensor:
     """Step by step; a newline at the end is 0."""
     per_step = layout.tokens // layout.frames
@@ -172,7 +156,8 @@ def _on_frames(region: Region, film: Film, layout: Layout, temporal_patch_size: 
 
 
 def _on_cells(region: Region, paint: Paint, layout: Layout) -> Tensor:
-    cells = cells_of_original(layout, region.size)
+    assert layout.cells is not None
+    cells = layout.cells
     placed = ~torch.isnan(cells).any(1)
     shown = torch.cat([cells[placed, :2].amin(0), cells[placed, 2:].amax(0)])
     if paint.misses(shown):
@@ -190,8 +175,9 @@ def _on_cells(region: Region, paint: Paint, layout: Layout) -> Tensor:
 def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
     assert layout.cells is not None
     assert layout.size is not None
-    name, heard, end = f"audio {region.index} in row {region.row}", layout.size[0], float(layout.cells[-1, 1])
-    token = end / layout.tokens
+    placed = ~torch.isnan(layout.cells).any(1)
+    name, heard, end = f"audio {region.index} in row {region.row}", layout.size[0], float(layout.cells[placed][-1, 1])
+    token = end / int(placed.sum())
     if paint.duration is not None and abs(paint.duration - heard) > layout.slack + token:
         raise SaliencyError(
             f"duration_seconds={paint.duration:g} was said of {name}, but the model hears {heard:g} s of it. Give the length of "
@@ -202,7 +188,9 @@ def _on_sound(region: Region, paint: Stretches, layout: Layout) -> Tensor:
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) reaches past {name}, of which the model hears {heard:g} s.")
         if span[0] >= end and not layout.continues:  # what is left over after the last whole token
             raise SaliencyError(f"span ({span[0]:g}, {span[1]:g}) lies after the last token of {name}, which ends at {end:g} s.")
-    return paint.on_cells(layout.cells)
+    painted = torch.zeros(layout.tokens, dtype=torch.float32)
+    painted[placed] = paint.on_cells(layout.cells[placed])
+    return painted
 
 
 def _refuse_other_aspect(region: Region, layout: Layout) -> None:

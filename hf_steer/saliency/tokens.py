@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -107,8 +108,9 @@ def scores_from_user(
     painted: dict[int, tuple[Span, dict[int, Tensor]]] = {}
     for region in saliency.regions:
         span = _find(region, spans, batch)
-        _, own = painted.setdefault(id(span), (span, {}))
-        own[id(region)] = paint_region(region, span.layout, temporal_patch_size)
+        scored = paint_region(region, span.layout, temporal_patch_size)
+        fitted = span if span.layout.fit is None else replace(span, layout=span.layout.at(region.size))
+        painted.setdefault(id(span), (fitted, {}))[1][id(region)] = scored
     for span, own in painted.values():
         said = total(saliency.terms, own)
         if said is not None:

@@ -33,9 +33,10 @@ def oracle(subject: Subject) -> Finding:
 
 
 def _through(backend: str, subject: Subject, expected: Tensor, own: float) -> Finding:
-    with warnings.catch_warnings(), subject.patched(SteerConfig(attention=dataclasses.replace(subject.attention, backend=backend))):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one that gives way to another says so
-        found = subject.of_real(subject.logits(subject.said))
+        with subject.patched(SteerConfig(attention=dataclasses.replace(subject.attention, backend=backend))):
+            found = subject.of_real(subject.logits(subject.said))
     return within(subject, found, expected, own, note=f"backend {backend!r}")
 
 

@@ -22,6 +22,7 @@ from hf_steer.ground.implementations import function_of, register_function, use_
 from hf_steer.ground.outputs import logits_in
 from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.testing.report import CannotShow
+from hf_steer.testing.softened import SoftenedLayer
 
 NAME = "hf_steer_dense_oracle"
 _ADDED: ContextVar[tuple[Mapping[int, Tensor], Tensor] | None] = ContextVar("hf_steer_dense_oracle", default=None)
@@ -60,6 +61,11 @@ class DenseOracle:
         table = {layer: torch.tensor(values, device=scores.device) for layer, values in strengths.items()}
         with ExitStack() as edits:
             for site in self.sites:
+                if site.takes is not None:
+                    if site.index in table:
+                        bias = table[site.index][None, :, None, None] * scores.float()[:, None, None, :]
+                        edits.enter_context(SoftenedLayer(site.module, bias))
+                    continue
                 edits.enter_context(SetAttentionFunction(site.module, NAME, layer=site.index))
             token = _ADDED.set((table, scores.float()))
             try:

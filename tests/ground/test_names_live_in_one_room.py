@@ -18,7 +18,12 @@ from hf_steer.ground.settings import SETTINGS
 ROOT = Path(hf_steer.__file__).parent
 BRIDGES, TRAINING = ROOT / "compose" / "bridges.py", ROOT / "training.py"
 """They make configurations, and talk to Trainer, in their words."""
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if "ground" not in path.parts and path not in (BRIDGES, TRAINING)]
+ZOO = ROOT / "testing" / "zoo"
+"""It makes configurations and inputs of every model there is."""
+FILES = [
+    path for path in sorted(ROOT.rglob("*.py"))
+    if "ground" not in path.parts and path not in (BRIDGES, TRAINING) and ZOO not in path.parents
+]  # fmt: skip
 
 
 def spellings(table: dict[str, tuple[str, ...]]) -> set[str]:

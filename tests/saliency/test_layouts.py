@@ -34,7 +34,7 @@ from hf_steer.ground.pictures import Square
 from hf_steer.saliency import find_spans, read_layouts
 from hf_steer.saliency.cuts import cut_in_parts
 from hf_steer.saliency.layouts import LAYOUTS
-from hf_steer.saliency.regions import cells_of_original, paint_region
+from hf_steer.saliency.regions import paint_region
 from hf_steer.values import Layout
 
 AS_IT_IS = {
@@ -117,7 +117,7 @@ def test_clip_shows_the_centre_square_and_siglip_the_whole(tower, size, side, pa
         config.vision_feature_select_strategy = strategy
         (layouts[strategy],) = layouts_of({"pixel_values": pixels}, anatomy_of(config, "llava"))["image"]
     layout = layouts["full"]
-    cells = cells_of_original(layout, (width, height))
+    cells = layout.at((width, height)).cells
     assert torch.isnan(cells[:classes]).all()
     assert len(cells) == classes + 64
     processed = (side, side)

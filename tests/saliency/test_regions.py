@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -14,6 +15,7 @@ from transformers import AutoProcessor
 from hf_steer import Saliency, SaliencyError
 from hf_steer.evidence import digits, pointing
 from hf_steer.saliency import scores_from_user
+from hf_steer.saliency.cuts import uncrop
 from hf_steer.saliency.paint import Boxes, Picture, Points
 from hf_steer.values import Layout, Span
 
@@ -94,6 +96,12 @@ def picture_span(index=0, cells=CELLS, **layout):
     return Span("image", 0, index, torch.arange(start, start + len(places)), Layout(cells=places, **layout))
 
 
+def cropped_span(cells):
+    """A picture of which the centre square is seen, and a newline."""
+    places = torch.tensor([*cells, (math.nan,) * 4], dtype=torch.float64)
+    return picture_span(cells=cells, fit=functools.partial(uncrop, places, 20))
+
+
 def sound_span(tokens=5, seconds=0.22, slack=0.01):
     edges = torch.arange(tokens + 1, dtype=torch.float64) * 0.04
     cells = torch.stack([edges[:-1], edges[1:]], 1)
@@ -114,7 +122,7 @@ def test_a_token_without_a_place_says_nothing():
 def test_a_cropped_picture_is_cut_as_its_shape_says():
     """Twice as wide as high: the middle half is shown, in two halves."""
     cells = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
-    span = picture_span(cells=cells, crop_px=20)
+    span = cropped_span(cells)
     scores = laid(Saliency.from_boxes((15, 0, 25, 20), (40, 20)), [span])  # seen are 10 to 30
     assert scores.values[0, 2:4].tolist() == [0.5, 0.5]
     high = laid(Saliency.from_boxes((0, 0, 10, 60), (20, 60)), [span])  # seen are 20 to 40 of 60
@@ -134,7 +142,7 @@ def test_a_cropped_picture_is_cut_as_its_shape_says():
     ],
 )
 def test_what_lies_where_the_processor_cuts_is_refused(said):
-    span = picture_span(cells=[(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)], crop_px=20)
+    span = cropped_span([(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)])
     message = r"image 0 in row 0 lies where no token looks: of its width the model sees 25.0 to 75.0 %, of its height 0.0 to 100.0"
     with pytest.raises(SaliencyError, match=message):
         laid(said, [span])

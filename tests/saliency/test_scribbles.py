@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -12,6 +13,7 @@ import torch
 
 from hf_steer import Saliency, SaliencyError
 from hf_steer.saliency import scores_from_user
+from hf_steer.saliency.cuts import uncrop
 from hf_steer.values import Layout, Span
 
 SIZE = (84, 56)
@@ -126,7 +128,8 @@ def test_scribbles_name_their_picture_and_combine():
 
 def test_a_line_where_no_token_looks_is_refused():
     cells = torch.tensor([(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)], dtype=torch.float64)
-    span = Span("image", 0, 0, torch.arange(2), Layout(cells=cells, crop_px=20))  # of 40 x 20 the middle is seen, 10 to 30
+    layout = Layout(cells=cells, fit=functools.partial(uncrop, cells, 20))  # of 40 x 20 the middle is seen, 10 to 30
+    span = Span("image", 0, 0, torch.arange(2), layout)
     real = torch.ones(1, 4, dtype=torch.bool)
 
     def laid(said):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from kit.crossing import CROSSING, make_crossing_inputs, make_crossing_model
 from kit.tiny import settle_generation, spread
+from kit.tiny_masked import make_masked, prompt_of
 
 from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, patch_model, verify
 from hf_steer.patching.gaze.biases import BiasMaker
@@ -70,6 +71,15 @@ def test_layers_without_attention_and_decoders_that_drop_keywords_are_verified(k
     assert {check.name for check in report.unshown} == {"aligners"}
     layers = 2 if more else 4
     assert f"{4 * layers} heads in {layers} layers" in {check.name: check.why for check in report.checks}["receipt"]
+
+
+def test_layers_that_get_their_bias_with_their_mask_are_verified_as_far_as_they_can_be_seen():
+    report = verify(make_masked("bloom"), prompt_of("bloom"))
+    assert report.holds, str(report)
+    assert {check.name for check in report.unshown} == {"aligners", "backend"}
+    whys = {check.name: check.why for check in report.checks}
+    assert "BloomAttention calls no attention function that can be exchanged" in whys["backend"]
+    assert "head by head it is not seen: BloomAttention" in whys["receipt"]
 
 
 def test_inputs_on_which_the_model_itself_fails_are_refused_with_its_own_words():

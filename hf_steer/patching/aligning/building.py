@@ -26,6 +26,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
+def laid_out_as(steered: Tensor, features: Tensor) -> Tensor:
+    """The same numbers, in memory as the features were: kernels round by that, and a fresh aligner changes no bit."""
+    if steered.shape != features.shape or steered.stride() == features.stride() or 0 in features.stride():
+        return steered
+    return torch.empty_strided(features.shape, features.stride(), dtype=steered.dtype, device=steered.device).copy_(steered)
+
+
 def placeholders_in(ids: Tensor, planned: PlannedAligner) -> Tensor:
     """`(batch, tokens)` bool: where features of this encoder stand."""
     mask = torch.zeros_like(ids, dtype=torch.bool)

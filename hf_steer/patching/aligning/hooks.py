@@ -15,7 +15,7 @@ from hf_steer.ground.arguments import Given, read_call, with_changes
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
 from hf_steer.patching.aligning.balancing import balance_of, trained
 from hf_steer.patching.aligning.begin import begin_aligners, real_frames
-from hf_steer.patching.aligning.building import build_placed, placeholders_in
+from hf_steer.patching.aligning.building import build_placed, laid_out_as, placeholders_in
 from hf_steer.patching.aligning.text import prompt_text
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.passes import Pass, pass_of
@@ -92,14 +92,19 @@ class Aligners(nn.ModuleList):
         """Projector: steer the features that it reads."""
         if not self._held()[0]:
             return None
-        if args:
-            return (self._steer(index, args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self._steer(index, kwargs[name])}
+        name = self.plan.aligners[index].encoder.argument
+        if args and name not in kwargs:
+            return (self._steer_read(index, args[0]), *args[1:]), kwargs
+        name = name if name in kwargs else next(iter(kwargs))
+        return args, {**kwargs, name: self._steer_read(index, kwargs[name])}
 
-    def after_outlet(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _steer_read(self, index: int, features: Tensor) -> Tensor:
+        """What an outlet reads; before a convolution the features are the second dimension."""
+        if not self.plan.aligners[index].encoder.channels_first:
+            return self._steer(index, features)
+        return self._steer(index, features.movedim(1, -1)).movedim(-1, 1)
+
+    def after_outlet(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Encoder: steer the features that it hands on."""
         if not self._held()[0]:
             return None
@@ -166,6 +171,12 @@ class Aligners(nn.ModuleList):
         planned, module = self.plan.aligners[index], self[index]
         if isinstance(module, nn.ModuleList) and layer is not None:
             module = module[layer]
+        if features.shape[-1] != planned.size:
+            raise AlignerError(
+                f"an aligner for {planned.config.modality} with placement {planned.config.placement!r} was made for features of "
+                f"size {planned.size}, and {type(planned.encoder.outlet).__name__} came with {tuple(features.shape)}. Please "
+                "report the model; another placement may do."
+            )
         device = next((parameter.device for parameter in module.parameters() if not parameter.is_meta), features.device)
         features = features.to(device)  # under offload features may still lie where they were made
         _, current = self._held()
@@ -173,7 +184,8 @@ class Aligners(nn.ModuleList):
         balances = None if current is None or not weight else current.balances
         listeners = [own for own in scope_of(self.owner[0]).listeners if own.follows_routing]
         if (balances is None and not listeners) or not planned.routes:
-            return laid_as(module(features, *more, **masks), features)
+            steered: Tensor = module(features, *more, **masks)
+            return laid_out_as(steered, features)
         routing: Routing
         steered, routing = module(features, *more, return_routing=True, **masks)
         mask = masks.get("mask", mask_of_tokens)
@@ -186,11 +198,4 @@ class Aligners(nn.ModuleList):
             place = f"{place}.{planned.layers[layer].index}"
         for listener in listeners:
             listener.routed(place, routing, mask)
-        return laid_as(steered, features)
-
-
-def laid_as(steered: Tensor, features: Tensor) -> Tensor:
-    """The same numbers, as the features lay in memory: in half precision products of others come out otherwise in the last bit."""
-    if steered.stride() == features.stride() or steered.shape != features.shape or 0 in features.stride():
-        return steered
-    return steered.new_empty_strided(features.shape, features.stride()).copy_(steered)
+        return laid_out_as(steered, features)

@@ -24,7 +24,7 @@ def plan_projectors(config: SteerConfig, anatomy: Anatomy) -> tuple[nn.Module, .
     """The projectors to be trained; ConfigError where there is none."""
     if not config.train_projector:
         return ()
-    projectors = tuple(encoder.projector for encoder in anatomy.encoders.values() if encoder.projector is not None)
+    projectors = tuple(own for encoder in anatomy.encoders.values() for own in encoder.projectors)
     if not projectors:
         raise ConfigError(f"train_projector=True, but {anatomy.family!r} has no projector between encoder and language model.")
     return projectors
@@ -36,13 +36,20 @@ def _placed(config: AlignerConfig, anatomy: Anatomy) -> PlannedAligner:
         able = ", ".join(name for name, row in FAMILIES.items() if config.modality in row.encoders)
         raise ConfigError(
             f"an aligner for modality {config.modality!r} was asked for, but {anatomy.family!r} has encoders for "
-            f"{', '.join(map(repr, anatomy.encoders)) or 'none'}. These families have one: {able}. To give a text-only model "
-            "an ear or an eye, see hf_steer.compose."
+            f"{', '.join(map(repr, anatomy.encoders)) or 'none'}: {anatomy.no_encoder.get(config.modality, 'it has no more')}. "
+            f"Among others, these families have one: {able}. To give a text-only model an ear or an eye, see hf_steer.compose."
         )
-    if config.placement == "projector" and encoder.projector is None:
+    if config.placement == "projector" and encoder.projector is None and not encoder.placeholder_ids:
         raise ConfigError(
             f"placement='projector' needs a projector between encoder and language model, which {anatomy.family!r} lacks; "
             "use placement='output' or 'layers'."
+        )
+    if config.placement in encoder.lacks:
+        others = [repr(own) for own in config.row.placements if own not in encoder.lacks]
+        raise ConfigError(
+            f"placement={config.placement!r} does not go with the {config.modality} encoder of {anatomy.family!r}: "
+            f"{encoder.lacks[config.placement]}. An aligner of kind {config.kind!r} can be placed at "
+            f"{' or '.join(others) or 'none'} there."
         )
     sizes = {"layers": encoder.layer_size, "output": encoder.size, "projector": anatomy.hidden_size}
     layers = _layers(config, encoder) if config.placement == "layers" else ()

@@ -25,6 +25,7 @@ from hf_steer.patching.gaze.begin import begin_gaze
 from hf_steer.patching.gaze.biases import BiasMaker
 from hf_steer.patching.gaze.crossing import state_across
 from hf_steer.patching.gaze.first_pass import look_at_prompt
+from hf_steer.patching.gaze.masking import Masking
 from hf_steer.patching.gaze.memory import write_state
 from hf_steer.patching.gaze.receipt import heed_pass, refuse_lost, refuse_unsigned
 from hf_steer.patching.gaze.scores import resolve_state
@@ -53,7 +54,9 @@ class Gaze(nn.Module):
             place_of(anatomy.root, site) for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers
         )
         self.covers = frozenset(place.site.module for place in self.places)
-        kinds = dict.fromkeys(type(place.site.module) for place in self.places)
+        by_mask = self.places if anatomy.carried == "mask" else ()
+        self.masking = Masking(by_mask, sees=plan.sees, crosses=anatomy.attends == "cross")
+        kinds = dict.fromkeys(type(place.site.module) for place in self.places if place.site.takes is None)
         family = anatomy.family
         self.functions = {
             kind: registered_name(str(decoder), "gaze", f"{family}_{kind.__name__}" if len(kinds) > 1 else family) for kind in kinds
@@ -85,7 +88,8 @@ class Gaze(nn.Module):
     def edits(self) -> Iterator[SetAttentionFunction | AddHook]:
         """All that the gaze changes, in the order of change."""
         anatomy = self.plan.anatomy
-        for place in self.places:
+        yield from self.masking.edits()
+        for place in () if self.masking.places else self.places:
             name = self.functions[type(place.site.module)]
             yield SetAttentionFunction(place.site.module, name, layer=place.site.index, sees=self.plan.sees)
         for site in self.plan.eyes:

@@ -66,6 +66,7 @@ def read_prompt(given: Given, plan: Plan, statement: Saliency | None, *, past: i
     longer = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens
     first = 0 if whole and not longer else past
     encoded = records_in(given.encoded) if given.encoded else {}
+    _refuse_unknown_places(plan, statement)
     _refuse_hidden_tokens(ids, plan, statement)
     watched = bool(plan.eyes) and statement is None
     arrangements = read_arrangements(given, plan.anatomy, whole=whole) if watched else {}
@@ -104,6 +105,20 @@ def real_tokens(mask: Tensor, length: int) -> Tensor:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = allowed.flatten(1, 2).any(1)
     return F.pad(mask[:, :length].bool(), (max(0, length - mask.shape[1]), 0), value=True)
+
+
+def _refuse_unknown_places(plan: Plan, statement: Saliency | None) -> None:
+    """What is said of pictures or sounds lands on tokens whose places are known."""
+    family, known = plan.anatomy.family, tuple(plan.anatomy.placeholder_ids)
+    for region in () if statement is None else statement.regions:
+        if region.modality not in known:
+            told = f", though it is for {' and '.join(known)}" if known else ""
+            raise SaliencyError(
+                f"something is said of {region.modality} {region.index} in row {region.row}, but where each token lies in it "
+                f"is not known for {family!r}{told}. Give one score per token with Saliency.from_tokens(...), or speak of the text "
+                "with Saliency.from_text(...). docs/families.md lists the families where it is known; a layout of your own is one "
+                "row, see docs/extending/family.md."
+            )
 
 
 def _refuse_hidden_tokens(ids: Tensor | None, plan: Plan, statement: Saliency | None) -> None:

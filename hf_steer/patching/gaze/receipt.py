@@ -61,15 +61,20 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
 
 
 @torch.compiler.disable  # what a thread is in cannot be read in a graph
-def heed_pass(module: Any, options: Mapping[str, Any]) -> Pass | None:
+def heed_pass(module: Any, options: Mapping[str, Any], *, sees: bool | None = None) -> Pass | None:
     """The pass that a steered module runs in, for decoders that hand no keyword on; None where nothing is steered.
+
+    Args:
+        module: of the layer.
+        options: that it is called with.
+        sees: whether the model's own eyes steer it when nobody says anything; None where its configuration tells.
 
     Raises:
         PatchError: it runs outside of any pass, and was to be steered.
     """
     current = pass_around(module)
     if current is None:
-        _refuse_stray(module, options)
+        _refuse_stray(module, options, sees)
     return current
 
 
@@ -81,7 +86,7 @@ def pass_around(module: Any) -> Pass | None:
     return current
 
 
-def _refuse_stray(module: Any, options: Mapping[str, Any]) -> None:
+def _refuse_stray(module: Any, options: Mapping[str, Any], sees: bool | None = None) -> None:
     """A steered attention module runs in no pass that the decoder's hooks saw: PatchError where it was to be steered.
 
     A checkpoint that backward recomputes runs with the arguments of its pass, whatever is said around backward. What the call
@@ -91,7 +96,8 @@ def _refuse_stray(module: Any, options: Mapping[str, Any]) -> None:
         return
     own = [steering for steering in steerings_with(SAID, OFF) if module in steering.gaze.covers]
     said = options.get(STATEMENT) is not None or any(not scope_of(steering).off for steering in own)
-    by_itself = not own and sees_by_itself(module.config) and not torch.is_grad_enabled()  # checkpoints are recomputed anywhere
+    sees = sees_by_itself(module.config) if sees is None else sees
+    by_itself = not own and sees and not torch.is_grad_enabled()  # checkpoints are recomputed anywhere
     if said or by_itself:
         raise PatchError(
             "a steered attention layer runs outside of any pass that hf_steer's hooks saw, so it is not steered: the hooks of the "

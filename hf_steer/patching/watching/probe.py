@@ -16,6 +16,7 @@ from hf_steer.families import resolve
 from hf_steer.ground.attention_call import called_by_name, layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
 from hf_steer.ground.parts import Anatomy, Site
+from hf_steer.patching.by_mask import refuse_unread
 from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
@@ -61,6 +62,7 @@ def probe_attention(
     """
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
+    refuse_unread(anatomy)
     every = tuple(anatomy.layers if sites is None else sites)
     chosen = {site.index for site in every} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})

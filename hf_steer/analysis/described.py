@@ -12,6 +12,7 @@ from hf_steer.ground.structure import stack_of
 CARRIED = {
     "keyword": "as a keyword that the decoder hands on to its attention",
     "pass": "out of the pass that runs in the thread, since this decoder drops keywords; not with gradient checkpointing",
+    "mask": "with the mask that its attention is called with, since that calls no function that can be exchanged",
 }
 
 

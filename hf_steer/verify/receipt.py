@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,19 +21,10 @@ def receipt(subject: Any) -> Finding:
     plain = subject.generate()
     with subject.patched(subject.gaze):
         answer, prompt = subject.generate(subject.said), subject.logits(subject.said)
-    before: Sampler = subject.memory.samplers[PLAIN]
-    sampler: Sampler = subject.memory.samplers[STEERED]
     named = {layer: tuple(head for head, value in enumerate(values) if value) for layer, values in subject.strengths.items()}
-    found = {layer: heads for layer, heads in sampler.biased.items() if heads}
-    if any(before.biased.values()):
-        return Finding(False, note="without steering a bias was handed to layers")
-    if not found and waits(subject):
-        raise CannotShow("its scope, schedule or gate lets nothing of this prompt and its first tokens be steered")
-    if found != named:
-        layers = [layer for layer in {**named, **found} if named.get(layer) != found.get(layer)]
-        return Finding(False, note=f"layers {layers}: named heads {named.get(layers[0])}, steered {found.get(layers[0])}")
-    if _says_otherwise(subject, sampler):
-        return Finding(False, note="what was added to the logits is not λ times the score that was said")
+    wrong = None if subject.unread is not None else _astray(subject, named)
+    if wrong is not None:
+        return Finding(False, note=wrong)
     change = max(largest(subject.of_real(prompt - subject.plain)), largest(torch.sub(*while_alike(answer, plain))))
     least = bar_for(subject, subject.plain, 0.0)
     if not change > least:
@@ -41,7 +33,29 @@ def receipt(subject: Any) -> Finding:
     lost = applied_in(subject, [one])
     heads = sum(map(len, named.values()))
     note = f"{heads} heads in {len(named)} layers; largest change of a logit {change:.3g}; rounding makes up to {least:.3g}"
-    return lost if not lost.holds else Finding(True, note=note)
+    unseen = "" if subject.unread is None else f"; head by head it is not seen: {subject.unread}"
+    return lost if not lost.holds else Finding(True, note=f"{note}{unseen}")
+
+
+def _astray(subject: Any, named: Mapping[int, tuple[int, ...]]) -> str | None:
+    """What is wrong with what was handed to the layers; None where nothing is.
+
+    Raises:
+        CannotShow: nothing was to be steered in these passes.
+    """
+    before: Sampler = subject.memory.samplers[PLAIN]
+    sampler: Sampler = subject.memory.samplers[STEERED]
+    found = {layer: heads for layer, heads in sampler.biased.items() if heads}
+    if any(before.biased.values()):
+        return "without steering a bias was handed to layers"
+    if not found and waits(subject):
+        raise CannotShow("its scope, schedule or gate lets nothing of this prompt and its first tokens be steered")
+    if found != named:
+        layers = [layer for layer in {**named, **found} if named.get(layer) != found.get(layer)]
+        return f"layers {layers}: named heads {named.get(layers[0])}, steered {found.get(layers[0])}"
+    if _says_otherwise(subject, sampler):
+        return "what was added to the logits is not λ times the score that was said"
+    return None
 
 
 def waits(subject: Any) -> bool:

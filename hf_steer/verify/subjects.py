@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError
 from hf_steer.patching import disable_steering, make_plan, patch_model, probe_attention, unpatch_model
+from hf_steer.patching.by_mask import MASK, why_unread
 from hf_steer.patching.lifted import lifted
 from hf_steer.patching.scopes import steering_of
 from hf_steer.saliency import Saliency
@@ -115,6 +116,17 @@ class Counted(Subject):
         """Around each call."""
         return nullcontext()
 
+    @property
+    def unread(self) -> str | None:
+        """Why what the layers attend with cannot be seen; None where it can."""
+        return why_unread(self.anatomy) if self.anatomy.carried == MASK else None
+
+    def _watched(self, sampler: Sampler) -> AbstractContextManager[None]:
+        if self.unread is None:
+            return probe_attention(self.model, sampler.read, sites=self.anatomy.layers)
+        sampler.failed = self.unread
+        return nullcontext()
+
     def anew(self, said: Saliency | None = None) -> Tensor:
         """Logits of the prompt, of a pass of its own."""
         with self._switched():
@@ -149,7 +161,7 @@ class Counted(Subject):
         key = (self.memory.now, "answer")
         if key not in self.memory.known:
             sampler = Sampler(self.sampled, self.sampled_rows)
-            with probe_attention(self.model, sampler.read, sites=self.anatomy.layers), self._switched():
+            with self._watched(sampler), self._switched():
                 self.memory.known[key] = super().generate(said)
             self.memory.samplers[self.memory.now] = sampler
         return self.memory.known[key]

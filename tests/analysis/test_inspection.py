@@ -62,6 +62,13 @@ def test_a_decoder_that_drops_keywords_is_told(inspect):
     assert {site["carried"] for site in report.sites} == {"pass"}
 
 
+def test_attention_that_gets_its_bias_with_its_mask_is_told(inspect):
+    report = inspect("BloomConfig", "BloomForCausalLM", vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+    assert report.gaze == "self"
+    assert report.anatomy["bias comes"].startswith("with the mask that its attention is called with")
+    assert "  self   layer   1  transformer.h.1.self_attention  BloomAttention, 4 query, 4 key/value, by mask" in report.listed()
+
+
 def test_attention_to_an_encoder_is_told_beside_that_to_the_prompt(inspect):
     report = inspect("BartConfig", "BartForConditionalGeneration", **BART)
     assert report.gaze == "self, cross"
@@ -87,8 +94,8 @@ def test_a_row_says_where_tokens_lie_and_where_aligners_go(inspect, family):
     [
         ("MambaConfig", "MambaForCausalLM", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2},
          "MambaModel has no attention to steer"),
-        ("BloomConfig", "BloomForCausalLM", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-         "BloomAttention"),
+        ("RwkvConfig", "RwkvForCausalLM", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2},
+         "what it calls attention carries what came before in a state"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_steered_is_told_with_the_reason(inspect, kind, architecture, values, reason, tmp_path, capsys):

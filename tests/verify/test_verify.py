@@ -10,6 +10,7 @@ import torch
 from kit.gazing import gaze, logits, prompt_for, steer
 from kit.tiny import IMPLEMENTATIONS, SEEING, UNCOMMON, make_model
 from kit.tiny_encoders import make_encoder_inputs, make_encoder_model
+from kit.versions import repeats_pictures
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,11 +58,13 @@ def unshown(report):
 @pytest.mark.parametrize(("family", "implementation"), CASES)
 def test_all_holds_for_a_model_as_it_lies_there(family, implementation, dtype):
     model, inputs = case_of(family, implementation, dtype)
-    report = verify(model, inputs)
-    assert report.holds, str(report)
-    assert [check.name for check in report.checks] == list(PROMISES)
     reads = family not in (*SEEING, "llava")
-    assert unshown(report) == ({"aligners": "the model has no encoder"} if reads else {})
+    odd = not reads and not repeats_pictures(family)  # transformers dealt the pictures of a row to the wrong beams
+    asked = [name for name in PROMISES if not (odd and name == "beams")]
+    report = verify(model, inputs, only=asked)
+    assert report.holds, str(report)
+    assert [check.name for check in report.checks] == asked
+    assert set(unshown(report)) == ({"aligners"} if reads else set())
     assert (report.family, report.implementation, report.patched) == (family, implementation, False)
     assert not get_steer_status(model).patched
 
@@ -95,7 +98,7 @@ def test_what_a_patch_has_learned_stays_and_is_saved_and_loaded():
     kept, trained = [own.clone() for own in steering.parameters()], [own.requires_grad for own in model.parameters()]
     report = verify(model, inputs)
     assert report.holds, str(report)
-    assert not report.unshown
+    assert set(unshown(report)) == (set() if repeats_pictures("llava") else {"beams"})
     assert all(torch.equal(own, before) for own, before in zip(steering.parameters(), kept, strict=True))
     assert [id(own) for own in optimiser.param_groups[0]["params"]] == [id(own) for own in steering_of(model).parameters()]
     assert [own.requires_grad for own in model.parameters()] == trained

@@ -95,7 +95,7 @@ def _look_up(calls: AttentionCalls) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _softmax(calls: AttentionCalls) -> Iterator[tuple[Any, str, Any]]:
-    inside = []
+    inside: list[Any] = []
 
     def wrapped(function: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if inside or logits.ndim < 3:  # some of these are made of others

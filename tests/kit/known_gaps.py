@@ -38,7 +38,7 @@ GAPS: dict[str, str] = {
     "vibevoice": "names none of ours for mask",
     "xlm": "its attention blots out by a mask of ones and zeros",
     "xlnet": "it has no cache of keys",
-    "pix2struct": "beams: SaliencyError: token saliency has shape (2, 11); the prompt needs (2, 12)",  # its `generate` keeps no cache
+    "pix2struct": "beams: SaliencyError: token saliency has shape (2, 11)",  # its `generate` keeps no cache
     # those that do not run by themselves, and are no language models
     "gemma4_assistant": KEYS_OF_OTHERS,
     "gemma4_unified_assistant": KEYS_OF_OTHERS,
@@ -47,15 +47,29 @@ GAPS: dict[str, str] = {
     **({"llama4-Llama4ForConditionalGeneration": "has no attribute 'image_outputs'"} if RELEASE == (5, 24) else {}),
 }  # fmt: skip
 """Model type, or `type-Class` -> part of the reason that `cover` gives."""
-OLDER: dict[str, str] = {
-    "codegen": "from the oracle",
-    "diffusion_gemma": "does not build",
-    "inkling_mm_model": "a prompt of a likeness raises",
-    "inkling_text": "a prompt of a likeness raises",
-    "nemotron_h": "KeyError: 'mlp'",
-    "olmo_hybrid": "has no attribute 'get_query_offset'",
+MASK_BEFORE_SCALE = "from the oracle"  # its attention divides the logits after the mask was added to them
+OLDER: dict[tuple[int, int], dict[str, str]] = {
+    (5, 14): {
+        "codegen": MASK_BEFORE_SCALE,
+        "diffusion_gemma": "does not build",
+        "inkling_mm_model": "a prompt of a likeness raises",
+        "inkling_text": "a prompt of a likeness raises",
+        "nemotron_h": "KeyError: 'mlp'",
+        "olmo_hybrid": "has no attribute 'get_query_offset'",
+    },
+    (5, 18): {
+        "codegen": MASK_BEFORE_SCALE,
+        "cohere_compass": "does not build",
+        "cohere_compass_text": "does not build",
+        "diffusion_gemma": "does not build",
+    },
+    (5, 23): {
+        "codegen": MASK_BEFORE_SCALE,
+        "gemma4_assistant": "does not build",
+        "gemma4_unified_assistant": "does not build",
+    },
 }
-"""The same for 5.14 alone."""
+"""The same for single older releases."""
 NEEDED = {"timm": ("fast_vlm", "gemma3n-Gemma3nForConditionalGeneration", "perception_lm")}
 """Optional packages of transformers -> what cannot be built without."""
 
@@ -66,5 +80,5 @@ def gap_of(architecture) -> str | None:
     for package, needing in NEEDED.items():
         if set(names) & set(needing) and importlib.util.find_spec(package) is None:
             return f"requires the {package} library"
-    gaps = GAPS | (OLDER if RELEASE == (5, 14) else {})
+    gaps = GAPS | OLDER.get(RELEASE, {})
     return next((gaps[name] for name in names if name in gaps), "" if architecture.kind in UNHEARD else None)

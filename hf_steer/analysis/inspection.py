@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,8 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
         FileError: no `config.json` that transformers can read.
     """
     config = read_base_config(id_or_dir, **hub_kwargs)
-    anatomy, reason, gazes, no_gaze = None, None, [], None
+    anatomy, reason, no_gaze = None, None, None
+    gazes: list[str] = []
     try:
         anatomy = resolve(build_on_meta(config))
         gazes, no_gaze = _gazes(anatomy)
@@ -114,14 +116,15 @@ def inspect_model(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> Inspe
 
 def _gazes(anatomy: Anatomy) -> tuple[list[str], str | None]:
     """What attention can be steered, and why not, where none can: as `patch_model` would say before it touches anything."""
-    able, why = [], None
-    for attends, sites in (("self", anatomy.layers), ("cross", anatomy.crosses)):
-        if not sites and attends == "cross":
-            continue
+    able: list[str] = []
+    why: str | None = None
+    wanted = [AttentionConfig(saliency=SaliencyConfig(source=None))]
+    if anatomy.crosses:
+        wanted.append(dataclasses.replace(wanted[0], attends="cross"))
+    for attention in wanted:
         try:
-            saliency = SaliencyConfig(source=None)
-            survey(make_plan(anatomy.root, SteerConfig(attention=AttentionConfig(attends=attends, saliency=saliency))))
-            able.append(attends)
+            survey(make_plan(anatomy.root, SteerConfig(attention=attention)))
+            able.append(attention.attends)
         except SteerError as error:
             why = why or str(error)
     return able, None if able else why

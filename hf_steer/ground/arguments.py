@@ -39,6 +39,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
             "feature_attention_mask", "input_features_mask", "audio_attention_mask", "input_values_mask", "audio_input_ids_mask",
             "padding_mask",
         ),
+        # these read the same of a call, by what they count
         "frame_mask": ("audio_input_ids_mask",),
         "sample_mask": ("input_values_mask", "padding_mask"),
         "sample_counts": ("chunk_sample_lengths",),
@@ -93,8 +94,9 @@ class Given:
         for word, name in self.own.items():
             if getattr(self, word) is None:
                 setattr(self, word, named.get(name))
-        if self.cache is not None:
-            self.cache = getattr(self.cache, SELF_PART, self.cache)
+        cache: Any = getattr(self, "cache", None)
+        if cache is not None:
+            setattr(self, "cache", getattr(cache, SELF_PART, cache))  # noqa: B010 - an attribute by one of our words
         ids, embeds = self.ids, self.embeds
         alone = ids is None or (embeds is not None and ids.shape[:2] != embeds.shape[:2])
         self.source: Any = embeds if alone else ids

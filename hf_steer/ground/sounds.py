@@ -25,6 +25,15 @@ def window_of(anatomy: Anatomy) -> tuple[int, int]:
     return 2 * steps, steps * setting(config, "features") // setting(config, "inner_features")
 
 
+COUNTED = ("mel_mask", "frame_mask", "sample_mask", "sample_counts", "sound_tokens")
+"""Words for what tells how long sounds are."""
+
+
+def sounds_came(given: Given) -> bool:
+    """Whether a call says how long its sounds are."""
+    return any(getattr(given, word) is not None for word in COUNTED)
+
+
 def count_steps(given: Given, word: str) -> list[tuple[int, bool]] | None:
     """Of each sound of a call, how many of its steps are real, and whether all of its row are; None where no sound came.
 

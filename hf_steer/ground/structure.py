@@ -73,13 +73,18 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     found = {
         names[module]: module
         for module in decoder.modules()
-        if module in names and module not in inside and looking_up(type(module)) and hasattr(module, "config")
+        if module in names and module not in inside and _looks_up(module) and hasattr(module, "config")
     }
     by_function = _by_function(decoder, names, found) if found else Attention(None)
     if by_function.layers or by_function.crosses:
         return by_function
     by_mask = _by_mask(decoder, names, inside)
     return by_mask if by_mask.layers or not found else by_function
+
+
+def _looks_up(module: Any) -> bool:
+    kind: Any = type(module)
+    return bool(looking_up(kind))
 
 
 def _by_mask(decoder: Any, names: Names, inside: set[nn.Module]) -> Attention:

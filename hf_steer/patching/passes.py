@@ -93,7 +93,7 @@ class Pass(SteeredCall):
         """Whether a decoder's call is this pass's, told by its tokens: models may drop the keyword on the way to it."""
         if self.source is None or given.source is None:
             return not self.decided
-        return given.source.shape[:2] == self.source.shape[:2]
+        return bool(given.source.shape[:2] == self.source.shape[:2])
 
     def over(self, layer: int, keys: int) -> HeadBias | None:
         """The bias of a layer that attends to another number of keys than was told; None where it is not known which."""

@@ -16,6 +16,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground import pictures
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.parts import Anatomy
+from hf_steer.ground.sounds import sounds_came
 from hf_steer.ground.tilings import least_enlarged, least_padded, nearest_ratio, patches_a_token, rounded_up, tokens_in_square
 from hf_steer.saliency.ears import EARS, heard
 from hf_steer.saliency.eyes import EyeRecord
@@ -146,7 +147,7 @@ def _of_cuts(cuts: Cuts) -> Layouts:
 
 
 def _heard(name: str, given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
-    return heard(given, EARS[name](anatomy))
+    return heard(given, EARS[name](anatomy)) if sounds_came(given) else {}
 
 
 LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], Layouts]] = MappingProxyType(

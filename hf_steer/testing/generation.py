@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.ground.arguments import named
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.saliency import Saliency
 from hf_steer.testing.compared import as_close_as_plain
 from hf_steer.testing.prompts import continued, shifted
@@ -68,7 +69,7 @@ def _said_again(subject: Subject, said: Saliency | None, out: Any) -> Tensor:
 
 def _answer_at_once(subject: Subject, said: Saliency | None, out: Any) -> Tensor:
     """Logits of each new token, of one pass over prompt and answer."""
-    whole = subject.logits(shifted(said, after=NEW_TOKENS), continued(subject, out.sequences))
+    whole = subject.logits(shifted(subject, said, after=NEW_TOKENS), continued(subject, out.sequences))
     return whole[:, -NEW_TOKENS - 1 : -1]
 
 
@@ -77,6 +78,8 @@ def why_not_at_once(subject: Subject) -> str | None:
     attention, said = subject.attention, subject.said
     if attention.phase_factors != (1.0, 1.0, 1.0) or attention.gate is not None:
         return "one pass over prompt and answer knows nothing of this gaze's scope, schedule or gate"
+    if reads_encoder(subject.anatomy.root):
+        return "the prompt is an encoder's"
     if said is None and attention.saliency.reads_prompt:
         return "this gaze's saliency is read from the whole prompt, which the answer would be a part of"
     scaled = attention.saliency.preserve_mass or attention.saliency.normalize != "none"

@@ -44,7 +44,7 @@ def padding(subject: Subject) -> Finding:
     longer = padded(subject, PADDING)
 
     def ways(said: Saliency | None) -> tuple[Tensor, Tensor]:
-        found = subject.logits(shifted(said, before=PADDING), longer)[:, PADDING:]
+        found = subject.logits(shifted(subject, said, before=PADDING), longer)[:, PADDING:]
         return subject.of_real(found), subject.of_real(subject.logits(said))
 
     return as_close_as_plain(subject, ways, config=subject.gaze, said=subject.said)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_steer.ground.arguments import Given, with_changes
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.saliency import Saliency
 from hf_steer.testing.report import CannotShow
 from hf_steer.testing.subject import Subject
@@ -46,9 +47,9 @@ def with_other_end(subject: Subject) -> dict[str, Any]:
     return with_changes(subject.model, Given(dict(subject.inputs)), ids=changed)
 
 
-def shifted(said: Saliency | None, *, before: int = 0, after: int = 0) -> Saliency | None:
+def shifted(subject: Subject, said: Saliency | None, *, before: int = 0, after: int = 0) -> Saliency | None:
     """The same statement about a prompt with more tokens, of which nothing is said."""
-    if said is None or said.tokens is None:
+    if said is None or said.tokens is None or subject.attention.attends == "cross":
         return said
     return Saliency.from_tokens(F.pad(said.tokens, (before, after)))
 
@@ -56,6 +57,8 @@ def shifted(said: Saliency | None, *, before: int = 0, after: int = 0) -> Salien
 def ids_of(subject: Subject) -> Tensor:
     """Token numbers of the prompt."""
     ids = subject.given.ids
+    if subject.anatomy.decoder is not None and reads_encoder(subject.anatomy.root):
+        raise CannotShow("the token numbers of the inputs are those of an encoder, which looks both ways")
     if subject.anatomy.decoder is None or not isinstance(ids, Tensor):
         raise CannotShow("there is no prompt of token numbers in the inputs")
     return ids

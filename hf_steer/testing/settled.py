@@ -61,7 +61,7 @@ def whole_steering(anatomy: Anatomy, *, sees: bool) -> SteerConfig:
     """
     attention = None
     if anatomy.layers and not reads_encoder(anatomy.root):  # theirs reads words that are not among the inputs
-        strength = {site.index: {head: _strength(site.index, head) for head in range(site.heads)} for site in anatomy.layers}
+        strength = {site.index: {head: strength_of(site.index, head) for head in range(site.heads)} for site in anatomy.layers}
         saliency = SaliencyConfig() if sees else SaliencyConfig(source=None, normalize="none")
         attention = AttentionConfig(heads=dict.fromkeys(strength, "all"), strength=strength, saliency=saliency)
     aligners: list[AlignerConfig] = []
@@ -73,7 +73,7 @@ def whole_steering(anatomy: Anatomy, *, sees: bool) -> SteerConfig:
     return SteerConfig(attention=attention, aligners=tuple(aligners))
 
 
-def _strength(layer: int, head: int) -> float:
+def strength_of(layer: int, head: int) -> float:
     """From 0.5 to 1.5, towards what is said or away from it; heads and layers side by side differ."""
     size = 0.5 + (3 * layer + 5 * head) % 7 / 6
     return -size if (layer + head) % 2 else size

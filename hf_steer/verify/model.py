@@ -15,9 +15,10 @@ from hf_steer.config import AttentionConfig, SteerConfig
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.arguments import Given
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.parts import Anatomy
-from hf_steer.patching import get_steer_status, read_saliency, use_saliency
+from hf_steer.patching import get_steer_status, make_plan, read_saliency, use_saliency
 from hf_steer.patching.scopes import find_steering, scope_of
 from hf_steer.saliency import Saliency
 from hf_steer.testing.checking import check, evaluating, wanted
@@ -25,6 +26,7 @@ from hf_steer.testing.report import Check
 from hf_steer.testing.settled import settle
 from hf_steer.testing.subject import random_saliency
 from hf_steer.verify.counting import counted
+from hf_steer.verify.crossing import gaze_across, said_across, with_words
 from hf_steer.verify.prompts import check_inputs, short_prompts
 from hf_steer.verify.report import Verification
 from hf_steer.verify.rows import BUDGET, PROMISES
@@ -79,6 +81,7 @@ def verify(
         config = SteerConfig(attention=config)
     _refuse_nothing(anatomy)
     own = short_prompts(anatomy, tokenizer) if inputs is None else check_inputs(inputs)
+    own = with_words(anatomy, own)
     begun, checks = time.monotonic(), []
     with evaluating(model), torch.no_grad(), counted(anatomy) as counter:
         if steering is None:
@@ -115,6 +118,13 @@ def _fresh(
         saliency = random_saliency(given, seed=0)  # its eyes have nothing to see
     if config is not None and attention is None and not config.aligners:
         raise ConfigError("this configuration asks for nothing, neither attention nor aligners, so there is nothing to verify.")
+    if config is None and anatomy.crosses and reads_encoder(anatomy.root):
+        config = gaze_across(anatomy)
+    if config is not None and config.attention is not None and config.attention.attends == "cross":
+        if saliency is None:
+            saliency = said_across(model, anatomy, inputs)
+        across = make_plan(model, config, tokenizer).anatomy
+        return Counted(model, inputs, across, config, saliency, tokenizer, copies=False, thorough=False)
     settled, said = settle(model, inputs, anatomy, config=config, saliency=saliency)
     if config is None and not given.perceives:
         settled = dataclasses.replace(settled, aligners=())
@@ -134,9 +144,12 @@ def _standing(
     plan = steering.plan  # type: ignore[union-attr]
     said, given = saliency or scope_of(steering).saliency, Given(inputs)
     if plan.config.attention is not None and plan.strengths:
-        if said is None and not (plan.sees and given.perceives):
+        across = plan.config.attention.attends == "cross"
+        if said is None and across:
+            said = said_across(model, anatomy, inputs)
+        elif said is None and not (plan.sees and given.perceives):
             said = random_saliency(given, seed=0)
-        if saliency is not None:
+        elif saliency is not None and not across:
             read_saliency(model, inputs, given=saliency)
     status = get_steer_status(model)
     if said is not None and plan.config.attention is not None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_steer.config import SteerConfig
+from hf_steer.errors import ConfigError
 from hf_steer.patching import disable_steering, make_plan, patch_model, probe_attention, unpatch_model
 from hf_steer.patching.lifted import lifted
 from hf_steer.patching.scopes import steering_of
 from hf_steer.saliency import Saliency
 from hf_steer.testing.prompts import mask_of
+from hf_steer.testing.state import State, state_of
 from hf_steer.testing.subject import Subject
 from hf_steer.verify.sampling import Sampler
 
@@ -55,6 +57,17 @@ class Counted(Subject):
     def root(self) -> Any:
         """The model inside of all wrappers."""
         return self.anatomy.root
+
+    @cached_property
+    def before(self) -> State:
+        """As of `Subject`; also of a model that cannot generate from these inputs."""
+        try:
+            _ = self.plain, None if self.config.attention is None else self.plain_steps
+        except Exception as error:  # a model may fail in any way; what needs its words says so
+            if (PLAIN, "prompt") not in self.memory.known:
+                why = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"the model itself fails on these inputs, unsteered ({why}).") from error
+        return state_of(self.model)
 
     @cached_property
     def strengths(self) -> Mapping[int, tuple[float, ...]]:
@@ -113,7 +126,9 @@ class Counted(Subject):
             return self.anew()
 
     def mask_row(self, row: int) -> Tensor:
-        """`(tokens,)`: 1 for the real ones of a row."""
+        """`(tokens,)`: 1 for the real ones of a row; of what an encoder hands on nothing is said of others."""
+        if self.attention.attends == "cross":
+            return torch.ones(1, dtype=torch.float64)
         return mask_of(self)[row].cpu().double()
 
     def logits(self, said: Saliency | None = None, inputs: Mapping[str, Any] | None = None, model: Any = None) -> Tensor:
@@ -134,7 +149,7 @@ class Counted(Subject):
         key = (self.memory.now, "answer")
         if key not in self.memory.known:
             sampler = Sampler(self.sampled, self.sampled_rows)
-            with probe_attention(self.model, sampler.read), self._switched():
+            with probe_attention(self.model, sampler.read, sites=self.anatomy.layers), self._switched():
                 self.memory.known[key] = super().generate(said)
             self.memory.samplers[self.memory.now] = sampler
         return self.memory.known[key]
@@ -179,7 +194,7 @@ class Standing(Counted):
         return None if self.config.attention is None else self.gaze
 
     @property
-    def strengths(self) -> Mapping[int, tuple[float, ...]]:  # type: ignore[override]
+    def strengths(self) -> Mapping[int, tuple[float, ...]]:
         """Layer -> λ per query head of the gaze, as planned."""
         return steering_of(self.model).plan.strengths  # type: ignore[no-any-return]
 

@@ -41,12 +41,6 @@ def test_the_page_of_families_says_what_the_table_of_families_says():
     assert said == {}
 
 
-def test_the_readme_names_every_family():
-    table = words_of(README).split("## What works")[1].split("[Families]")[0]
-    names = [row[0] for row in table_under(DOCS / "families.md", "families")]
-    assert not [name for name in names if name not in table]
-
-
 def test_the_page_of_backends_has_a_row_for_each_with_what_it_runs_over():
     said = {row[0]: row[2] for row in table_under(DOCS / "backends.md", "backends")}
     assert list(said) == [f'`"{name}"`' for name in BACKENDS]

@@ -175,7 +175,8 @@ def test_inspect_says_why_a_model_cannot_be_patched(tmp_path, capsys):
 
     MambaConfig(architectures=["MambaForCausalLM"], num_hidden_layers=1).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "can be patched   no: a gaze cannot be put into this 'mamba' model: MambaModel has no attention" in capsys.readouterr().out
+    why = "can be patched   no: a gaze cannot be put into this 'mamba' model: MambaModel has no attention"
+    assert why in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "nowhere"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["kind"] == "FileError"
     assert main(["demo", "--model", str(tmp_path / "nowhere")]) == 1

@@ -8,7 +8,7 @@ from hf_steer.testing.coverage import cover
 
 
 def check_coverage(architecture) -> None:
-    """Steered as the oracle says in every way that it runs, undone, and the same where nothing is said; or its known reason."""
+    """Steered as the oracle says in every way that it can be run, undone, bit-equal where nothing is said; or its reason."""
     found = cover(architecture.model_type, architecture.class_name)
     gap = gap_of(architecture)
     if gap is None:

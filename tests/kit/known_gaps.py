@@ -38,7 +38,8 @@ GAPS: dict[str, str] = {
     "vibevoice": "names none of ours for mask",
     "xlm": "its attention blots out by a mask of ones and zeros",
     "xlnet": "it has no cache of keys",
-    "pix2struct": "beams: SaliencyError: token saliency has shape (2, 11)",  # its `generate` keeps no cache
+    # its `generate` keeps no cache
+    "pix2struct": "beams: SaliencyError: token saliency has shape (2, 11); the prompt needs (2, 12)",
     # those that do not run by themselves, and are no language models
     "gemma4_assistant": KEYS_OF_OTHERS,
     "gemma4_unified_assistant": KEYS_OF_OTHERS,

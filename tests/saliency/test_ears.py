@@ -212,4 +212,6 @@ def test_stretches_at_the_edges_name_places_that_are_there():
 
 
 def test_every_ear_is_heard_by_a_model_of_this_file():
-    assert {family_of(family).layout for family in LISTENERS} == {*EARS, "qwen2_audio", "audioflamingo3", "voxtral"}
+    layouts = [family_of(family).layout for family in LISTENERS]
+    heard = {layout if isinstance(layout, str) else layout[-1] for layout in layouts}  # behind that of its pictures
+    assert heard == {*EARS, "qwen2_audio", "audioflamingo3", "voxtral"}

@@ -88,7 +88,8 @@ def test_a_softmax_is_told_by_the_module_that_calls_it():
     with AttentionCalls("softmax") as calls:
         model(**tiny_inputs(model))
     names = {module: name for name, module in model.named_modules()}
-    assert [names[module] for module in calls.reading(TOKENS)] == [f"transformer.h.{layer}.attn.attention" for layer in (0, 1)]
+    attending = [f"transformer.h.{layer}.attn.attention" for layer in (0, 1)]
+    assert [names[module] for module in calls.reading(TOKENS)] == attending
     with AttentionCalls() as calls:
         model(**tiny_inputs(model))
     assert calls.seen == []
@@ -99,8 +100,8 @@ def test_a_model_that_is_refused_says_why():
     assert (found.builds, found.interface, found.patched, found.covered) == (True, False, False, False)
     assert found.reason.startswith("refused: a gaze cannot be put into this 'mamba' model")
     assert set(found.stages.values()) == {None}
-    ends = ["model_type", "class_name", "kind", "builds", "interface", "patched"], ["seconds", "reason"]
-    assert list(found.row()) == [*ends[0], *coverage.STAGES, *ends[1]]
+    fields = ["model_type", "class_name", "kind", "builds", "interface", "patched", *coverage.STAGES, "seconds", "reason"]
+    assert list(found.row()) == fields
 
 
 def test_what_transformers_lacks_is_refused():

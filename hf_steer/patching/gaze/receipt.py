@@ -60,7 +60,7 @@ def refuse_lost(module: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-@torch.compiler.disable  # what a thread is in cannot be read in a graph
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what a thread is in cannot be read in a graph
 def heed_pass(module: Any, options: Mapping[str, Any], *, sees: bool | None = None) -> Pass | None:
     """The pass that a steered module runs in, for decoders that hand no keyword on; None where nothing is steered.
 

@@ -15,7 +15,7 @@ from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.attention_call import called_by_name, layer_of
 from hf_steer.ground.implementations import function_of, implementation_of, register_function
-from hf_steer.ground.parts import Anatomy
+from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.patching.by_mask import refuse_unread
 from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.gaze.receipt import pass_around
@@ -43,7 +43,9 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 @contextmanager
-def probe_attention(model: Any, read: Witness, *, layers: Iterable[int] | None = None) -> Iterator[None]:
+def probe_attention(
+    model: Any, read: Witness, *, layers: Iterable[int] | None = None, sites: Iterable[Site] | None = None
+) -> Iterator[None]:
     """Hand what each decoder layer is about to attend with to `read`, in this thread, for the calls inside the block.
 
     The layers' attention functions are wrapped meanwhile: do not enter or leave it while other threads run the model.
@@ -53,6 +55,7 @@ def probe_attention(model: Any, read: Witness, *, layers: Iterable[int] | None =
         read: called once per layer and forward pass; must not change the tensors. A function that it returns is called with what
             the layer's attention function gives back: `(batch, queries, heads, value_dim)` and weights, or None.
         layers: which; all when None.
+        sites: instead of those that the model's gaze steers, or would: such as `anatomy_of(model).crosses`.
 
     Raises:
         PatchError: unknown family, or an attention implementation that cannot be wrapped.
@@ -60,11 +63,12 @@ def probe_attention(model: Any, read: Witness, *, layers: Iterable[int] | None =
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
     refuse_unread(anatomy)
-    chosen = {site.index for site in anatomy.layers} if layers is None else set(layers)
+    every = tuple(anatomy.layers if sites is None else sites)
+    chosen = {site.index for site in every} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
     try:
         with ExitStack() as edits:
-            for site in anatomy.layers:
+            for site in every:
                 if site.index in chosen:
                     name = _register(site.module, anatomy.decoder)
                     edits.enter_context(SetAttentionFunction(site.module, name, layer=site.index))

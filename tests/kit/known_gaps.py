@@ -49,6 +49,7 @@ GAPS: dict[str, str] = {
 }  # fmt: skip
 """Model type, or `type-Class` -> part of the reason that `cover` gives."""
 MASK_BEFORE_SCALE = "from the oracle"  # its attention divides the logits after the mask was added to them
+NO_MASK = "a pass calls no module with a mask over its tokens"  # BERT's kin, before it called attention functions
 OLDER: dict[tuple[int, int], dict[str, str]] = {
     (5, 14): {
         "codegen": MASK_BEFORE_SCALE,
@@ -57,6 +58,10 @@ OLDER: dict[tuple[int, int], dict[str, str]] = {
         "inkling_text": "a prompt of a likeness raises",
         "nemotron_h": "KeyError: 'mlp'",
         "olmo_hybrid": "has no attribute 'get_query_offset'",
+        **dict.fromkeys(("big_bird", "megatron-bert", "rembert", "roformer"), NO_MASK),
+        **dict.fromkeys(("longt5", "mt5", "pix2struct", "pop2piano", "t5", "udop"), "its code adds no mask to its logits"),
+        "git": "a step of a likeness raises",
+        "switch_transformers": "a prompt of a likeness raises",
     },
     (5, 18): {
         "codegen": MASK_BEFORE_SCALE,

@@ -106,7 +106,7 @@ def spread(model: Any, seed: int) -> None:
             continue
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
-            turned = weight.ndim == 2 and HEAD_SIZE <= weight.shape[0]  # GPT-2 keeps its matrices the other way round
+            turned = weight.ndim == 2 and weight.shape[0] >= HEAD_SIZE  # GPT-2 keeps its matrices the other way round
             read = min(weight.shape) if turned else weight[0].numel()
             weight.copy_(noise * read**-0.5 * GAIN)
         elif not any(part in name for part in ORDERED):

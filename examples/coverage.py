@@ -55,11 +55,15 @@ def as_table(found):
     return "\n".join(lines)
 
 
+def as_word(value):
+    return MARKS[value] if value is None or isinstance(value, bool) else value
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: MARKS.get(value, value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: as_word(value) for name, value in row.items()} for row in rows)
 
 
 def main():

@@ -112,12 +112,12 @@ def _cover(blank: Coverage, implementation: str) -> Coverage:
     if why:
         return replace(blank, reason=f"does not run: {why}")
     runs = replace(blank, builds=True, interface=through == "interface")
-    steered, why = model, ""
-    if implementation != ORACLE:
-        steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)))
-    plain, why = ([], why) if why else _attempt(lambda: [whole(steered, batch), whole(steered, batch)])
-    case = Case(model, steered, through, reading, plain)
-    why = why or case.refusal()
+    other = implementation != ORACLE
+    steered, why = _attempt(lambda: reader(tiny_model(*names, implementation=implementation)) if other else model)
+    if why:
+        return replace(runs, reason=f"does not build: {why}")
+    case = Case(model, steered, through, reading, [whole(steered, batch), whole(steered, batch)])
+    why = case.refusal()
     return replace(runs, reason=why) if why else _held(case, runs)
 
 
@@ -194,6 +194,8 @@ class Case:
             return self.hold(replace(way, run=way.instead, also=None, instead=None))
         if plain is None:
             return Verdict(None, f"not shown, {why}")
+        if self.steered is not self.model and apart(way.run(self.steered, batch), plain) > BAR:
+            return Verdict(None, f"not shown, the model itself is not what it is in {ORACLE}")
         expected, why = _attempt(lambda: self._biased(way.run, batch, scores))
         if expected is None:
             return Verdict(None, f"no oracle, {why}")

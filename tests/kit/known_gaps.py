@@ -48,15 +48,34 @@ GAPS: dict[str, str] = {
     **({"llama4-Llama4ForConditionalGeneration": "has no attribute 'image_outputs'"} if RELEASE == (5, 24) else {}),
 }  # fmt: skip
 """Model type, or `type-Class` -> part of the reason that `cover` gives."""
-OLDER: dict[str, str] = {
-    "codegen": "from the oracle",
-    "diffusion_gemma": "does not build",
-    "inkling_mm_model": "a prompt of a likeness raises",
-    "inkling_text": "a prompt of a likeness raises",
-    "nemotron_h": "KeyError: 'mlp'",
-    "olmo_hybrid": "has no attribute 'get_query_offset'",
+MASK_BEFORE_SCALE = "from the oracle"  # its attention divides the logits after the mask was added to them
+NO_MASK = "a pass calls no module with a mask over its tokens"  # BERT's kin, before it called attention functions
+OLDER: dict[tuple[int, int], dict[str, str]] = {
+    (5, 14): {
+        "codegen": MASK_BEFORE_SCALE,
+        "diffusion_gemma": "does not build",
+        "inkling_mm_model": "a prompt of a likeness raises",
+        "inkling_text": "a prompt of a likeness raises",
+        "nemotron_h": "KeyError: 'mlp'",
+        "olmo_hybrid": "has no attribute 'get_query_offset'",
+        **dict.fromkeys(("big_bird", "megatron-bert", "rembert", "roformer"), NO_MASK),
+        **dict.fromkeys(("longt5", "mt5", "pix2struct", "pop2piano", "t5", "udop"), "its code adds no mask to its logits"),
+        "git": "a step of a likeness raises",
+        "switch_transformers": "a prompt of a likeness raises",
+    },
+    (5, 18): {
+        "codegen": MASK_BEFORE_SCALE,
+        "cohere_compass": "does not build",
+        "cohere_compass_text": "does not build",
+        "diffusion_gemma": "does not build",
+    },
+    (5, 23): {
+        "codegen": MASK_BEFORE_SCALE,
+        "gemma4_assistant": "does not build",
+        "gemma4_unified_assistant": "does not build",
+    },
 }
-"""The same for 5.14 alone."""
+"""The same for single older releases."""
 NEEDED = {"timm": ("fast_vlm", "gemma3n-Gemma3nForConditionalGeneration", "perception_lm")}
 """Optional packages of transformers -> what cannot be built without."""
 
@@ -67,5 +86,5 @@ def gap_of(architecture) -> str | None:
     for package, needing in NEEDED.items():
         if set(names) & set(needing) and importlib.util.find_spec(package) is None:
             return f"requires the {package} library"
-    gaps = GAPS | (OLDER if RELEASE == (5, 14) else {})
+    gaps = GAPS | OLDER.get(RELEASE, {})
     return next((gaps[name] for name in names if name in gaps), "" if architecture.kind in UNHEARD else None)

@@ -13,7 +13,7 @@ from hf_steer.errors import ConfigError
 from hf_steer.testing.zoo.catalogue import Architecture, find
 from hf_steer.testing.zoo.exceptions import BUILT_WITH, EXCEPTIONS
 from hf_steer.testing.zoo.shrinking import TokenNumbers, shrink, with_paths
-from hf_steer.testing.zoo.sizes import WORDS
+from hf_steer.testing.zoo.sizes import HEAD_SIZE, WORDS
 
 MOST_PARAMETERS = 20_000_000
 GAIN = 1.3
@@ -106,7 +106,9 @@ def spread(model: Any, seed: int) -> None:
             continue
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
-            weight.copy_(noise * weight[0].numel() ** -0.5 * GAIN)
+            turned = weight.ndim == 2 and weight.shape[0] >= HEAD_SIZE  # GPT-2 keeps its matrices the other way round
+            read = min(weight.shape) if turned else weight[0].numel()
+            weight.copy_(noise * read**-0.5 * GAIN)
         elif not any(part in name for part in ORDERED):
             weight.add_(noise * 0.05)
 

@@ -59,7 +59,9 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         passing.read(call)
     if bias is None:
         return call.inner(call.module, call.query, call.key, call.value, call.mask, **call.options)
-    layer = call.module.config.hf_steer_layer
+    layer = getattr(getattr(call.module, "config", None), "hf_steer_layer", None)
+    if layer is None:  # a call that no patched model made
+        layer = call.layer
     if bias.key.shape[1] != call.key.shape[2]:
         bias = call.bias = bias_over(passing, layer, bias, call.key.shape[2])
     if bias.key.device != call.key.device:

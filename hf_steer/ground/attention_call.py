@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hf_steer.ground.implementations import is_their_own, numbered_layer
+from hf_steer.ground.implementations import LAYER, is_their_own
 from hf_steer.values import HeadBias
 
 HARMLESS = frozenset({"kernel_options", "output_attentions", "position_ids", "use_cache", "cache_position", "head_dim", "training"})
@@ -116,7 +116,7 @@ def options_of(*, scale: float | None = None, causal: bool | None = None, added:
 
 def layer_of(module: Any) -> int:
     """The number of the decoder layer that an attention module belongs to: as its steering says, or else as it says itself."""
-    number = numbered_layer(module.config)
+    number = getattr(getattr(module, "config", None), LAYER, None)
     return module.layer_idx if number is None else number  # type: ignore[no-any-return]
 
 
@@ -158,7 +158,7 @@ def _steer(
         hf_steer = unheard(module, options)
         if hf_steer is None:
             return inner(module, query, key, value, attention_mask, **options)
-    bias = hf_steer.biases.get(module.config.hf_steer_layer)
+    bias = hf_steer.biases.get(layer_of(module))
     if bias is None and hf_steer.read is None:
         return inner(module, query, key, value, attention_mask, **options)
     return attend(AttentionCall(module, inner, implementation, query, key, value, attention_mask, bias, options), hf_steer)

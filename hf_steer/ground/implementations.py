@@ -21,7 +21,8 @@ _NAME = "_attn_implementation_internal"
 ORIGINAL = "hf_steer_original"
 """Where a steered module's config keeps the one that it is a copy of."""
 _SEES = "hf_steer_sees"
-_LAYER = "hf_steer_layer"
+LAYER = "hf_steer_layer"
+"""Where a steered module's config says the number that we know it by."""
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of a model that run its passes in a thread of their own, on paged caches."""
 _BATCHING_ENDS = ("destroy_cached_continuous_batching_manager",)
@@ -56,7 +57,7 @@ def with_implementation(config: Any, name: str, *, sees: bool = False, layer: in
     changed = copy.copy(config)
     setattr(changed, ORIGINAL, original_config(config))
     setattr(changed, _SEES, sees)
-    setattr(changed, _LAYER, numbered_layer(config) if layer is None else layer)
+    setattr(changed, LAYER, numbered_layer(config) if layer is None else layer)
     setattr(changed, _NAME, name)  # the property's setter would reach into shared sub-configs
     return changed
 
@@ -79,7 +80,7 @@ def sees_by_itself(config: Any) -> bool:
 
 def numbered_layer(config: Any) -> Any:
     """The number that a steered module's config says it is known by; None for others."""
-    return getattr(config, _LAYER, None)
+    return getattr(config, LAYER, None)
 
 
 def register_function(name: str, function: Callable[..., Any], *, masked_as: str | None = None) -> None:

@@ -21,6 +21,7 @@ from hf_steer.ground.proof import SOURCE, TOKENS, Guessing, Seen, likeness_of, p
 
 ROWS = 3
 """Of the prompt that is tried: told apart from one, and from its tokens."""
+_SCALES = frozenset({"mul", "mul_", "div", "div_"})
 _ADDS = frozenset({"add", "add_", "sub", "baddbmm", "_scaled_dot_product_attention_math"})
 _KEEPS = frozenset(
     {"alias", "view", "_unsafe_view", "reshape", "slice", "select", "expand", "permute", "transpose", "unsqueeze", "_to_copy",
@@ -162,6 +163,8 @@ def _try_form(
         fault = prompt_and_step(likeness, begin, mode=follows, rows=ROWS, **how)
     if fault:
         return f"it takes no mask with a layer per head: {fault}"
+    if follows.scaled:
+        return "its code scales its logits once its mask is added, and a bias in it with them"
     return "" if calls == added + follows.added else "its code adds no mask to its logits"
 
 
@@ -175,7 +178,8 @@ class _Following(Guessing):
     def forget(self) -> None:
         """Begin anew."""
         self.followed: dict[int, Tensor] = {}  # held, or another could take the number of one that is gone
-        self.added = False
+        self.sums: dict[int, Tensor] = {}
+        self.added = self.scaled = False
 
     def follow(self, tensor: Tensor) -> Tensor:
         """One more."""
@@ -184,9 +188,12 @@ class _Following(Guessing):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(function, types, args, kwargs)
+        if args and id(args[0]) in self.sums:
+            self.scaled = self.scaled or function.overloadpacket.__name__ in _SCALES
         if any(id(own) in self.followed for own in (*args, *(kwargs or {}).values())):
             name = function.overloadpacket.__name__
-            self.added = self.added or name in _ADDS
+            if name in _ADDS:
+                self.added, self.sums[id(result)] = True, result
             if name in _KEEPS:
                 self.follow(result)
         return result

@@ -122,7 +122,8 @@ def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Te
     if isinstance(region.paint, Stretches):
         return _on_sound(region, region.paint, layout)
     _refuse_other_aspect(region, layout)
-    layout = layout.at(region.size)
+    if layout.fit is not None:
+        layout = layout.at(region.size)
     if isinstance(region.paint, Film):
         return _on_frames(region, region.paint, layout, temporal_patch_size)
     if layout.cells is None:

@@ -44,7 +44,8 @@ def unshown(family):
 
 
 def test_no_family_is_left_out():
-    assert {family for family, _ in CASES} >= set(hf_steer.families.FAMILIES)
+    rows = hf_steer.families.FAMILIES.items()
+    assert {family for family, _ in CASES} >= {name for name, row in rows if row.encoders or row.composes or row.blocks}
 
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)

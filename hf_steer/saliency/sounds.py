@@ -58,8 +58,9 @@ def frames_of(places: int, step_seconds: float, start_seconds: float = 0.0, whol
         start_seconds: where the first begins.
         whole_seconds: how long the sound is, as far as it is longer.
     """
-    edges = start_seconds + torch.arange(places + 1, dtype=torch.float64) * step_seconds
-    size = max(float(edges[-1]), whole_seconds)
+    middles = torch.arange(places + 1, dtype=torch.float64) - 0.5  # a convolution with padding puts the first on the beginning
+    edges = start_seconds + middles * step_seconds
+    size = max(start_seconds + places * step_seconds, whole_seconds)
     return Layout(cells=torch.stack([edges[:-1], edges[1:]], 1), size=(size,), slack=math.inf, continues=True)
 
 

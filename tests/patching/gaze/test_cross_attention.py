@@ -138,8 +138,8 @@ def test_what_the_encoder_made_of_padding_gets_no_bias():
 def test_seconds_of_a_sound_fall_on_whispers_frames():
     model, inputs = make_crossing_model("whisper"), make_crossing_inputs("whisper")
     scores = torch.zeros(2, 50)
-    scores[1, 10:25] = 1.0  # a position is 20 ms
-    scores[1, 40] = 0.5
+    scores[1, 11:25] = 1.0  # a position is 20 ms, around its middle
+    scores[1, [10, 25, 41]] = 0.5
     with biased(model, as_bias(scores)) as (twin, _):
         expected = logits(twin, inputs)
     patch_model(model, across())

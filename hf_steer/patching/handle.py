@@ -59,9 +59,11 @@ class Steering(Root):
             yield AddLoadHook(anatomy.root, self.after_load)
         if self.plan.aligners:
             yield from self.aligners.edits()
-        yield from self._gaze_edits()
-        for module in {id(module): module for module in (anatomy.base, anatomy.root)}.values():
+        models = {id(module): module for module in (anatomy.base, anatomy.root)}.values()
+        for module in models:  # where one of them is the decoder, its own hook has to find the pass that this one ends
             yield AddHook(module, "finally", self.after_model)
+        yield from self._gaze_edits()
+        for module in models:
             yield AddHook(module, "before", self.before_model)
 
     def _gaze_edits(self) -> Iterator[Edit]:

@@ -107,7 +107,7 @@ class Root(nn.Module):
     def enter(self, current: Pass) -> None:
         """Make a pass the current one of this thread; in a compiled graph, which cannot trace context variables, of the model."""
         if torch.compiler.is_compiling():
-            if current.aligns or self.plan.eyes:
+            if current.aligns or self.plan.eyes or not self.hands_on:
                 self.compiled_pass = current
             return
         frame: FrameType | None = sys._getframe(1)
@@ -178,7 +178,8 @@ class Root(nn.Module):
         rows, starts = stretch_in(kwargs)
         repeated = max(1, rows_in(kwargs) // source.rows)
         stretch = Stretch(tuple(row // repeated for row in rows), starts, source.seconds)
-        with Block(self, STRETCH, stretch, follows=False):
+        anew = Source(source.rows, source.seconds)  # each stretch has a prompt of its own
+        with Block(self, STRETCH, stretch, follows=False), Block(self, SOURCE, anew, follows=False):
             return original(**kwargs)
 
     def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:

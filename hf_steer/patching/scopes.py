@@ -50,17 +50,21 @@ class Listener:
         """An aligner has sent tokens to its experts."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Source:
     """What a `generate` whose passes begin by themselves is called with: words, sounds or pictures for an encoder.
 
     Attributes:
         rows: how many.
         seconds: how long sounds are, padding included; 0 for anything else.
+        prompt: what its first pass has brought; None before that, or where embeddings came.
+        prompt_end: key position after that.
     """
 
     rows: int
     seconds: float = 0.0
+    prompt: Tensor | None = None
+    prompt_end: int | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ GAPS: dict[str, str] = {
     "xlm": "its attention blots out by a mask of ones and zeros",
     "xlnet": "it has no cache of keys",
     # its `generate` keeps no cache
-    "pix2struct": "beams: SaliencyError: token saliency has shape (2, 11); the prompt needs (2, 12)",
+    "pix2struct": "Leave use_cache at True",
     # those that do not run by themselves, and are no language models
     "gemma4_assistant": KEYS_OF_OTHERS,
     "gemma4_unified_assistant": KEYS_OF_OTHERS,
@@ -48,7 +48,7 @@ GAPS: dict[str, str] = {
     **({"llama4-Llama4ForConditionalGeneration": "has no attribute 'image_outputs'"} if RELEASE == (5, 24) else {}),
 }  # fmt: skip
 """Model type, or `type-Class` -> part of the reason that `cover` gives."""
-MASK_BEFORE_SCALE = "from the oracle"  # its attention divides the logits after the mask was added to them
+MASK_BEFORE_SCALE = "its code scales its logits once its mask is added"
 NO_MASK = "a pass calls no module with a mask over its tokens"  # BERT's kin, before it called attention functions
 OLDER: dict[tuple[int, int], dict[str, str]] = {
     (5, 14): {

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.errors import SaliencyError
+from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.caches import past_of
 from hf_steer.patching.blocks import held_elsewhere
+from hf_steer.patching.gaze.apart import follow_source, refuse_regrown, unexpanded, with_own_labels
 from hf_steer.patching.gaze.crossing import begin_crossing
 from hf_steer.patching.gaze.ledger import refuse_longer
 from hf_steer.patching.gaze.memory import note_unseen, read_state
 from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import SAID, Scope, Source
+from hf_steer.patching.scopes import SAID, Scope
 from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.saliency import Saliency
 
@@ -49,11 +50,7 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         return
     current.backend = plan.config.attention.backend
     if plan.anatomy.attends == "cross":
-        begin_crossing(current, given, said)
-        if current.steers and (not current.decided or given.count_tokens() > 1):
-            past = 0 if given.cache is None else int(past_of(given.cache))
-            current.prompt = read_prompt(given, plan, None, past=past, whole=False)
-        refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if current.steers else ())
+        _begin_across(steering, current, given, said)
         return
     current.state = state = None if given.cache is None else read_state(given.cache)
     call = scope.call
@@ -70,8 +67,38 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
             warn_of_others(steering)
     asked = current.statement is not None or sees or (state is not None and state.speaks)
     if not owned:
-        _begin_alone(current, plan, given)
+        if scope.source is not None:
+            follow_source(current, given)
+        _begin_alone(steering, current, given)
     refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
+    if compiling:
+        _settle_compiled(steering, current, asked=asked)
+
+
+def _begin_across(steering: Any, current: Pass, given: Given, said: Saliency | None) -> None:
+    """The same for a gaze at what an encoder hands on."""
+    begin_crossing(current, given, said)
+    if current.statement is None:
+        warn_of_others(steering)
+    follow_source(current, given)
+    if current.steers and (not current.decided or given.count_tokens() > 1):
+        past = 0 if given.cache is None else int(past_of(given.cache))
+        prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=past, whole=False)
+        current.prompt = with_own_labels(prompt, current) if steering.pairs else prompt
+    refuse_changed(steering.plan, steering.gaze.implementations, steering.gaze.places if current.steers else ())
+    _settle_compiled(steering, current, asked=current.steers)
+
+
+def _settle_compiled(steering: Any, current: Pass, *, asked: bool) -> None:
+    """In a graph layers cannot find their bias, since what a thread is in cannot be read there: PatchError where one is asked."""
+    if steering.gaze.by_keyword or not torch.compiler.is_compiling():
+        return
+    if asked and current.steers:
+        raise PatchError(
+            f"{type(steering.plan.anatomy.decoder).__name__} hands no keyword arguments on to its attention, so its bias is read "
+            "from the pass that is running, which a compiled model cannot. Compile its layers one by one, or run it uncompiled."
+        )
+    current.steers = False
 
 
 def _pass_over(scope: Scope, given: Given) -> None:
@@ -84,10 +111,10 @@ def _pass_over(scope: Scope, given: Given) -> None:
         note_unseen(given.cache)
 
 
-def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
+def _begin_alone(steering: Any, current: Pass, given: Given) -> None:
     """A pass by itself: of a loop of the caller's own, in training, or one that was asked for by itself."""
+    plan, state = steering.plan, current.state
     past: int | Tensor = 0 if given.cache is None else past_of(given.cache)
-    state = current.state
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
     if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):
@@ -95,21 +122,17 @@ def _begin_alone(current: Pass, plan: Plan, given: Given) -> None:
     current.steers = _continues(current, given, past)
     if current.steers:
         return
-    given = _unexpanded(given, current.scope.source)
+    if current.scope.source is not None:
+        refuse_regrown(current, given)
+        given = unexpanded(given, current.scope.source)
     if given.ids is None and not int(past):
         refuse_longer(given, None if current.statement is None else current.statement.tokens)
     current.prompt = read_prompt(given, plan, current.statement, past=int(past), whole=False)
+    if steering.pairs:
+        current.prompt = with_own_labels(current.prompt, current)
     if current.prompt is not None and state is None and int(past):
         refuse_unseen(plan, current.statement, int(past))
     current.steers = current.prompt is not None
-
-
-def _unexpanded(given: Given, source: Source | None) -> Given:
-    """The decoder's arguments with each row once, in a `generate` that repeats them for beams before the decoder runs."""
-    rows = 0 if given.source is None else len(given.source)
-    if source is None or rows <= source.rows or rows % source.rows:
-        return given
-    return given.every(rows // source.rows)
 
 
 def _continues(current: Pass, given: Given, past: int | Tensor) -> bool:

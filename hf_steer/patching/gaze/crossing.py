@@ -17,7 +17,7 @@ from hf_steer.patching.gaze.memory import CacheState, read_state
 from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.patching.scopes import Stretch
+from hf_steer.patching.scopes import Scope, Stretch
 from hf_steer.saliency import Saliency, frames_of, normalize, scores_from_user
 from hf_steer.values import Span, TokenScores
 
@@ -45,7 +45,7 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
         )
     states: Tensor = given.encoder_states
     places = states.shape[:-1].numel() // max(1, rows)  # Mllama hands the tiles of a row on one by one
-    scores = _scores(statement, current.scope.stretch, plan, given, rows=rows, places=places, device=device)
+    scores = _scores(statement, current.scope, plan, given, rows=rows, places=places, device=device)
     scores = normalize(scores, plan.config.attention.saliency.normalize, plan.config.attention.saliency.clip,  # type: ignore[union-attr]
                        winsorize=statement.tokens is not None)  # fmt: skip
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())
@@ -53,7 +53,7 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
 
 
 def _scores(
-    statement: Saliency, stretch: Stretch | None, plan: Plan, given: Given, *, rows: int, places: int, device: torch.device
+    statement: Saliency, scope: Scope, plan: Plan, given: Given, *, rows: int, places: int, device: torch.device
 ) -> TokenScores:
     """One score per position of the encoder: the statement's rows, repeated as the decoder's are."""
     if statement.tokens is not None and statement.tokens.shape[1] != places:
@@ -61,6 +61,10 @@ def _scores(
             f"token saliency has {statement.tokens.shape[1]} scores a row; the encoder hands on {places} positions, padding "
             "included, and each needs one."
         )
+    stretch, source = scope.stretch, scope.source
+    if stretch is None and source is not None and source.seconds:  # what language it is in is asked first
+        count = source.rows
+        stretch = Stretch(tuple(range(count)), (0.0,) * count, source.seconds)
     if stretch is not None:
         return _of_stretch(statement, stretch, plan, rows=rows, places=places, device=device)
     batch = _rows_said(statement, rows)

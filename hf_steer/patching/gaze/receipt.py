@@ -32,8 +32,9 @@ def refuse_unsigned(missing: list[int], decoder: nn.Module, root: nn.Module, pla
     if there:
         raise PatchError(
             f"layers {there} were to be steered in this pass and were not: their attention did not come to hf_steer's function. A "
-            "wrapper or another library has replaced their forward, or they did not run. Patch the model after such changes, "
-            "leave these layers out of attention.heads, or run inside disable_steering(model)."
+            "wrapper or another library has replaced their forward, or they did not run, or a decoder that hands no keywords on "
+            "was compiled. Patch the model after such changes, leave these layers out of attention.heads, run it uncompiled or "
+            "with its layers compiled one by one, or run inside disable_steering(model)."
         )
 
 

@@ -28,7 +28,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depth": ("num_hidden_layers",),
         "encoder_features": ("embed_dim", "hidden_size"),  # the hidden_size of Qwen2-VL's eye is the language model's
         "inner_features": ("intermediate_size",),
-        "states_read": ("vision_feature_layer",),
+        "states_read": ("vision_feature_layer", "vision_feature_layers"),
         "image_token": ("image_token_id", "image_token_index"),
         "video_token": ("video_token_id", "video_token_index"),
         "audio_token": ("audio_token_id", "audio_token_index"),

@@ -32,7 +32,7 @@ def stack_in(tower: Any, states: Sequence[int] = ()) -> Stack:
     lists = [
         (isinstance(own[0], GradientCheckpointingLayer), -path.count("."), len(own), path, own)
         for path, own in tower.named_modules()
-        if isinstance(own, nn.ModuleList) and 2 * len(_commonest(own)) > len(own)
+        if isinstance(own, nn.ModuleList) and len(own) and 2 * len(_commonest(own)) >= len(own)
     ]
     for _, _, depth, path, layers in sorted(lists, key=lambda row: row[:3], reverse=True):
         if _size(width_into(layers[-1])) == 0:
@@ -46,9 +46,9 @@ def stack_in(tower: Any, states: Sequence[int] = ()) -> Stack:
 
 
 def _commonest(layers: nn.ModuleList) -> list[nn.Module]:
-    """Layers of the class that most of them have."""
-    kinds = [type(layer) for layer in layers]
-    most = max(set(kinds), key=kinds.count) if kinds else None
+    """Layers of the class that most of them have; of two, the last one's."""
+    kinds = [type(layer) for layer in reversed(list(layers))]
+    most = max(dict.fromkeys(kinds), key=kinds.count)
     return [layer for layer in layers if type(layer) is most]
 
 

@@ -72,6 +72,8 @@ def way_of(model: Any, modality: str) -> Way | str:
         if tower is None:
             continue
         module = owner.get_submodule(tower)
+        if reads_encoder(model) and _kind_takes(type(module), ("ids",)) and _takes(module, modality):
+            return f"in {kind} one encoder reads {heard} and words together, so that an aligner would steer both"
         if any(call.part in words and call.reads(tower) for call in flow):
             why = f"{kind} turns {heard} into tokens of its vocabulary, and no gradient comes back through their numbers"
             return Way(owner, module, fault=why)

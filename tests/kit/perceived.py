@@ -28,6 +28,7 @@ class Shown:
         self.owner, self.method, self.named = owner, method, named
 
     def call(self, model: Any) -> Any:
+        torch.manual_seed(0)  # some draw what they hand on
         return getattr(model.get_submodule(self.owner), self.method)(**self.named)
 
     def features(self, model: Any) -> list[Tensor]:
@@ -125,15 +126,21 @@ def picture_forms(model: Any, taken: tuple[str, ...]) -> Iterator[dict[str, Any]
     main = next((own for own in PIXELS if own in taken), None)
     if main is None:
         return
+    if main == "flattened_patches":
+        places = torch.stack([torch.arange(6) // 3, torch.arange(6) % 3], -1).float().expand(2, -1, -1)
+        for size in settings(model, ("patch_embed_hidden_size",)):
+            yield {main: torch.cat([places, _noise(2, 6, size)], -1), "decoder_input_ids": torch.full((2, 3), WORD)}
+            yield {main: torch.cat([places, _noise(2, 6, size)], -1)}
     sides = [own for own in dict.fromkeys([*settings(model, ("image_size",)), 32, 64]) if own <= 448]
     patches = settings(model, ("patch_size",)) or [8]
-    steps = [*dict.fromkeys([*settings(model, ("temporal_patch_size",)), 1])]
+    steps = [*dict.fromkeys([*settings(model, ("temporal_patch_size",)), 1, 2])]
     if not any(own in taken for own in GRIDS):
         for side in sides:
             several = (_noise(2, 1, 4, 3, side, side),) if "aspect_ratio_ids" in taken else ()
             for pixels in (_noise(2, 3, side, side), _noise(1, 2, 3, side, side), _noise(2, 1, 3, side, side), *several):
                 for extra in picture_extras(model, taken, pixels, side):
                     yield {main: pixels, **extra}
+                    yield {main: pixels, **{name: value for name, value in extra.items() if name != "image_sizes"}}
     for patch, step in itertools.product(patches, steps):
         for merge in dict.fromkeys([*settings(model, ("spatial_merge_size", "merge_size", "pooling_kernel_size")), 2]):
             height, width = 2 * merge, 4 * merge
@@ -162,6 +169,8 @@ def picture_extras(model: Any, taken: tuple[str, ...], pixels: Tensor, side: int
     extra: dict[str, Any] = {}
     if "image_sizes" in taken:
         extra["image_sizes"] = torch.tensor([[side, side]] * rows)
+    if "pixel_attention_mask" in taken and pixels.ndim == 5:
+        extra["pixel_attention_mask"] = torch.ones(*pixels.shape[:2], side, side, dtype=torch.long)
     if "high_res_pixel_values" in taken:
         big = max(settings(model, ("image_size",)) or [64])
         extra["high_res_pixel_values"] = _noise(rows, 3, big, big)
@@ -216,7 +225,7 @@ def sound_forms(model: Any, taken: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             if "audio_feature_lengths" in taken:
                 named["audio_feature_lengths"] = torch.tensor([frames, frames])
             if "input_ids" in taken and "decoder_input_ids" not in taken:
-                for tokens in range(1, 1 + frames if ids else 2):
+                for tokens in [frames // part for part in (4, 2, 8, 1, 16)] if ids else [1]:
                     row = [WORD, *(ids[:1] * tokens), WORD]
                     both = torch.tensor([row, row])
                     yield {**named, "input_ids": both, "attention_mask": torch.ones_like(both)}
@@ -227,3 +236,19 @@ def sound_forms(model: Any, taken: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 def _masks(taken: tuple[str, ...], mask: Tensor) -> dict[str, Tensor]:
     own = ("input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask", "audio_attention_mask")
     return {name: mask for name in own if name in taken}
+
+
+def suited(model: Any) -> Any:
+    """A model of the zoo, some of whose sizes are made such that the smallest picture goes through."""
+    side = next(iter(settings(model, ("image_size",))), 32)
+    for config in every_config(model.config):
+        if getattr(config, "image_grid_pinpoints", None):
+            config.image_grid_pinpoints = [[side, side]]
+        if getattr(config, "vision_feature_layers", None):
+            config.vision_feature_layers = [-1] * len(config.vision_feature_layers)
+    for module in model.modules():
+        if getattr(module, "window_size", None) == 8 and hasattr(module, "spatial_merge_size"):
+            module.window_size = 64
+        if hasattr(module, "patch_to_query_dict"):
+            module.patch_to_query_dict = {(side // 8) ** 2: 4}
+    return model

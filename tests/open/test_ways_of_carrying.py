@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.crossing import SOURCE, make_crossing_inputs, make_crossing_model
-from kit.versions import CACHE
+from kit.versions import CACHE, RELEASE
 
 from hf_steer import (
     AttentionConfig,
@@ -23,6 +23,8 @@ CARRIED = ("llama", "stablelm", "nemotron", "bloom")
 """By keyword, by the pass, by the pass, by the mask."""
 every = pytest.mark.parametrize("kind", CARRIED)
 TOKENS = 11
+WRITING = ("bart", "t5") if RELEASE >= (5, 18) else ("bart",)
+"""Before, T5's attention called no function and added no mask that could be told."""
 
 
 def gaze(**how):
@@ -103,7 +105,7 @@ def test_a_plain_call_of_the_base_model_within_a_steered_pass_keeps_to_itself(ki
     torch.testing.assert_close(step, expected)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", WRITING)
 @pytest.mark.parametrize("attends", ["self", "cross"])
 def test_a_compiled_encoder_decoder_is_steered_by_what_the_call_says(family, attends):
     model, inputs = patch_model(make_crossing_model(family), gaze(attends=attends)), make_crossing_inputs(family)
@@ -152,7 +154,7 @@ def test_generated_queries_are_the_same_with_and_without_a_cache():
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5", "whisper", "moonshine"])
+@pytest.mark.parametrize("family", [*WRITING, "whisper", "moonshine"])
 def test_an_encoder_decoder_is_trained_where_its_labels_are(family):
     """Each label is what comes out of the token at its place; a place without one is not steered."""
     model, inputs = make_crossing_model(family), make_crossing_inputs(family)

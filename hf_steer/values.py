@@ -83,11 +83,18 @@ class TokenScores:
         values: `(batch, keys)` float32, 0 where nothing is said.
         group: `(batch, keys)` int64, -1 where nothing is said.
         groups: how many there are at most, where that is known without asking the device.
+        usual: `(batch, keys)`: λ where the configuration leaves it open; None where it does not.
     """
 
     values: Tensor
     group: Tensor
     groups: int | None = None
+    usual: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenScores:
+        """With other rows or fewer keys: the same done to all that it holds."""
+        usual = None if self.usual is None else change(self.usual)
+        return TokenScores(change(self.values), change(self.group), self.groups, usual)
 
     def count_groups(self) -> int:
         """How many groups there are."""
@@ -105,9 +112,12 @@ class HeadBias:
         key: `(batch, keys, rank)` float32: saliency; further columns carry the mass correction of each group.
         forms: what backends made of both, kept for the other layers of the pass that share this bias.
         key_forms: what they made of `key` alone; one dictionary for all biases over the same keys.
+        share: of attention that the keys which score 1 shall have; `query` is then what multiplies the bias that it takes. None
+            for a bias that is known.
     """
 
     query: Tensor
     key: Tensor
+    share: float | None = None
     forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     key_forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)

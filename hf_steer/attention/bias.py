@@ -30,7 +30,7 @@ def on_device(bias: HeadBias, device: torch.device) -> HeadBias:
     if bias.key.device == device:
         return bias
     moved: HeadBias = once(
-        bias.forms, device, lambda: HeadBias(bias.query.to(device), bias.key.to(device)), bias.query, bias.key
+        bias.forms, device, lambda: HeadBias(bias.query.to(device), bias.key.to(device), bias.share), bias.query, bias.key
     )
     return moved
 

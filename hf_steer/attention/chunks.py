@@ -53,8 +53,11 @@ def logits_in_chunks(
         raw = call.query[:, :, chunk].float() @ key * call.scale
         if call.cap is not None:
             raw = call.cap * torch.tanh(raw / call.cap)
+        if call.added is not None:
+            raw = raw + (call.added if call.added.shape[2] == 1 else call.added[:, :, chunk])
         logits = merge_mask(raw, _mask_of(call, chunk, count, keys), causal_queries=None)
-        yield chunk, logits, None if call.bias is None else dense_bias(_cut(call.bias, chunk), torch.float32)
+        bias = call.bias  # one that keeps a share is made out of these logits
+        yield chunk, logits, None if bias is None or bias.share is not None else dense_bias(_cut(bias, chunk), torch.float32)
 
 
 def _mask_of(call: AttentionCall, chunk: slice, count: int, keys: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_steer.attention.backends import PREFERRED, choose_backend
 from hf_steer.attention.bias import on_device
+from hf_steer.attention.share import bias_for_share
 from hf_steer.errors import SteerError
 from hf_steer.ground.attention_call import AttentionCall, segments_of
 from hf_steer.registry import BACKENDS
@@ -66,6 +67,8 @@ def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
         bias = call.bias = bias_over(passing, layer, bias, call.key.shape[2])
     if bias.key.device != call.key.device:
         bias = call.bias = on_device(bias, call.key.device)
+    if bias.share is not None:
+        bias = call.bias = bias_for_share(call, bias)
     attend = passing.chosen.get(alike := _kind_of(call))
     if attend is None:
         name = choose_backend(passing.backend, call)

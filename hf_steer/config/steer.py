@@ -22,7 +22,7 @@ from hf_steer.errors import ConfigError, FileError, shown
 from hf_steer.files import find_file, read_json
 from hf_steer.saving import whole_save
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG_NAME = "steer_config.json"
 _NESTED: Mapping[str, type] = MappingProxyType(
     {"attention": AttentionConfig, "saliency": SaliencyConfig, "gate": GateConfig, "aligners": AlignerConfig}
@@ -114,6 +114,7 @@ class SteerConfig:
             cls(schema_version=version)
         refuse_missing(values.get(PLUGINS, {}))
         own = {key: value for key, value in values.items() if key not in (RECORD, PLUGINS)}
+        own = _from_first(own) if version == 1 else own
         return cast(SteerConfig, build(cls, own, _NESTED))
 
     def to_json(self) -> str:
@@ -176,6 +177,17 @@ class SteerConfig:
             path_or_fileobj=self.to_file(), path_in_repo=CONFIG_NAME, repo_id=url.repo_id, **kwargs
         )
         return str(commit.commit_url)
+
+
+def _from_first(values: dict[str, Any]) -> dict[str, Any]:
+    """A file of schema 1 with the same meaning today: what it leaves out was decided otherwise then."""
+    attention = values.get("attention")
+    if isinstance(attention, Mapping):
+        saliency = attention.get("saliency", {})
+        if isinstance(saliency, Mapping):
+            saliency = {"normalize": "zscore", "preserve_mass": False, **saliency}
+        attention = {"strength": 1.0, "queries": "all", **attention, "saliency": saliency}
+    return {**values, "attention": attention, "schema_version": SCHEMA_VERSION}
 
 
 def read_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[SteerConfig, Record | None, str]:

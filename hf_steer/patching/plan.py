@@ -8,13 +8,14 @@ from typing import Any
 
 from hf_steer.attention import READABLE, STEERABLE
 from hf_steer.config import TRAINABLE, AttentionConfig, SteerConfig
+from hf_steer.config.manners import AUTO
 from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.implementations import SWITCH, implementation_of
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.ground.settings import name_of_setting
 from hf_steer.patching.aligning.plan import plan_aligners, plan_projectors
-from hf_steer.patching.by_mask import check_by_mask
+from hf_steer.patching.by_mask import check_by_mask, refuse_unread
 from hf_steer.patching.gaze.phrases import read_patterns
 from hf_steer.patching.planned import Plan
 from hf_steer.registry import FAMILIES
@@ -54,6 +55,8 @@ def make_plan(model: Any, config: SteerConfig, tokenizer: Any = None) -> Plan:
     strengths = resolve_strengths(attention, anatomy) if anatomy.layers else {}  # `survey` says why there are none
     refuse_implementation(anatomy.decoder.config, "decoder")
     check_by_mask(attention, anatomy)
+    if attention.share is not None:
+        _refuse_share(anatomy)
     eyes = _eyes(attention, anatomy) if strengths or not anatomy.layers else ()
     patterns = read_patterns(attention, model, tokenizer) if strengths and attention.reads_tokens else None
     readers = _readers(attention, anatomy, strengths)
@@ -90,13 +93,24 @@ def refuse_implementation(config: Any, part: str) -> None:
         )
 
 
+def _refuse_share(anatomy: Anatomy) -> None:
+    """PatchError where the attention that a span has by itself cannot be known."""
+    refuse_unread(anatomy)
+    implementation = implementation_of(anatomy.decoder.config)
+    if implementation not in READABLE:
+        raise PatchError(
+            f"attention.share needs to know how much attention the span has, which implementation {implementation!r} does not let "
+            f"out. Load the model with one of {', '.join(READABLE)}, or give a strength instead."
+        )
+
+
 def resolve_strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
-    """Layer -> λ of all query heads, only for layers with one that is not 0; 1 where λ is learned. Faults are raised at once."""
+    """Layer -> λ of all query heads, only for layers with one that is not 0; 1 where λ is learned or open. Faults are raised at once."""
     faults: list[str] = []
     heads_of = {site.index: site.heads for site in anatomy.layers}
     heads = dict.fromkeys(heads_of, "all") if isinstance(attention.heads, str) else attention.heads
     chosen = _by_layer(heads, tuple(heads_of), "heads", faults)
-    given: Any = 1.0 if attention.strength == TRAINABLE else attention.strength
+    given: Any = 1.0 if attention.strength in (AUTO, TRAINABLE) else attention.strength
     mapped = isinstance(given, Mapping)
     strength = _by_layer(given, tuple(heads_of), "strength", faults) if mapped else dict.fromkeys(chosen, given)
     if set(strength) != set(chosen):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from hf_steer.config import AlignerConfig, SteerConfig
+from hf_steer.config.manners import MANNERS, Manner
 from hf_steer.gating import Patterns
 from hf_steer.ground.parts import Anatomy, Encoder, Site
 
@@ -50,6 +51,7 @@ class Plan:
         aligners: what is inserted, in the configuration's order.
         projectors: the projectors that are trained and saved with the steering.
         readers: layer -> heads whose attention is the saliency; empty when the source is another.
+        manners: kind of statement -> how it is put into effect; empty without a gaze.
         patterns: the tokens of think tags and phrases; None where what is said does not matter.
     """
 
@@ -61,6 +63,17 @@ class Plan:
     projectors: tuple[nn.Module, ...] = ()
     patterns: Patterns | None = None
     readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    manners: Mapping[str, Manner] = field(init=False)
+
+    def __post_init__(self) -> None:
+        attention = self.config.attention
+        manners = {} if attention is None else {kind: attention.manner(kind) for kind in MANNERS}
+        object.__setattr__(self, "manners", manners)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the scores come from the prompt as the decoder gets it, when nobody says where to look."""
+        return self.config.attention is not None and self.config.attention.saliency.reads_prompt
 
     @property
     def gazes(self) -> bool:

@@ -42,6 +42,8 @@ def _resolve(plan: Plan, strength: Strength) -> Strengths:
         heads = {layer: tuple(value) if isinstance(value, Mapping) else "all" for layer, value in strength.items()}
     else:
         heads = {layer: tuple(h for h, value in enumerate(values) if value) for layer, values in plan.strengths.items()}
+    if plan.config.attention.share is not None:
+        raise PatchError("this model keeps a share of attention, so no strength says how hard; patch it without share= to use one.")
     attention = dataclasses.replace(plan.config.attention, heads=heads, strength=strength)
     strengths = resolve_strengths(attention, plan.anatomy)
     missing = sorted(set(strengths) - set(plan.strengths))

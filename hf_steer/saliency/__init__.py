@@ -7,7 +7,7 @@ from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.llava import CUTS
 from hf_steer.saliency.maps import map_of
-from hf_steer.saliency.normalize import NORMALIZERS, normalize
+from hf_steer.saliency.normalize import NORMALIZERS, normalize, put_into_effect
 from hf_steer.saliency.picture_files import open_upright
 from hf_steer.saliency.sounds import frames_of
 from hf_steer.saliency.sources import Sight
@@ -32,6 +32,7 @@ __all__ = [
     "frames_of",
     "map_of",
     "normalize",
+    "put_into_effect",
     "open_upright",
     "read_layouts",
     "record_with",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from hf_steer.config import AttentionConfig
+from hf_steer.config.manners import AUTO, Manner
 from hf_steer.values import TokenScores
 
 _FLAT = 1e-6
@@ -49,33 +52,44 @@ def _rank(scores: Tensor, clip: float) -> Tensor:
     return ranks.to(scores.dtype)
 
 
-def _none(scores: Tensor, clip: float) -> Tensor:
-    return scores
-
-
 NORMALIZERS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
-    {"zscore": _zscore, "minmax": _minmax, "rank": _rank, "none": _none}
+    {"zscore": _zscore, "minmax": _minmax, "rank": _rank}
 )
 
 
 def normalize(scores: TokenScores, method: str, clip: float, *, winsorize: bool = True) -> TokenScores:
-    """Scale each group of each row by itself.
+    """Scale each group of each row by itself, or by `"maxabs"` each row.
 
     Args:
         scores: `(batch, keys)` values and their groups.
-        method: a key of `NORMALIZERS`: `zscore` (clipped), `minmax` and `rank` (both into [0, 1], ties averaged), `none`.
+        method: a key of `NORMALIZERS`: `zscore` (clipped), `minmax` and `rank` (both into [0, 1], ties averaged); `maxabs`: the
+            largest absolute score of a row becomes 1 and 0 stays 0; `none`.
         clip: largest absolute z-score.
         winsorize: before a z-score, pull a few far outliers in: beyond 5 (or `clip`, if that is more) robust standard
             deviations from the median, and a quarter of the group at most. Regions that a user draws mean their peaks.
 
     Returns:
-        The same groups with scaled values. Constant scores become zeros, never NaN, except under `none`.
+        The same groups with scaled values. Under a key of `NORMALIZERS` constant scores become zeros; NaN never comes of it.
     """
     if method == "none":
         return scores
+    if method == "maxabs":
+        largest = scores.values.abs().amax(1, keepdim=True)
+        return replace(scores, values=scores.values / torch.where(largest > 0, largest, 1.0))
     scaled = _scaled_in_graph if torch.compiler.is_compiling() else _scaled
     values = scaled(scores.values, scores.group, method, clip, winsorize)
     return TokenScores(values, scores.group, scores.groups)
+
+
+def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Manner, kind: str) -> TokenScores:
+    """Raw scores in the manner of their kind, a key of `MANNERS`; groups that need not keep their mass are none."""
+    winsorize = kind in ("tokens", "source")  # regions that a user draws mean their peaks
+    scores = normalize(scores, manner.normalize, attention.saliency.clip, winsorize=winsorize)
+    group, groups = (scores.group, scores.groups) if manner.preserve_mass else (torch.full_like(scores.group, -1), 0)
+    if attention.share is not None:  # in or out: what has more than half of the largest score is pointed at
+        return TokenScores((scores.values > 0.5).to(scores.values.dtype), group, groups)
+    usual = torch.full_like(scores.values, manner.strength) if attention.strength == AUTO else None
+    return TokenScores(scores.values, group, groups, usual)
 
 
 def _scaled(values: Tensor, group: Tensor, method: str, clip: float, winsorize: bool) -> Tensor:

@@ -22,14 +22,20 @@ class Statement:
     Attributes:
         tokens: `(batch, prompt tokens)` scores, for a statement about tokens.
         terms: what is said of pictures and sounds, to be summed.
+        regions: all that are named in them.
+        kind: what it is about, a key of `config.manners.MANNERS`: `"tokens"`, `"sound"`, or `"region"` of a picture or video.
     """
 
     tokens: Tensor | None = None
     terms: tuple[Term, ...] = ()
     regions: tuple[Region, ...] = field(init=False, default=())
+    kind: str = field(init=False, default="tokens")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", regions_of(self.terms))
+        if self.regions:
+            heard = all(region.modality == "audio" for region in self.regions)
+            object.__setattr__(self, "kind", "sound" if heard else "region")
 
     def __deepcopy__(self: Own, memo: dict[int, Any]) -> Own:
         """Itself: it is frozen, and a copied cache still carries the same statement."""

@@ -39,6 +39,8 @@ def settle(
         return config, None
     if attention.strength == TRAINABLE:
         attention = dataclasses.replace(attention, strength=1.0)
+    told = saliency is None and attention.saliency.source is None
+    attention = attention.spelled("tokens" if told else "source" if saliency is None else saliency.kind)
     if saliency is not None:
         reading = read_saliency(model, inputs, saliency=attention.saliency, given=saliency)
         if saliency.tokens is not None:
@@ -62,8 +64,8 @@ def whole_steering(anatomy: Anatomy, *, sees: bool) -> SteerConfig:
     attention = None
     if anatomy.layers and not reads_encoder(anatomy.root):  # theirs reads words that are not among the inputs
         strength = {site.index: {head: strength_of(site.index, head) for head in range(site.heads)} for site in anatomy.layers}
-        saliency = SaliencyConfig() if sees else SaliencyConfig(source=None, normalize="none")
-        attention = AttentionConfig(heads=dict.fromkeys(strength, "all"), strength=strength, saliency=saliency)
+        saliency = SaliencyConfig(preserve_mass=False) if sees else SaliencyConfig(source=None, normalize="none")
+        attention = AttentionConfig(heads=dict.fromkeys(strength, "all"), strength=strength, saliency=saliency, queries="all")
     aligners: list[AlignerConfig] = []
     for modality, encoder in anatomy.encoders.items():
         own = {"modality": modality}

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The explicitly set RoPE scaling 
 
 def steer(*, backend="auto", strength=2.0):
     saliency = SaliencyConfig(source=None, normalize="none")
-    return SteerConfig(attention=AttentionConfig(strength=strength, saliency=saliency, backend=backend))
+    return SteerConfig(attention=AttentionConfig(strength=strength, saliency=saliency, backend=backend, queries="all"))
 
 
 def biased_masks(family, bias):

@@ -23,7 +23,7 @@ def steer(family="qwen2", **attention):
     """Every head of every layer, hard; by the model's own eyes where it has some, else by what is said."""
     source = attention.pop("source", "vision_attention" if family in SEEING else None)
     saliency = SaliencyConfig(source=source, normalize=attention.pop("normalize", "zscore"))
-    return SteerConfig(attention=AttentionConfig(**{"strength": 3.0, "saliency": saliency, **attention}))
+    return SteerConfig(attention=AttentionConfig(**{"strength": 3.0, "saliency": saliency, "queries": "all", **attention}))
 
 
 def steered(family="qwen2", *, implementation="sdpa", seed=0, **attention):

@@ -39,7 +39,9 @@ def steer(family, *, strength=2.0, **attention):
     preserve_mass = attention.pop("preserve_mass", False)
     saliency = SaliencyConfig(source=source, normalize=normalize, preserve_mass=preserve_mass)
     return SteerConfig(
-        attention=AttentionConfig(heads=attention.pop("heads", HEADS_STEERED), strength=strength, saliency=saliency, **attention)
+        attention=AttentionConfig(
+            heads=attention.pop("heads", HEADS_STEERED), strength=strength, saliency=saliency, **{"queries": "all", **attention}
+        )
     )
 
 

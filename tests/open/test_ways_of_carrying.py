@@ -28,7 +28,7 @@ WRITING = ("bart", "t5") if RELEASE >= (5, 18) else ("bart",)
 
 
 def gaze(**how):
-    return AttentionConfig(**{"strength": 3.0, "saliency": SaliencyConfig(source=None, normalize="none"), **how})
+    return AttentionConfig(**{"strength": 3.0, "saliency": SaliencyConfig(source=None, normalize="none"), "queries": "all", **how})
 
 
 def said(rows=2, tokens=TOKENS, seed=1):

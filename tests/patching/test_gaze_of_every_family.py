@@ -24,8 +24,8 @@ WIDE = (24, 12)
 
 
 def told(**saliency):
-    saliency = SaliencyConfig(source=None, **{"normalize": "none", **saliency})
-    return SteerConfig(attention=AttentionConfig(heads={1: (0, 3), -1: "all"}, strength=2.0, saliency=saliency))
+    saliency = SaliencyConfig(source=None, **{"normalize": "none", "preserve_mass": False, **saliency})
+    return SteerConfig(attention=AttentionConfig(heads={1: (0, 3), -1: "all"}, strength=2.0, saliency=saliency, queries="all"))
 
 
 def siglip_or_pixtral(tower, implementation):

@@ -36,7 +36,7 @@ every = pytest.mark.parametrize("kind", MASKED)
 def steer(**attention):
     strength = {layer: dict(enumerate(values)) for layer, values in enumerate(STRENGTHS)}
     said = {"strength": strength, "saliency": SaliencyConfig(source=None, normalize="none"), **attention}
-    return SteerConfig(attention=AttentionConfig(heads=dict.fromkeys(range(LAYERS), "all"), **said))
+    return SteerConfig(attention=AttentionConfig(heads=dict.fromkeys(range(LAYERS), "all"), **{"queries": "all", **said}))
 
 
 def scores_for(inputs, seed=1):

@@ -17,7 +17,7 @@ from hf_steer.values import TokenScores
 
 
 def looking_with(family, blocks, source="vision_attention"):
-    saliency = SaliencyConfig(source=source, blocks=blocks)
+    saliency = SaliencyConfig(source=source, blocks=blocks, normalize="zscore", preserve_mass=False)
     return SteerConfig(attention=AttentionConfig(heads={1: "all"}, strength=1.0, saliency=saliency))
 
 

@@ -117,8 +117,9 @@ def test_a_box_lights_the_tokens_whose_features_its_pixels_change(family, size):
 def patched(family):
     """Its model, steered in its last layer that attends, by what the user says alone."""
     _, model, anatomy = built(family)
-    saliency = SaliencyConfig(source=None, normalize="none")
-    attention = AttentionConfig(heads={anatomy.layers[-1].index: (0, 1)}, strength=3.0, saliency=saliency)
+    saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=False)
+    heads = {anatomy.layers[-1].index: (0, 1)}
+    attention = AttentionConfig(heads=heads, strength=3.0, saliency=saliency, queries="all")
     patch_model(model, SteerConfig(attention=attention))
     try:
         yield model

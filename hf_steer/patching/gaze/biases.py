@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class BiasMaker:
         cache: as the decoder gets it; None without one, and for attention to other keys than those in it.
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
-        preserve_mass: whether each group keeps its share of attention.
+        share: of attention that what is pointed at shall have; None where strengths say how hard.
     """
 
     def __init__(
@@ -39,11 +40,10 @@ class BiasMaker:
         cache: Any,
         queries: int,
         gate: Tensor | None,
-        preserve_mass: bool,
+        share: float | None = None,
     ) -> None:
         self.state, self.strengths, self.cache, self.queries = state, strengths, cache, queries
-        self.gate, self.preserve_mass = gate, preserve_mass
-        self.places = places
+        self.gate, self.places, self.share = gate, places, share
         self.windows: dict[Place, tuple[TokenScores, dict[Any, Any]]] = {}
         self.made: dict[tuple[Place, tuple[float, ...] | int], HeadBias] = {}
 
@@ -75,6 +75,7 @@ class BiasMaker:
             length, offset = place
             self.windows[place] = self.state.window(offset, length), {}
         scores, key_forms = self.windows[place]
-        strength, shift = self.state.strength(values, preserve_mass=self.preserve_mass)
-        self.made[same] = bias = head_bias(scores, strength, shift, self.gate, key_forms)
-        return bias
+        strength, shift = self.state.strength(values)
+        bias = head_bias(scores, strength, shift, self.gate, key_forms)
+        self.made[same] = bias if self.share is None else replace(bias, share=self.share)
+        return self.made[same]

@@ -18,7 +18,7 @@ from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import Scope, Stretch
-from hf_steer.saliency import Saliency, frames_of, normalize, scores_from_user
+from hf_steer.saliency import Saliency, frames_of, put_into_effect, scores_from_user
 from hf_steer.values import Span, TokenScores
 
 
@@ -46,10 +46,10 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
     states: Tensor = given.encoder_states
     places = states.shape[:-1].numel() // max(1, rows)  # Mllama hands the tiles of a row on one by one
     scores = _scores(statement, current.scope, plan, given, rows=rows, places=places, device=device)
-    scores = normalize(scores, plan.config.attention.saliency.normalize, plan.config.attention.saliency.clip,  # type: ignore[union-attr]
-                       winsorize=statement.tokens is not None)  # fmt: skip
+    kind = statement.kind
+    scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())
-    return CacheState(scores, (), statement, speaks=speaks)
+    return CacheState(scores, (), statement, speaks, statement.kind)
 
 
 def _scores(
@@ -135,4 +135,4 @@ def _sounds(
 
 
 def _repeated(scores: TokenScores, rows: Any) -> TokenScores:
-    return TokenScores(scores.values[rows], scores.group[rows], scores.groups)
+    return scores.each(lambda own: own[rows])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_steer.attention import attend_steered, recording_attention, registered_name
 from hf_steer.config import AttentionConfig
+from hf_steer.config.manners import MANNERS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
@@ -65,6 +66,7 @@ class Gaze(nn.Module):
         self.by_keyword, self.crosses = anatomy.carried == "keyword", anatomy.attends == "cross"
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
+        self.opens = () if self.paces else tuple(kind for kind in MANNERS if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
 
     def register_functions(self) -> None:
@@ -169,7 +171,7 @@ class Gaze(nn.Module):
         given = read_call(module, args, kwargs)
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        matters = cache is not None and (current.prompt is not None or self.paces or traced)
+        matters = cache is not None and (current.prompt is not None or self.paces or traced or bool(self.opens))
         current.cache, past = cache, past_of(cache) if matters else 0
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
@@ -182,8 +184,7 @@ class Gaze(nn.Module):
             def look() -> Tensor:
                 return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=current.prompt_end)
 
-            own = self.attention.saliency
-            current.state = resolve_state(current, prompt, self.plan, own, rows=rows, past=start, device=device, look=look)
+            current.state = resolve_state(current, prompt, self.plan, rows=rows, past=start, device=device, look=look)
             for listener in current.scope.listeners:
                 listener.scored(current)
         if current.state is None:
@@ -195,11 +196,13 @@ class Gaze(nn.Module):
         if not current.state.speaks:
             return
         current.pace = ALWAYS
-        if self.paces or traced:
+        opens = current.state.kind in self.opens and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
+        if self.paces or traced or opens:
             facts = PassFacts(
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
                 training=module.training and torch.is_grad_enabled(), tokens=current.tokens, prompt=current.prompt,
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
+                kind=current.state.kind,
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
         if not self.by_keyword:
@@ -209,9 +212,12 @@ class Gaze(nn.Module):
             places = [(current.state.length, 0)] * len(strengths)
         else:
             places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
+        state = current.state
+        if state.scores.usual is not None and current.scope.strengths is None:
+            state = state.as_usual()
         current.bias_of = BiasMaker(
-            current.state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
-            preserve_mass=self.attention.saliency.preserve_mass,
+            state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
+            share=self.attention.share,
         )  # fmt: skip
         current.biases = current.bias_of.every()
         current.settled = True
@@ -270,3 +276,8 @@ class Gaze(nn.Module):
             write_state(cache, state)
         for listener in listeners:
             listener.generated(current, logits, self.strengths(current, logits.device))
+
+
+def _in_prompt(current: Pass, past: int | Tensor) -> bool:
+    """Whether a single token is a piece of a prompt."""
+    return current.prompt_end is not None and isinstance(past, int) and past < current.prompt_end - 1

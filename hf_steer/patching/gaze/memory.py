@@ -55,22 +55,26 @@ class CacheState:
         spans: pictures and videos among those keys.
         statement: what the user said, if these scores come from the user.
         speaks: whether any key has a score; known at prefill, so that a decode step need not ask the device.
+        kind: of what was said last, a key of `MANNERS`.
         tensors: strengths that were used with these scores, and their mass shifts, so that a decode step makes none.
         gates: what the gates remember of these rows; None where nobody asked.
         marks: `(rows, head_dim)` of the prompt's keys, by which a row is known again; None where there are none.
         doubt: a method of the cache that may have moved its rows in a way that is not known.
         unseen: keys in the cache when a picture or sound was first added that is not among the spans; None where all are.
+        derived: what `as_usual` made, once it was asked for.
     """
 
     scores: TokenScores
     spans: tuple[Span, ...]
     statement: Saliency | None
     speaks: bool
-    tensors: dict[tuple[tuple[float, ...], bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    kind: str
+    tensors: dict[tuple[float, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     gates: Gates | None = None
     marks: Tensor | None = None
     doubt: str | None = None
     unseen: int | None = None
+    derived: list[CacheState] = field(default_factory=list)
 
     def unseen_among(self, past: int) -> int:
         """How many of `past` keys came with or after a picture that went by while steering was off."""
@@ -90,9 +94,9 @@ class CacheState:
             return dataclasses.replace(self, unseen=None).until(length)
         if self.length <= length:
             return self
-        scores = TokenScores(self.scores.values[:, :length], self.scores.group[:, :length], self.scores.groups)
+        scores = self.scores.each(lambda own: own[:, :length])
         spans = tuple(span for span in self.spans if int(span.positions[-1]) < length)
-        return CacheState(scores, spans, self.statement, self.speaks, unseen=self.unseen)
+        return CacheState(scores, spans, self.statement, self.speaks, self.kind, unseen=self.unseen)
 
     def for_rows(self, rows: int) -> CacheState:
         """Rows repeated as `generate` repeats them for beams.
@@ -111,7 +115,7 @@ class CacheState:
     def select(self, rows: Tensor) -> CacheState:
         """Other rows, or the same in another order: what beams and selected sequences do to their cache."""
         rows = rows.to(self.scores.values.device)
-        scores = TokenScores(self.scores.values[rows], self.scores.group[rows], self.scores.groups)
+        scores = self.scores.each(lambda own: own[rows])
         by_row: dict[int, list[Span]] = {}
         for span in self.spans:
             by_row.setdefault(span.row, []).append(span)
@@ -123,7 +127,9 @@ class CacheState:
         }
         gates = None if self.gates is None else self.gates.select(rows)
         marks = None if self.marks is None else self.marks[rows.to(self.marks.device)]
-        return CacheState(scores, tuple(spans), self.statement, self.speaks, tensors, gates, marks, self.doubt, self.unseen)
+        return dataclasses.replace(
+            self, scores=scores, spans=tuple(spans), tensors=tensors, gates=gates, marks=marks, derived=[]
+        )
 
     def window(self, offset: int, length: int) -> TokenScores:
         """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
@@ -135,19 +141,29 @@ class CacheState:
             self.scores.groups,
         )
 
-    def strength(self, values: tuple[float, ...] | Tensor, *, preserve_mass: bool) -> tuple[Tensor, Tensor | None]:
+    def as_usual(self) -> CacheState:
+        """With scores times the usual λ of what was said, for strengths that are left open; the same where none are."""
+        usual = self.scores.usual
+        if usual is None:
+            return self
+        if not self.derived:
+            scores = dataclasses.replace(self.scores, values=self.scores.values * usual, usual=None)
+            self.derived.append(dataclasses.replace(self, scores=scores, tensors={}, derived=[]))
+        return self.derived[0]
+
+    def strength(self, values: tuple[float, ...] | Tensor) -> tuple[Tensor, Tensor | None]:
         """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.
 
         The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold. Learned strengths
         change, so nothing is kept of them.
         """
+        kept = self.scores.groups != 0
         if isinstance(values, Tensor):
-            return values, mass_shift(self.scores, values) if preserve_mass else None
-        key = (values, preserve_mass)
-        if key not in self.tensors:
+            return values, mass_shift(self.scores, values) if kept else None
+        if values not in self.tensors:
             strength = torch.tensor(values, dtype=torch.float32, device=self.scores.values.device)
-            self.tensors[key] = (strength, mass_shift(self.scores, strength) if preserve_mass else None)
-        return self.tensors[key]
+            self.tensors[values] = (strength, mass_shift(self.scores, strength) if kept else None)
+        return self.tensors[values]
 
 
 def read_state(cache: Any) -> CacheState | None:
@@ -245,6 +261,7 @@ def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
         torch.cat([old.values, new.values[:, length:]], 1),
         torch.cat([old.group, moved[:, length:]], 1),
         None if new.groups is None else first_group + new.groups,
+        None if old.usual is None or new.usual is None else torch.cat([old.usual, new.usual[:, length:]], 1),
     )
 
 

@@ -7,19 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_steer.config import SaliencyConfig
 from hf_steer.patching.gaze.memory import CacheState, join_scores, join_spans
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
-from hf_steer.saliency import normalize, scores_from_eyes, scores_from_prompt, scores_from_user
+from hf_steer.saliency import put_into_effect, scores_from_eyes, scores_from_prompt, scores_from_user
 
 
 def resolve_state(
     current: Pass,
     prompt: Prompt,
     plan: Plan,
-    saliency: SaliencyConfig,
     *,
     rows: int,
     past: int,
@@ -48,7 +46,7 @@ def resolve_state(
         )
         given = current.statement.tokens
         adds = given is not None and given.shape[1] != length  # it speaks of the new tokens alone
-    elif prompt.spans and saliency.reads_prompt:
+    elif prompt.spans and plan.reads_prompt:
         scores = scores_from_prompt(look(), prompt.spans, first_position=past, batch=batch, length=length, device=device)
         adds = True
     else:
@@ -59,11 +57,11 @@ def resolve_state(
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     current.raw = scores
-    drawn = current.statement is not None and current.statement.tokens is None
-    scores = normalize(scores, saliency.normalize, saliency.clip, winsorize=not drawn)
+    kind = "source" if current.statement is None else current.statement.kind
+    scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     if adds and old is not None:
         scores = join_scores(old.scores, scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
     unseen = None if old is None else old.unseen
-    state = CacheState(scores, spans, current.statement, speaks=speaks, unseen=unseen)
+    state = CacheState(scores, spans, current.statement, speaks, kind, unseen=unseen)
     return state if rows == batch else state.for_rows(rows)

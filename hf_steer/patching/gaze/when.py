@@ -35,6 +35,7 @@ class PassFacts:
         gates: what rode on the cache.
         traced: whether somebody wants to know.
         watched: whether the root model's own call surrounds this pass, so that its logits can be seen.
+        kind: of what is said, a key of `MANNERS`.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class PassFacts:
     gates: Gates | None
     traced: bool
     watched: bool
+    kind: str
 
     @property
     def positions(self) -> Tensor:
@@ -97,7 +99,9 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
         SaliencyError: a training step without labels, or with a gate that measures; tokens or a cache are missing.
         PatchError: the logits that a gate measures do not pass by.
     """
-    prompt_factor, thinking_factor, answer_factor = attention.phase_factors
+    blind = facts.training and (facts.prompt is None or facts.prompt.labelled is None)  # nothing tells what is generated
+    phases = attention.phase_factors if blind else attention.phases(facts.kind)
+    prompt_factor, thinking_factor, answer_factor = phases
     even = prompt_factor == thinking_factor == answer_factor == 1.0
     if even and attention.gate is None and not facts.traced:
         return ALWAYS

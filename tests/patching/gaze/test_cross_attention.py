@@ -203,7 +203,7 @@ def test_the_decoders_own_prompt_is_steered_by_self_attention():
         names = tuple(f"decoder.layers.{index}.self_attn" for index in range(3))
     with biased(model, as_bias(scores), modules=names) as (twin, _):
         expected = logits(twin, inputs)
-    patch_model(model, AttentionConfig(strength=1.3, saliency=AS_GIVEN))
+    patch_model(model, AttentionConfig(strength=1.3, saliency=AS_GIVEN, queries="all"))
     found = logits(model, inputs, saliency=Saliency.from_tokens(scores))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(logits(model, inputs), plain)

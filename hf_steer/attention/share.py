@@ -1,0 +1,42 @@
+"""A share of attention that is kept: the bias that each head and query needs so that what is pointed at has it.
+
+ψ is the share that the span has by itself in one head and query, τ the wanted one. Where ψ < τ, adding
+`log(τ(1 - ψ) / (ψ(1 - τ)))` to the span's logits makes the share just τ; where ψ ≥ τ nothing is added (SpotLight keeps a share of all heads together; here each head and query does).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_steer.attention.chunks import logits_in_chunks
+from hf_steer.ground.attention_call import AttentionCall
+from hf_steer.values import HeadBias
+
+_MOST = 30.0
+"""Largest bias: a span that has e⁻³⁰ of the attention is not looked at, whatever is added."""
+
+
+def bias_for_share(call: AttentionCall, bias: HeadBias) -> HeadBias:
+    """The bias of one layer in this pass, with as many rows of queries as the call has.
+
+    Args:
+        call: what the layer attends with; its logits are summed, and never held for all queries at once.
+        bias: `key` is 1 for the keys of the span and 0 for others; `query` is the gate of the steered heads, 0 for the others.
+    """
+    wanted = bias.share
+    assert wanted is not None
+    inside = bias.key[:, None, None, :, 0] > 0
+    needed = []
+    for _, logits, _ in logits_in_chunks(call):
+        lowest = torch.finfo(logits.dtype).min
+        seen = logits > lowest / 2  # a query that sees none of the span, or nothing else, is left alone
+        own = logits.masked_fill(~(inside & seen), lowest).logsumexp(-1)
+        rest = logits.masked_fill(~(~inside & seen), lowest).logsumexp(-1)
+        there = (inside & seen).any(-1) & (~inside & seen).any(-1)
+        missing = math.log(wanted / (1 - wanted)) - (own - rest)
+        needed.append(torch.where(there, missing, torch.zeros_like(missing)).clamp(0.0, _MOST))
+    query = bias.query * torch.cat(needed, 2)[..., None]
+    return HeadBias(query, bias.key, key_forms=bias.key_forms)

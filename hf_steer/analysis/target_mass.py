@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from hf_steer.analysis.calibration import attention_with, rows_per_head
-from hf_steer.analysis.metrics import attention_metrics, run_with
+from hf_steer.analysis.metrics import attention_metrics
 from hf_steer.analysis.metrics_table import AttentionMetrics
-from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, shape_of, steered_heads
+from hf_steer.analysis.pointed import scores_in_force
+from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.tables import as_text
-from hf_steer.attention import AttentionCall
 from hf_steer.config import AttentionConfig
 from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError, SaliencyError
@@ -202,25 +202,6 @@ def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
             f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
         )
     return scores == 1
-
-
-def scores_in_force(model: Any, batch: Batch, layer: int) -> Tensor:
-    """`(batch, tokens)` float32: the normalised saliency of a prompt, as the bias carries it; 0 where nothing is said.
-
-    Args:
-        model: patched.
-        batch: of prompts.
-        layer: a steered one, to look at.
-    """
-    scores = torch.zeros(shape_of(batch.inputs))
-
-    def read(call: AttentionCall) -> None:
-        if call.bias is not None:
-            scores.copy_(call.bias.key[..., 0])
-
-    with use_strength(model, 1.0), batch.looking(model):
-        run_with(model, batch.inputs, read, [layer])
-    return scores
 
 
 def _check(target_mass: float, attention: AttentionConfig) -> None:

@@ -277,5 +277,5 @@ def test_files_that_hold_no_json_are_refused(tmp_path, capsys):
         assert main(["heads", "--examples-file", str(path)]) == 1
         assert message in capsys.readouterr().err
     assert main(["heads", "--examples-file", str(tmp_path / "nowhere")]) == 1
-    assert main(["heads", "--model", "x"]) == 1
+    assert main(["heads", "--model", str(embedded_model_dir())]) == 1
     assert "--model needs --examples-file" in capsys.readouterr().err

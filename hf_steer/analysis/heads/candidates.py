@@ -20,9 +20,9 @@ STRENGTH_INSIDE = 32.0
 """λ where pictures keep their mass, so that text keeps its share however hard a head is turned: it looks at the span alone."""
 FEW = 64
 """Heads that are all steered; in a model of more, those that attention singles out."""
-FEWEST = 32
-PER_CHOSEN = 4
-"""Candidates for each head that is to be chosen, and at least."""
+FEWEST = 24
+PER_CHOSEN = 3
+"""Candidates at least, and for each head that is to be chosen."""
 
 
 def attending(model: Any, attends: Attends) -> Anatomy:
@@ -65,12 +65,12 @@ def count_candidates(shape: tuple[int, int], count: int) -> int:
 
 
 def best_candidates(scores: Mapping[str, Tensor], count: int) -> list[Head]:
-    """The heads that attend most selectively to the span.
+    """The heads of steepest slope, where answers gave one, else those that attend most selectively to the span.
 
     Args:
         scores: of one pass, `(layers, heads)` each.
         count: of candidates.
     """
-    table = scores["selectivity"]
+    table = scores.get("slope", scores["selectivity"])
     order = table.flatten().argsort(descending=True, stable=True)[:count].tolist()
     return [(place // table.shape[1], place % table.shape[1]) for place in order]

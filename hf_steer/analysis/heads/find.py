@@ -20,9 +20,10 @@ from hf_steer.analysis.heads.candidates import (
     measuring_strength,
 )
 from hf_steer.analysis.heads.examples import HeadExample, Row, resolve_examples
+from hf_steer.analysis.heads.origin import origin_of
 from hf_steer.analysis.heads.report import make_report
 from hf_steer.analysis.heads.result import HeadResult, Table
-from hf_steer.analysis.heads.rules import BY_ANSWER, RULES, rank
+from hf_steer.analysis.heads.rules import BY_ANSWER, RULES, TRIED, rank
 from hf_steer.analysis.heads.scores import attention_scores, look, pointing_hits
 from hf_steer.analysis.heads.selection import (
     Attends,
@@ -33,6 +34,7 @@ from hf_steer.analysis.heads.selection import (
     steerable,
     steering_scores,
 )
+from hf_steer.analysis.heads.slopes import slopes
 from hf_steer.config import SaliencyConfig
 from hf_steer.config.checks import check_choice, check_count, check_number
 from hf_steer.errors import ConfigError, PatchError
@@ -62,8 +64,9 @@ def find_grounding_heads(
 ) -> HeadResult:
     """Choose heads on one part of the examples, and report on the other whether they are better than chance.
 
-    The attention scores take one pass over the examples for all heads; `"effect"` takes one pass for each of the `candidates`,
-    `"forward"` about `count` times as many, and the report of answers two passes for each random set. The model is left as it was.
+    The attention scores take one pass over the examples for all heads, slopes one forwards and one backwards; `"effect"` takes one
+    pass for each of the `candidates`, `"forward"` about `count` times as many, and the report of answers two passes for each random
+    set. The model is left as it was.
 
     Args:
         model: on any device, in evaluation mode. An unpatched one is patched meanwhile; a patched one must reach all layers by the
@@ -72,7 +75,7 @@ def find_grounding_heads(
         count: heads to choose.
         rule: `"forward"`: grow a set by the head that most raises the share of right answers (the default, where there are
             answers and all heads are candidates). `"effect"`: by the change of log p(answer) when the head alone is steered (the
-            default with answers otherwise). `"mass"`: by attention to the picture, or to all that the span is compared with.
+            default with answers otherwise). `"slope"`: by how log p(answer) begins to change with the head's λ. `"mass"`: by attention to the picture, or to all that the span is compared with.
             `"localisation"`: compact attention among heads of much mass (arXiv 2503.06287). `"pointing"`: by how often the most
             attended token is in the span. `"selectivity"`: by the span's attention over its equal share (the default without
             answers).
@@ -85,8 +88,8 @@ def find_grounding_heads(
         report: examples to report on; a random part of `examples` when None.
         report_fraction: that part, above 0 and below 1.
         null_sets: random sets of heads of each kind (same layers, anywhere).
-        candidates: how many heads are steered, those that attend most selectively to the span; None for all in a model of few
-            heads, else for a number of them, see `heads.candidates`. The others get no effect.
+        candidates: how many heads are steered one by one, those of the steepest slope; None for all in a model of at most 64
+            heads, else for 24, or three for each that is to be chosen. The others get no effect.
         shortlist: forward selection tries only this many heads, those that are best alone, after its first round; all when None.
         batch_size: examples that go through the model together. Prompts of text are padded; others as far as lengths are equal.
         seed: of the split, the random sets and the intervals.
@@ -113,7 +116,9 @@ def find_grounding_heads(
     if rule == "localisation" and rule not in scores:
         raise ConfigError(f"the token grid of {anatomy.family!r} is not known, so its attention has no spatial entropy.")
     with steerable(model, saliency, attends) if answered else nullcontext():
-        if rule in BY_ANSWER:
+        if rule == "slope" or (rule in BY_ANSWER and tried < shape[0] * shape[1]):
+            scores["slope"] = slopes(model, choose)
+        if rule in TRIED:
             own, forward = steering_scores(
                 partial(measure, model, choose, strength), shape, best_candidates(scores, tried), forward=rule == "forward",
                 count=count, shortlist=shortlist,
@@ -129,7 +134,8 @@ def find_grounding_heads(
             outcome = judge("pointing", partial(pointing_hits, model, tell, anatomy.layers), chance)
     tables = {name: _table(score) for name, score in scores.items()}
     named = {rule: tuple((anatomy.layers[place].index, head) for place, head in heads) for rule, heads in rankings.items()}
-    return HeadResult(rule, named[rule][:count], tables, named, outcome, float(strength), len(choosing))
+    origin = origin_of(anatomy, [*choosing, *reporting], saliency, seed=seed)
+    return HeadResult(rule, named[rule][:count], tables, named, outcome, float(strength), len(choosing), origin)
 
 
 def _rule(rule: str | None, answered: bool, *, all_tried: bool) -> str:

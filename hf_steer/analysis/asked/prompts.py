@@ -110,13 +110,13 @@ def _read(line: Line, reader: Reader) -> Asked:
     if templated:
         turns = values.get("messages") or [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    text += values.get("thought", "")
+    shown, text = text, text + values.get("thought", "")
     before = reader.ids(text, special=not templated)
     after = None
     if "answer" in values:
         after = reader.ids(text + values["answer"], special=not templated)
     ids, token = _begun(before, after, values, reader)
-    scores = _looked(values, content, text, ids, reader, special=not templated)
+    scores = _looked(values, content, shown, ids, reader, special=not templated)
     own = torch.tensor([ids])
     return Asked(named(ids=own, mask=torch.ones_like(own)), Saliency.from_tokens(scores), values.get("answer"), token,
                  _short(values["look"]))  # fmt: skip
@@ -131,8 +131,10 @@ def _looked(
     scores = torch.zeros(1, len(ids))
     quoted = [part for part in parts if isinstance(part, str)]
     if quoted:
-        own = Saliency.from_text([quoted], reader.tokenizer, torch.tensor([ids]), occurrence=values.get("occurrence"))
-        scores = torch.maximum(scores, own.tokens)  # type: ignore[arg-type]
+        prompt = reader.ids(text, special=special)  # a thought may quote the same words
+        prompt = prompt if list(ids[: len(prompt)]) == prompt else list(ids)
+        own = Saliency.from_text([quoted], reader.tokenizer, torch.tensor([prompt]), occurrence=values.get("occurrence"))
+        scores = torch.maximum(scores, F.pad(own.tokens, (0, len(ids) - len(prompt))))  # type: ignore[arg-type]
     ranges = [part for part in parts if not isinstance(part, str)]
     if ranges:
         start = text.rfind(content)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import wave
 
 import numpy as np
 import pytest
 import torch
 from kit.crossing import make_crossing_model
+from kit.marked import tone
 from kit.tiny import make_model
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
@@ -133,16 +133,6 @@ def test_every_form_is_in_the_help_and_its_sample_is_one(tokenizer, tmp_path):
         values = json.loads(form.sample)
         assert set(form.needs) <= set(values) <= {*form.needs, *form.takes}
         assert f'{{"{name}": ' in EXAMPLES
-
-
-def tone(path, seconds=0.5, rate=8000, width=2, channels=1):
-    samples = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
-    with wave.open(str(path), "wb") as file:
-        file.setparams((channels, width, rate, 0, "NONE", ""))
-        whole = 2 ** (8 * width - 1) - 1
-        values = (samples * whole + (128 if width == 1 else 0)).astype({1: np.uint8, 2: "<i2", 4: "<i4"}[width])
-        file.writeframes(np.repeat(values, channels).tobytes())
-    return path
 
 
 @pytest.mark.parametrize(("width", "channels", "rate"), [(2, 1, 16000), (1, 1, 8000), (4, 2, 44100)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import wave
+
 import numpy as np
 import torch
 from kit.crossing import make_crossing_inputs
@@ -76,3 +78,14 @@ def loops_over(weights, places, marked):
             tables["selectivity"][layer, head] = on - off / (len(places) - len(marked)) * len(marked)
             tables["pointing"][layer, head] = float(max(own, key=own.__getitem__) in marked)
     return tables
+
+
+def tone(path, seconds=0.5, rate=8000, width=2, channels=1):
+    """A WAV file of one tone; its path."""
+    samples = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, width, rate, 0, "NONE", ""))
+        whole = 2 ** (8 * width - 1) - 1
+        values = (samples * whole + (128 if width == 1 else 0)).astype({1: np.uint8, 2: "<i2", 4: "<i4"}[width])
+        file.writeframes(np.repeat(values, channels).tobytes())
+    return path

@@ -185,43 +185,67 @@ def _seen(line: Line, reader: Reader) -> Asked:
 
 def _heard(line: Line, reader: Reader) -> Asked:
     """A sound in the prompt of an audio language model, and a question."""
-    values, processor = line.values, reader.processor
-    extractor = _refuse_text_only(processor, "feature_extractor", "sounds")
-    rate = int(extractor.sampling_rate)
-    sound = read_wav(line.source.parent / values["audio"], rate)
-    parts = [{"type": "audio", "audio": values["audio"]}]
-    if values.get("question"):
-        parts.append({"type": "text", "text": values["question"]})
-    turn = [{"role": "user", "content": parts}]
-    text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + values.get("thought", "")
+    values = line.values
+    sound, seconds, put = sound_in(line.source.parent / values["audio"], reader)
+    text = sound_prompt(reader, values.get("question", "")) + values.get("thought", "")
 
-    def put(words: str) -> dict[str, Tensor]:
-        return dict(processor(text=[words], audio=[sound], return_tensors="pt"))
+    def inputs_of(words: str) -> dict[str, Tensor]:
+        return put(words, sound)
 
-    inputs, token = _answered(put, text, values, reader)
-    said = Saliency.from_seconds(values["seconds"], duration_seconds=len(sound) / rate)
+    inputs, token = _answered(inputs_of, text, values, reader)
+    said = Saliency.from_seconds(values["seconds"], duration_seconds=seconds)
     return Asked(inputs, said, values.get("answer"), token, f"{values['audio']}, {_seconds(values)}")
+
+
+def sound_in(path: Any, reader: Reader) -> tuple[Any, float, Callable[[str, Any], dict[str, Tensor]]]:
+    """A sound's samples, its seconds, and what makes inputs of a prompt and it.
+
+    Raises:
+        FileError: no sound, or a processor that takes none.
+    """
+    processor = reader.processor
+    rate = int(_refuse_text_only(processor, "feature_extractor", "sounds").sampling_rate)
+    sound = read_wav(path, rate)
+
+    def put(words: str, own: Any) -> dict[str, Tensor]:
+        return dict(processor(text=[words], audio=[own], return_tensors="pt"))
+
+    return sound, len(sound) / rate, put
+
+
+def sound_prompt(reader: Reader, question: str) -> str:
+    """One user turn with a sound."""
+    parts = [{"type": "audio", "audio": "sound.wav"}]
+    if question:
+        parts.append({"type": "text", "text": question})
+    text: str = reader.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def _transcribed(line: Line, reader: Reader) -> Asked:
     """A sound for a decoder that reads its encoder by cross-attention; the thought is what is written before the answer."""
-    values, processor = line.values, reader.processor
-    extractor = _refuse_text_only(processor, "feature_extractor", "sounds")
-    rate = int(extractor.sampling_rate)
-    sound = read_wav(line.source.parent / values["audio"], rate)
-    features = dict(extractor(sound, sampling_rate=rate, return_tensors="pt"))
-    begin = _first_tokens(reader, values.get("language"))
+    values = line.values
+    features, seconds = features_of(line.source.parent / values["audio"], reader)
+    begin = first_tokens(reader, values.get("language"))
     before = [*begin, *reader.ids(values.get("thought", ""))]
     after = None
     if "answer" in values:
         after = [*begin, *reader.ids(values.get("thought", "") + values["answer"])]
     ids, token = _begun(before, after, values, reader)
     inputs = {**features, **named(decoder_ids=torch.tensor([ids]))}
-    said = Saliency.from_seconds(values["seconds"], duration_seconds=len(sound) / rate)
+    said = Saliency.from_seconds(values["seconds"], duration_seconds=seconds)
     return Asked(inputs, said, values.get("answer"), token, f"{values['audio']}, {_seconds(values)}")
 
 
-def _first_tokens(reader: Reader, language: str | None) -> list[int]:
+def features_of(path: Any, reader: Reader) -> tuple[dict[str, Tensor], float]:
+    """What an encoder hears of a sound, and how many seconds it has."""
+    extractor = _refuse_text_only(reader.processor, "feature_extractor", "sounds")
+    rate = int(extractor.sampling_rate)
+    sound = read_wav(path, rate)
+    return dict(extractor(sound, sampling_rate=rate, return_tensors="pt")), len(sound) / rate
+
+
+def first_tokens(reader: Reader, language: str | None) -> list[int]:
     """What such a decoder is begun with: its start token, and the language and task where it knows several."""
     settings = reader.model.generation_config
     ids = [int(setting(settings, "start_token"))]

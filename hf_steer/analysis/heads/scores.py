@@ -62,7 +62,7 @@ def look(model: Any, batches: Sequence[Batch], title: str, *, sites: Sequence[Si
         seen: dict[int, Tensor] = {}
 
         def read(call: AttentionCall, queries: Tensor = batch.queries, seen: dict[int, Tensor] = seen) -> None:
-            seen[call.layer] = _weights(call, queries)
+            seen[call.layer] = weights_at(call, queries)
 
         with unsteered(model), probe_attention(model, read, sites=sites):
             logits_after_query(model, batch)
@@ -71,7 +71,7 @@ def look(model: Any, batches: Sequence[Batch], title: str, *, sites: Sequence[Si
             yield number, row, attention[place][:, :, row.media]
 
 
-def _weights(call: AttentionCall, queries: Tensor) -> Tensor:
+def weights_at(call: AttentionCall, queries: Tensor) -> Tensor:
     """`(rows, heads, keys)` float32 on the CPU: what each row's query attends to."""
     found = torch.zeros(len(queries), call.query.shape[1], call.key.shape[2])
     for query in torch.unique(queries).tolist():

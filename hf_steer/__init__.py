@@ -37,6 +37,7 @@ _HOMES = {
     "disable_steering": "patching",
     "from_pretrained": "io",
     "get_steer_status": "patching",
+    "load_heads": "analysis.heads",
     "load_steering": "io",
     "patch_model": "patching",
     "print_trainable_parameters": "patching",

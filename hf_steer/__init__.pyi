@@ -10,6 +10,7 @@ from hf_steer import patching as patching
 from hf_steer import provider as provider
 from hf_steer import saliency as saliency
 from hf_steer import training as training
+from hf_steer.analysis.heads import load_heads as load_heads
 from hf_steer.compose import compose as compose
 from hf_steer.config import AlignerConfig as AlignerConfig
 from hf_steer.config import AttentionConfig as AttentionConfig

@@ -81,13 +81,19 @@ def steered_heads(model: Any) -> Mapping[int, tuple[int, ...]]:
         return get_steer_status(model).heads or {}
 
 
+def own_tokens(inputs: Inputs) -> Given:
+    """What the decoder reads: of an encoder-decoder, the tokens that come for its decoder."""
+    given = Given(inputs)
+    return given if given.decoder_ids is None and given.decoder_embeds is None else given.of_decoder()
+
+
 def shape_of(inputs: Inputs) -> tuple[int, int]:
     """Rows and tokens of a prompt.
 
     Raises:
         SaliencyError: neither tokens nor embeddings, or a cache that two passes would both fill.
     """
-    given = Given(inputs)
+    given = own_tokens(inputs)
     found = given.embeds if given.ids is None else given.ids
     if found is None or given.cache is not None:
         raise SaliencyError(
@@ -100,7 +106,7 @@ def shape_of(inputs: Inputs) -> tuple[int, int]:
 
 def real_of(inputs: Inputs) -> Tensor:
     """`(batch, tokens)` bool on the CPU, False for padding."""
-    shape, mask = shape_of(inputs), Given(inputs).mask
+    shape, mask = shape_of(inputs), own_tokens(inputs).mask
     return torch.ones(shape, dtype=torch.bool) if mask is None else real_tokens(mask, shape[1]).cpu()
 
 
@@ -136,6 +142,8 @@ def span_of(anatomy: Anatomy, inputs: Inputs, span: Span) -> Tensor | None:
     """
     if span is None:
         return None
+    if anatomy.attends == "cross":
+        return _across(span)
     real = real_of(inputs)
     if isinstance(span, Tensor):
         marked, what = real & _marked("span", span, real), "marked in span"
@@ -156,6 +164,16 @@ def span_of(anatomy: Anatomy, inputs: Inputs, span: Span) -> Tensor | None:
             "into the prompt, mark other tokens with a bool tensor (batch, tokens), or leave the span out with span=None."
         )
     return marked
+
+
+def _across(span: str | Tensor) -> Tensor:
+    """Of what an encoder hands on."""
+    if not isinstance(span, Tensor) or span.dtype != torch.bool or span.ndim != 2 or not span.any():
+        raise SaliencyError(
+            "of what an encoder hands on, a span is a bool tensor (batch, positions) that marks some of them; got "
+            f"{span if isinstance(span, str) else type(span).__name__!r}."
+        )
+    return span.cpu()
 
 
 def _marked(name: str, values: Tensor, real: Tensor) -> Tensor:

@@ -134,6 +134,11 @@ def divergence(
             for before, after in zip(said.logits, out.logits, strict=True)
         ]
         tables.append(torch.stack(steps, 1).masked_fill(~said.real, math.nan))
+    return summed_up(tables)
+
+
+def summed_up(tables: Sequence[Tensor]) -> Retention:
+    """The divergences of several batches, each `(rows, steps)` with NaN after a row's end."""
     longest = max(table.shape[1] for table in tables)
     per_step = torch.cat([F.pad(table, (0, longest - table.shape[1]), value=math.nan) for table in tables])
     per_row = per_step.nanmean(1)

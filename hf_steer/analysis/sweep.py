@@ -16,6 +16,7 @@ from hf_steer.analysis.metrics_table import AttentionMetrics, pool
 from hf_steer.analysis.prompts import Batch, Inputs, Span, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.retention import Continuation, continue_greedily, continue_unsteered, divergence
+from hf_steer.analysis.pointed import pointed_at
 from hf_steer.analysis.sweep_table import Sweep, SweepRow, read_finished
 from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError
@@ -24,6 +25,8 @@ from hf_steer.patching import get_steer_status, use_strength
 from hf_steer.saliency import Saliency
 
 Task = Callable[[list[Any], int], Sequence[float]]
+SAID = "said"
+"""The span that is what is said."""
 RESAMPLES = 2000
 """Of the rows, for an interval."""
 
@@ -34,7 +37,7 @@ def sweep_strength(
     strengths: Sequence[float],
     *,
     saliency: Saliency | None = None,
-    span: Span | Sequence[Tensor] = "image",
+    span: Span | Sequence[Tensor] = SAID,
     task: Task | None = None,
     decode: Callable[[list[list[int]]], list[str]] | None = None,
     new_tokens: int = 32,
@@ -51,7 +54,9 @@ def sweep_strength(
         inputs: of `generate`, padded on the left; or a list of pairs (inputs, Saliency or None).
         strengths: λ to measure.
         saliency: what is said about a single batch; None for what is in force already, or for the model's own eyes.
-        span: tokens whose share of attention is measured, as for `attention_metrics`; a list of bool tensors, one per batch.
+        span: tokens whose share of attention is measured: `"said"`, those that what is said scores at least half as high as any
+            (where nothing is said the pictures or sounds, or nothing in a text); or as for `attention_metrics`; or a list of bool
+            tensors, one per batch.
         task: called as `task(answers, batch_index)` for each batch, returns a score per row. The answers are texts with
             `decode`, else lists of token ids.
         decode: from lists of token ids to texts, such as `processor.batch_decode`.
@@ -71,6 +76,8 @@ def sweep_strength(
     strengths = _checked(strengths)
     batches = as_batches(inputs, saliency)
     spans = _per_batch(span, len(batches))
+    if span == SAID:
+        spans = [pointed_at(model, batch, min(heads)) for batch in batches]
     settings = {"span": span, "new_tokens": new_tokens, "generate_kwargs": dict(generate_kwargs or {})}
     origin = provenance_of(model, batches, seed=seed, **settings)
     done = {} if path is None else read_finished(Path(path), origin, scored=task is not None)
@@ -86,8 +93,9 @@ def sweep_strength(
                     answers.append(continue_greedily(model, batch, new_tokens, generate_kwargs))
                     bar.update()
                 kl = divergence(model, batches, said, generate_kwargs).kl_nats
+            texts = _texts(answers, decode)
             scores = None if task is None else _scores(task, decode, answers)
-            done[value] = _row(value, attention, heads, said, answers, kl, scores, origin)
+            done[value] = _row(value, attention, heads, said, answers, kl, scores, texts, origin)
             if path is not None:
                 write_whole(Path(path), Sweep(tuple(done.values())).to_csv().encode())
     return Sweep(tuple(done[value] for value in strengths))
@@ -156,6 +164,14 @@ def _scores(
     return scores
 
 
+def _texts(answers: Sequence[Continuation], decode: Callable[[list[list[int]]], list[str]] | None) -> tuple[str, ...]:
+    """What each prompt is answered, in words where they can be had."""
+    rows = [answer.rows() for answer in answers]
+    if decode is None:
+        return tuple(" ".join(map(str, row)) for own in rows for row in own)
+    return tuple(text for own in rows for text in decode(own))
+
+
 def changed_share(before: Sequence[int], after: Sequence[int]) -> float:
     """Share of the positions of the longer one whose tokens differ."""
     same = sum(one == other for one, other in zip(before, after, strict=False))
@@ -170,6 +186,7 @@ def _row(
     answers: Sequence[Continuation],
     kl_nats: float,
     scores: Sequence[float] | None,
+    texts: tuple[str, ...],
     origin: Provenance,
 ) -> SweepRow:
     pairs = [
@@ -187,5 +204,6 @@ def _row(
         task_low=low,
         task_high=high,
         prompts=len(pairs),
+        answers=texts,
         provenance=origin,
     )

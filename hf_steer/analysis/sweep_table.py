@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from hf_steer.analysis.tables import as_csv, as_text
 from hf_steer.errors import FileError
 
 
+_WIDTH = 100
+"""Characters of an answer in print."""
+
+
 @dataclass(frozen=True)
 class SweepRow:
     """One strength, over all prompts.
@@ -23,7 +28,7 @@ class SweepRow:
         strength: λ of the steered heads.
         entropy_reduction_percent: of the attention, mean over the steered heads.
         attention_kl_nats: KL(unsteered ‖ steered) of the attention, likewise.
-        unsteered_span_mass: share of attention on the span, likewise; None without a span.
+        unsteered_span_mass: share of attention on the span, what is pointed at unless another was asked for, likewise; None without.
         span_mass: likewise, steered.
         answers_changed_share: of the prompts, those whose greedy continuation differs from the unsteered one.
         tokens_changed_share: of a continuation's positions, those whose token differs; mean over prompts.
@@ -32,6 +37,7 @@ class SweepRow:
         task_low: lower end of its 95 % bootstrap interval, over prompts.
         task_high: upper end.
         prompts: how many.
+        answers: what each prompt is answered: texts where a `decode` was given, else token numbers with spaces between them.
         provenance: where these numbers come from.
     """
 
@@ -47,6 +53,7 @@ class SweepRow:
     task_low: float | None
     task_high: float | None
     prompts: int
+    answers: tuple[str, ...]
     provenance: Provenance
 
     def flat(self) -> dict[str, Any]:
@@ -64,10 +71,28 @@ class Sweep:
 
     def to_csv(self) -> str:
         """A header, then a line per strength, with where it comes from."""
-        return as_csv([row.flat() for row in self.rows])
+        return as_csv([{**row.flat(), "answers": json.dumps(row.answers, ensure_ascii=False)} for row in self.rows])
+
+    def answers_text(self, prompts: int = 3) -> str:
+        """What the first few prompts are answered at each strength, a line each."""
+        lines = []
+        for number in range(min(prompts, len(self.rows[0].answers) if self.rows else 0)):
+            lines.append(f"prompt {number}")
+            lines += [f"  λ = {f'{row.strength:g}':<6}{shortened(row.answers[number])}" for row in self.rows]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        strengths = ", ".join(f"{row.strength:g}" for row in self.rows)
+        return f"<Sweep: λ = {strengths} on {self.rows[0].prompts if self.rows else 0} prompts>"
 
     def __str__(self) -> str:
         return as_text([{short: getattr(row, name) for name, short in _SHORT.items()} for row in self.rows])
+
+
+def shortened(answer: str, width: int = _WIDTH) -> str:
+    """An answer on one line."""
+    text = " ".join(answer.split())
+    return repr(text if len(text) <= width else f"{text[: width - 4]} ...")
 
 
 _SHORT = {
@@ -130,4 +155,6 @@ def _value(text: str, kind: str) -> Any:
     """A field back from the text that it was written as; `kind` is its annotation."""
     if text == "" and kind.endswith("None"):
         return None
+    if kind.startswith("tuple"):
+        return tuple(map(str, json.loads(text)))
     return {"float": float, "int": int, "str": str}[kind.removesuffix(" | None")](text)

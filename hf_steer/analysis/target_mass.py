@@ -1,8 +1,12 @@
-"""The strength that brings a span from its share of attention to another one, in closed form.
+"""The strength that brings a span from its share of attention to another one: in closed form, and then measured and mended.
 
 A query gives a span the share ψ. A bias of λ on the logits of every key in the span, and of none outside, moves its log-odds
 `log(ψ/(1-ψ))` by exactly λ. So `λ = log(τ/(1-τ)) - log(ψ/(1-ψ)) = log(τ(1-ψ) / (ψ(1-τ)))` brings it to τ; the often used
 `log(τ/ψ)` falls short, since it leaves out that the rest loses what the span gains.
+
+Of several queries the mean share is no function of the mean log-odds, and a layer after a steered one sees other inputs than those
+that were measured. So what comes out is measured, and each head's λ is moved on by what its mean share lacks, by Newton's method: the
+mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_steer.analysis.calibration import attention_with
-from hf_steer.analysis.metrics import attention_metrics, run_with
+from hf_steer.analysis.calibration import attention_with, rows_per_head
+from hf_steer.analysis.metrics import attention_metrics
 from hf_steer.analysis.metrics_table import AttentionMetrics
-from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, shape_of, steered_heads
+from hf_steer.analysis.pointed import scores_in_force
+from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
-from hf_steer.attention import AttentionCall
+from hf_steer.analysis.tables import as_text
 from hf_steer.config import AttentionConfig
 from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError, SaliencyError
@@ -30,6 +35,14 @@ from hf_steer.patching import disable_steering, use_strength
 from hf_steer.saliency import Saliency
 
 PerHead = Mapping[int, Mapping[int, float]]
+MISSED = 0.05
+"""Share of the target by which the worst head may miss it for it to be met."""
+ENOUGH = 0.01
+"""Share at which nothing is mended any more."""
+MOST = 24
+"""Measurements, unless more layers are steered: each pass settles at least one."""
+_LONGEST_STEP = 4.0
+"""By which λ is moved at once; where shares are near 0 or 1 their slope says little."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,9 @@ class MassStrength:
         target_mass: what was asked for.
         unsteered_mass: mean share of attention on the span without steering.
         steered_mass: likewise, measured with all of `strength` in force.
+        missed_share: by how much `steered_mass` misses the target, as a share of it, in the head where it misses most.
         queries: how many the means are over.
+        passes: how often it was measured.
         attention: the model's AttentionConfig with this strength, ready to be patched in.
         provenance: where these numbers come from.
     """
@@ -50,7 +65,9 @@ class MassStrength:
     target_mass: float
     unsteered_mass: PerHead
     steered_mass: PerHead
+    missed_share: float
     queries: int
+    passes: int
     attention: AttentionConfig
     provenance: Provenance
 
@@ -58,6 +75,21 @@ class MassStrength:
         """Everything but `attention`, layers and heads as strings."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "attention"}
         return json.dumps({**values, "provenance": dataclasses.asdict(self.provenance)}, indent=2, default=dict) + "\n"
+
+    def __repr__(self) -> str:
+        values = [value for own in self.strength.values() for value in own.values()]
+        return (
+            f"<MassStrength: λ {min(values):.3g} to {max(values):.3g} in {len(values)} heads for a share of {self.target_mass:g}, "
+            f"missed by {self.missed_share:.1%} at most; {self.passes} passes over {self.queries} queries>"
+        )
+
+    def __str__(self) -> str:
+        rows = rows_per_head(self.strength, {"unsteered share": self.unsteered_mass, "steered share": self.steered_mass})
+        met = "is met" if self.missed_share <= MISSED else "is not met"
+        return (
+            f"{self.target_mass:g} of the attention, in the mean over {self.queries} tokens, {met}: the head that misses most does so "
+            f"by {self.missed_share:.1%} of it, after {self.passes} passes.\n\n{as_text(rows)}"
+        )
 
 
 def strength_for_mass(
@@ -68,12 +100,11 @@ def strength_for_mass(
     saliency: Saliency | None = None,
     queries: Tensor | Sequence[Tensor] | None = None,
 ) -> MassStrength:
-    """λ per steered head that moves the mean log-odds of the span's share of attention to those of `target_mass`.
+    """λ per steered head with which the span's mean share of attention is `target_mass`.
 
-    The span is where the saliency in force scores 1. What is guaranteed, layer by layer: with this λ alone in a layer whose
-    inputs are as they were, each query's log-odds move by λ exactly, so that their mean is the target's, and a single query's
-    share is the target itself. With several queries the mean share differs from the target, since a share is not linear in its
-    log-odds; and a layer after a steered one sees other inputs than those measured. `steered_mass` says what comes out.
+    The span is where the saliency in force scores 1. λ comes from the closed form, and is mended by what is measured until the head
+    that misses most misses by 1 %, or for as many passes as layers are steered and at least 24. `steered_mass` says what comes out
+    with all heads steered, `missed_share` how near that is.
 
     Args:
         model: patched with `normalize="none"` (or `"minmax"`) and `preserve_mass=False`, in eval mode.
@@ -97,20 +128,65 @@ def strength_for_mass(
     spans = [marked_tokens(model, batch, min(heads)) for batch in batches]
     with disable_steering(model):
         before = [_measure(model, *each, heads, same_logits=True) for each in zip(batches, spans, asked, strict=True)]
-    odds = _mean(before, before, "span_log_odds")
-    wanted = math.log(target_mass / (1 - target_mass))
-    strength = _named(wanted - odds, heads)
-    with use_strength(model, strength):
-        after = [_measure(model, *each, heads) for each in zip(batches, spans, asked, strict=True)]
+    found = _approach(model, list(zip(batches, spans, asked, strict=True)), before, heads, target_mass)
+    strength = _named(found.strength, heads)
     return MassStrength(
         strength=strength,
         target_mass=float(target_mass),
         unsteered_mass=_named(_mean(before, before, "span_mass"), heads),
-        steered_mass=_named(_mean(after, before, "steered_span_mass"), heads),
+        steered_mass=_named(found.mass, heads),
+        missed_share=found.missed,
         queries=sum(int(_seeing(part)[0, 0].sum()) for part in before),
+        passes=found.passes,
         attention=attention_with(model, strength),
         provenance=origin,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """λ and what it brings, `(layers, heads)` each; and by how much the worst steered head misses."""
+
+    strength: Tensor
+    mass: Tensor
+    missed: float
+    passes: int
+
+
+def _approach(
+    model: Any,
+    asked: Sequence[tuple[Batch, Tensor, Tensor | None]],
+    before: Sequence[AttentionMetrics],
+    heads: Mapping[int, tuple[int, ...]],
+    target: float,
+) -> _Reached:
+    """From the closed form on, λ by λ nearer; the best of what was measured."""
+    wanted = math.log(target / (1 - target))
+    steered = torch.zeros_like(_mean(before, before, "span_mass"), dtype=torch.bool)
+    for row, layer in enumerate(sorted(heads)):
+        steered[row, list(heads[layer])] = True
+    strength = wanted - _mean(before, before, "span_log_odds")
+    best = _Reached(strength, strength, math.inf, 0)
+    for passes in range(1, max(MOST, len(heads) + 1) + 1):
+        with use_strength(model, _named(strength, heads)):
+            after = [_measure(model, *each, heads, same_logits=True) for each in asked]
+        mass = _mean(after, before, "steered_span_mass")
+        missed = float((mass / target - 1).abs()[steered].max())
+        if missed < best.missed:
+            best = _Reached(strength, mass, missed, passes)
+        if missed <= ENOUGH:
+            break
+        sure = mass.clamp(1e-6, 1 - 1e-6)
+        slope = _mean([_spread(part) for part in after], before, "steered_span_mass") / (sure * (1 - sure))
+        step = (wanted - torch.logit(sure)) / slope.clamp(0.1, 1.0)
+        strength = strength + step.clamp(-_LONGEST_STEP, _LONGEST_STEP)
+    return dataclasses.replace(best, passes=passes)
+
+
+def _spread(part: AttentionMetrics) -> AttentionMetrics:
+    """ψ(1-ψ) of each query in place of its steered share."""
+    share: Tensor = part.steered_span_mass  # type: ignore[assignment]
+    return dataclasses.replace(part, steered_span_mass=share * (1 - share))
 
 
 def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
@@ -126,25 +202,6 @@ def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
             f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
         )
     return scores == 1
-
-
-def scores_in_force(model: Any, batch: Batch, layer: int) -> Tensor:
-    """`(batch, tokens)` float32: the normalised saliency of a prompt, as the bias carries it; 0 where nothing is said.
-
-    Args:
-        model: patched.
-        batch: of prompts.
-        layer: a steered one, to look at.
-    """
-    scores = torch.zeros(shape_of(batch.inputs))
-
-    def read(call: AttentionCall) -> None:
-        if call.bias is not None:
-            scores.copy_(call.bias.key[..., 0])
-
-    with use_strength(model, 1.0), batch.looking(model):
-        run_with(model, batch.inputs, read, [layer])
-    return scores
 
 
 def _check(target_mass: float, attention: AttentionConfig) -> None:

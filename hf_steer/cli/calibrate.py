@@ -14,8 +14,8 @@ from hf_steer.files import write_whole
 
 DESCRIPTION = f"""\
 Find a strength λ. With --budget: the largest whose mean KL(unsteered ‖ steered) of the next token keeps a budget in nats, by
-measurement along the unsteered answers. With --target-mass: the one that brings the picture's (or the box's, or the cell's) share
-of attention to a number, in closed form from the mean over the prompt's tokens, and what comes out when it is measured.
+measurement along the unsteered answers. With --target-mass: the one for each head that brings the share of attention on what is
+pointed at (a box, words, seconds; else the picture) to a number, in the mean over the prompt's tokens; and what comes out.
 
 {subject.DESCRIPTION}
 Writes the strengths as JSON, with the heads that they are for; --heads takes that file.
@@ -46,54 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
             chosen.model, chosen.batches, arguments.budget, per_head=arguments.per_head, largest=arguments.largest,
             new_tokens=arguments.new_tokens,
         )  # fmt: skip
-        text = _budget_text(result)
     else:
         chosen = subject.as_spans(subject.load_subject(arguments, normalize="none", preserve_mass=False))
         result = strength_for_mass(chosen.model, chosen.batches, arguments.target_mass)
-        text = _mass_text(result)
     file = arguments.output / "calibration.json"
     write_whole(file, result.to_json().encode())
     seconds = round(time.perf_counter() - started, 1)
     if arguments.json:
         print(json.dumps({**json.loads(result.to_json()), "files": [str(file)], "seconds": seconds}))
     else:
-        print(f"\n{chosen.title}.\n\n{text}\n\nStrengths: {file}  ({seconds:.0f} s)")
+        print(f"\n{chosen.title}.\n\n{result}\n\nStrengths: {file}  ({seconds:.0f} s)")
     return 0
-
-
-def _budget_text(result: Any) -> str:
-    from hf_steer.analysis.tables import as_text
-
-    if isinstance(result.strength, float):
-        curve = sorted((one.strength, one.kl_nats) for one in result.evaluations)
-        table = as_text([{"λ": strength, "KL (nats)": kl} for strength, kl in curve])
-        head = f"λ = {result.strength:.4g} keeps the budget:"
-    else:
-        places = [(layer, head, value) for layer, own in result.strength.items() for head, value in own.items()]
-        table = as_text([{"layer": layer, "head": head, "λ": value} for layer, head, value in places])
-        head = "These strengths keep the budget together:"
-    notes = f"{head} KL {result.kl_nats:.4g} of {result.budget_nats:.4g} nats per token, {len(result.evaluations)} measured."
-    if result.largest_kept:
-        notes += " The search ended at --largest; more may keep it, too."
-    if not result.monotone:
-        notes += " Divergence did not grow steadily with strength: a larger one may keep the budget, too."
-    return f"{notes}\n\n{table}"
-
-
-def _mass_text(result: Any) -> str:
-    from hf_steer.analysis.tables import as_text
-
-    rows = [
-        {"layer": layer, "head": head, "λ": value, "unsteered share": result.unsteered_mass[layer][head],
-         "steered share": result.steered_mass[layer][head]}
-        for layer, own in result.strength.items()
-        for head, value in own.items()
-    ]  # fmt: skip
-    return (
-        f"{result.target_mass:g} of the attention is met in the mean log-odds of {result.queries} tokens. Their mean share differs "
-        "from it, since a share is not linear in its log-odds; and a layer after a steered one sees other inputs than those that "
-        f"were measured.\n\n{as_text(rows)}"
-    )
 
 
 CALIBRATE = Command("calibrate", "the strength for a budget, or for a share of attention", DESCRIPTION, add_arguments, run)

@@ -66,14 +66,41 @@ def add_prompt(parser: argparse.ArgumentParser, default: str | None = None) -> N
 def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--heads", metavar="HEADS", default="all",
-        help=f'{what}: JSON such as \'{{"1": [0, 3]}}\', or a file with it (default: %(default)s)',
+        help=f'{what}: JSON such as \'{{"1": [0, 3]}}\', a file with it, or a list by name (default: %(default)s)',
     )  # fmt: skip
 
 
-def add_scenes(parser: argparse.ArgumentParser, default: int, what: str, *, former: str | None = None) -> None:
+EXAMPLES = """\
+An examples file has one JSON object a line, about a text, a picture or a sound; answer and thought may be left out:
+
+  {"prompt": "A: red. B: blue. Which colour?", "look": "B: blue.", "answer": "blue"}
+  {"messages": [{"role": "user", "content": "..."}], "look": [12, 31], "answer": "yes"}
+  {"image": "cat.png", "question": "What is this?", "box": [40, 10, 200, 180], "answer": "cat", "thought": "I see ...</think>"}
+  {"audio": "bells.wav", "seconds": [0.5, 1.2], "question": "What is heard?", "answer": "a bell"}
+
+look is quoted words, [first character, end] of the prompt (of the last message), or a list of them; occurrence says which of equal
+ones, from 0. The box is (left, top, right, bottom) in pixels, or in its own unit. A sound is a WAV file. Paths begin at the file's
+folder. thought is what the model has said before its answer; for Whisper, what it has written.
+"""
+
+
+def add_examples_file(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--examples-file", type=Path, metavar="FILE", help=f"JSON lines: examples for your own model (default: {default})"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", metavar="TYPE",
+        help="of your own model's weights: float32, bfloat16, float16, or auto, as they were saved (default: %(default)s)",
+    )  # fmt: skip
+
+
+def add_scenes(parser: argparse.ArgumentParser, default: int | None, what: str, *, former: str | None = None) -> None:
     add_option(
         parser, "--scenes", former=former, type=positive, default=default, metavar="N",
-        help=f"{what}, from 1 (default: %(default)s)",
+        help=f"{what}, from 1 (default: %(default)s)" if default is not None else what,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class Several(argparse.Action):
 
 
 def read_heads(text: str) -> Any:
-    """Heads as `AttentionConfig` takes them, from JSON or from a file with it, such as a saved calibration.
+    """Heads as `AttentionConfig` takes them, from JSON or from a file with it, such as a saved calibration, or of a list by name.
 
     Raises:
         FileError: neither.
@@ -98,14 +98,33 @@ def read_heads(text: str) -> Any:
     """
     if text == "all":
         return "all"
+    if is_list(text):
+        from hf_steer.analysis.heads import load_heads
+
+        return load_heads(text)
     try:
         values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        message = f'--heads must be "all", JSON such as {{"1": [0, 3]}}, or a file with it; got {text!r} ({error}).'
+        message = f'--heads must be "all", JSON such as {{"1": [0, 3]}}, a file with it, or a list by name; got {text!r} ({error}).'
         raise FileError(message) from error
     heads = values.get("heads", values) if isinstance(values, dict) else values
     attention = SteerConfig.from_dict({"schema_version": 1, "attention": {"heads": heads}}).attention
     return None if attention is None else attention.heads
+
+
+def is_list(text: str) -> bool:
+    """Whether it names a list of heads that comes with the package."""
+    from hf_steer.analysis.heads import head_lists
+
+    return text in head_lists()
+
+
+def refuse_list_of_other(text: str, model: Any) -> None:
+    """ConfigError where heads are those of a list by name, and the list is for another model."""
+    from hf_steer.analysis.heads import load_heads
+
+    if is_list(text):
+        load_heads(text, model)
 
 
 def check_device(text: str) -> str:

@@ -9,8 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_steer.cli.command import add_device, add_heads, add_model, add_prompt, add_scenes, add_seed
-from hf_steer.cli.kinds import UNITS, box, check_device, positive, read_heads
+from hf_steer.cli.command import (
+    EXAMPLES,
+    add_device,
+    add_dtype,
+    add_examples_file,
+    add_heads,
+    add_model,
+    add_prompt,
+    add_scenes,
+    add_seed,
+)
+from hf_steer.cli.kinds import UNITS, box, check_device, positive, read_heads, refuse_list_of_other
+from hf_steer.cli.own import attends_of, load_own, load_processor
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.errors import ConfigError
 
@@ -18,11 +29,13 @@ if TYPE_CHECKING:
     from hf_steer.evidence.pointing import Pointing
     from hf_steer.saliency import Saliency
 
-DESCRIPTION = """\
-Without --image it runs on the embedded model: held-out pictures of 2 x 2 digits, one cell of each pointed at, an open question;
-the task score is the share of answers that name the pointed-at digit. With --model, --image and --prompt it runs on your own;
-the gaze follows the model's own eyes, or --box.
-"""
+DESCRIPTION = f"""\
+Without --image, --say and --examples-file it runs on the embedded model: held-out pictures of 2 x 2 digits, one cell of each pointed
+at, an open question; the task score is the share of answers that name the pointed-at digit. With --model and --prompt on your own:
+with --image the gaze follows the model's own eyes, or --box; with --say, words that the prompt quotes. With --examples-file each line
+says where to look; where lines have answers, the task score is the share of answers that hold the right one.
+
+{EXAMPLES}"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit", choices=UNITS, metavar="UNIT",
         help="what --box is counted in: pixels; fraction, 0 to 1; or thousandths, Qwen's 0 to 1000 (default: pixels)",
     )  # fmt: skip
+    parser.add_argument("--say", metavar="TEXT", help="words of --prompt to look at, in a model of text (default: none)")
+    add_examples_file(parser, "none")
     add_heads(parser, "heads to steer")
     add_scenes(parser, 32, "pictures of digits for the embedded model")
     parser.add_argument(
@@ -66,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_seed(parser, "pictures, cells and intervals")
     add_device(parser)
+    add_dtype(parser)
 
 
 def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
@@ -84,11 +100,17 @@ def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
     logging.disable_progress_bar()  # of weight loading; the measurement's own bar says what is going on
     check_device(arguments.device)
     heads = read_heads(arguments.heads)
-    if arguments.image:
-        return _pictures(arguments, heads, saliency)
+    ways = [name for name in ("image", "say", "examples_file") if getattr(arguments, name)]
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in ways).replace('_', '-')} each say what to look at; give one of them.")
+    if ways:
+        return {"image": _pictures, "say": _quoted, "examples_file": _from_file}[ways[0]](arguments, heads, saliency)
     given = [f"--{name}" for name in ("model", "prompt", "box", "unit") if getattr(arguments, name) is not None]
     if given:
-        raise ConfigError(f"{', '.join(given)} needs --image, at least one, and --prompt. Without them the embedded model is used.")
+        raise ConfigError(
+            f"{', '.join(given)} needs --image, at least one, and --prompt; or --say and --prompt; or --examples-file. Without them the "
+            "embedded model is used."
+        )
     return _scenes(arguments, heads, saliency)
 
 
@@ -121,11 +143,8 @@ def _names_the_cell(pointing: Pointing, number: int, answer: str) -> float:
 
 
 def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
-    from transformers import AutoProcessor
-
     from hf_steer.analysis.prompts import messages_for
     from hf_steer.embedded import embedded_model_dir
-    from hf_steer.io import from_pretrained
     from hf_steer.saliency import Saliency, open_upright
 
     if arguments.prompt is None:
@@ -134,9 +153,7 @@ def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
     unit = arguments.unit or "pixels"
     folder = arguments.model or embedded_model_dir()
     settings = SaliencyConfig(**{"source": "vision_attention" if arguments.box is None else None, **saliency})
-    config = SteerConfig(attention=AttentionConfig(heads=heads, saliency=settings))
-    model = from_pretrained(folder, steer_config=config).to(arguments.device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = _patched(arguments, folder, AttentionConfig(heads=heads, saliency=settings)), load_processor(folder)
     batches = []
     for image in images:  # one at a time: pictures may be large
         text = processor.apply_chat_template(messages_for(image, arguments.prompt), tokenize=False, add_generation_prompt=True)
@@ -148,19 +165,69 @@ def _pictures(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
     return Subject(model, batches, _reader(processor), None, f'{len(images)} pictures, "{arguments.prompt}", saliency from {where}')
 
 
+def _patched(arguments: argparse.Namespace, folder: Any, attention: AttentionConfig, model: Any = None) -> Any:
+    """The user's model, and heads that are checked to be its own where they come from a list."""
+    from hf_steer.patching import patch_model
+
+    model = load_own(folder, device=arguments.device, dtype=arguments.dtype) if model is None else model
+    refuse_list_of_other(arguments.heads, model)
+    return patch_model(model, SteerConfig(attention=attention))
+
+
+def _quoted(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
+    """Words of one prompt."""
+    from hf_steer.analysis.asked import Line
+
+    if arguments.prompt is None or arguments.model is None:
+        raise ConfigError("--say needs --prompt, the text whose words it quotes, and --model, one that reads text.")
+    line = Line("prompt", {"prompt": arguments.prompt, "look": arguments.say}, Path("--prompt"), 1)
+    return _of_lines(arguments, heads, saliency, [line], f'"{arguments.prompt}", pointed at "{arguments.say}"')
+
+
+def _from_file(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any]) -> Subject:
+    from hf_steer.analysis.asked import read_lines
+
+    lines = read_lines(arguments.examples_file)
+    return _of_lines(arguments, heads, saliency, lines, f"{len(lines)} examples of {arguments.examples_file}")
+
+
+def _of_lines(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any], lines: Any, title: str) -> Subject:
+    """Prompts as lines of an examples file say them."""
+    from hf_steer.analysis.asked import Reader, ask, together
+    from hf_steer.embedded import embedded_model_dir
+
+    folder = arguments.model or embedded_model_dir()
+    processor = load_processor(folder)
+    model = load_own(folder, device=arguments.device, dtype=arguments.dtype)
+    asked = [ask(line, Reader(processor, model)) for line in lines]
+    settings = SaliencyConfig(**{"source": None, **saliency})
+    attends: Any = attends_of(model, arguments)
+    _patched(arguments, folder, AttentionConfig(heads=heads, saliency=settings, attends=attends), model)
+    grouped = together(asked, model)
+    answers = [[one.answer for one in group] for group, _, _ in grouped]
+    every = all(answer is not None for own in answers for answer in own)
+
+    def task(said: list[Any], index: int) -> list[float]:
+        wanted = [answer.strip().lower() for answer in answers[index] if answer is not None]
+        return [float(right in text.lower()) for right, text in zip(wanted, said, strict=True)]
+
+    batches = [(_moved(inputs, model), statement) for _, inputs, statement in grouped]
+    return Subject(model, batches, _reader(processor), task if every else None, title)
+
+
 def as_spans(subject: Subject) -> Subject:
     """The same, with a saliency of ones and zeros: tokens that lie in the box for the most part, or the whole picture."""
     from hf_steer.analysis.prompts import Batch, span_of, steered_heads
-    from hf_steer.analysis.target_mass import scores_in_force
+    from hf_steer.analysis.pointed import scores_in_force
     from hf_steer.patching import anatomy_of
     from hf_steer.saliency import Saliency
 
     model, layer = subject.model, min(steered_heads(subject.model))
     batches = []
     for inputs, said in subject.batches:
-        whole = span_of(anatomy_of(model), inputs, "image")
-        inside = whole if said is None else scores_in_force(model, Batch(inputs, said), layer) >= 0.5
-        batches.append((inputs, Saliency.from_tokens(inside.float())))  # type: ignore[union-attr]
+        whole = span_of(anatomy_of(model), inputs, "image") if said is None else None
+        inside = scores_in_force(model, Batch(inputs, said), layer) >= 0.5 if whole is None else whole
+        batches.append((inputs, Saliency.from_tokens(inside.float())))
     return dataclasses.replace(subject, batches=batches)
 
 

@@ -11,8 +11,8 @@ from hf_steer.cli.command import Command, add_list, add_output, listed
 from hf_steer.cli.kinds import number
 
 DESCRIPTION = f"""\
-Measure a model at several strengths λ: entropy and shift of the steered heads' attention, its share on the picture, how many
-answers and tokens change, KL(unsteered ‖ steered) of the next token in nats, and a task score with its 95 % interval.
+Measure a model at several strengths λ: entropy and shift of the steered heads' attention, its share on what is pointed at, how many
+answers and tokens change, KL(unsteered ‖ steered) of the next token in nats, a task score with its 95 % interval, and the answers.
 
 {subject.DESCRIPTION}
 Writes a picture, and a CSV with a line per strength as each is done. Run again, it goes on where it was cut short.
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"rows": [row.flat() for row in result.rows], "files": files, "seconds": seconds}))
         return 0
-    print(f"\n{chosen.title}.\n\n{result}\n\nTable and picture: {', '.join(files)}  ({seconds:.0f} s)")
+    print(f"\n{chosen.title}.\n\n{result}\n\n{result.answers_text()}\n\nTable and picture: {', '.join(files)}  ({seconds:.0f} s)")
     return 0
 
 

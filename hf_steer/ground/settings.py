@@ -55,6 +55,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "samples_a_token": ("samples_per_token",),
         # of generate
         "end_tokens": ("eos_token_id",),
+        "start_token": ("decoder_start_token_id",),
     }
 )
 """Our word -> their spellings; the first that is there counts."""

@@ -90,8 +90,10 @@ def text_span(example):
         (lambda e: with_inputs(e, input_ids=e.inputs["input_ids"].clamp(max=80)), SaliencyError, "example 7: image token count"),
         (
             lambda e: HeadExample(make_prompt("qwen2_vl", [[9]]), torch.ones(9, dtype=torch.bool), 5), SaliencyError,
-            "example 7: its prompt has no image or video token",
+            "example 7: its span marks 9 tokens, 1 of them outside the 8 tokens of its text after the first",
         ),
+        (lambda e: HeadExample(e.inputs, e.span, 5, among=e.span), SaliencyError, "of them outside the . tokens of among"),
+        (lambda e: HeadExample(e.inputs, e.span, 5, among=e.span.float()), SaliencyError, "among is a bool tensor over"),
         (lambda e: with_inputs(e, input_ids=e.inputs["input_ids"].repeat(2, 1)), ConfigError, r"one row.*shape \(2, "),
         (lambda e: with_inputs(e, pixel_values=[1.0]), ConfigError, r"\['pixel_values'\] are not tensors"),
         (lambda e: HeadExample({}, e.span, 5), ConfigError, "no input_ids"),
@@ -117,6 +119,7 @@ def test_examples_that_do_not_fit_are_named_and_the_model_is_not_touched(change,
         ({"count": 13}, r"count=13 is more heads than.*the model has 12, 4 in each of 3 layers"),
         ({"count": 0}, "count must be a whole number of at least 1"),
         ({"count": 4, "shortlist": 3}, "count=4 is more heads than.*shortlist=3"),
+        ({"count": 4, "candidates": 3}, "count=4 is more heads than.*candidates=3"),
         ({"rule": "best"}, "rule must be one of 'forward', 'mass'"),
         ({"strength": 0.0}, "strength must not be 0"),
         ({"strength": float("nan")}, "strength must be a finite number"),
@@ -143,8 +146,9 @@ def test_calls_that_cannot_be_answered_say_why():
         find_grounding_heads(model, examples, report=examples[:20])
     with pytest.raises(ConfigError, match="rule 'effect' needs examples with answers"):
         find_grounding_heads(model, make_examples("qwen2_vl", 40, answer=False), rule="effect")
-    with pytest.raises(SaliencyError, match="'llama' has no vision or audio tokens"):
-        find_grounding_heads(make_model("llama"), [HeadExample(pad_rows([[5, 6, 7]], padding="left"), torch.ones(3).bool())] * 40)
+    with pytest.raises(PatchError, match="'llama' has no heads that look at what an encoder hands on"):
+        text = pad_rows([[5, 6, 7]], padding="left")
+        find_grounding_heads(make_model("llama"), [HeadExample(text, torch.ones(3).bool())] * 40, attends="cross")
     onevision = tiny_encoders.make_encoder_model("llava_onevision")
     with pytest.raises(ConfigError, match="the token grid of 'llava_onevision' is not known"):
         find_grounding_heads(onevision, make_examples("llava_onevision", 40), rule="localisation")
@@ -255,7 +259,7 @@ def test_examples_come_from_a_file_through_the_processor(tmp_path, capsys):
         ({"box": None}, "FileError", "line 1: a line is an object with image, question, box"),
         ({"boxes": [1]}, "FileError", "line 1: a line is an object with"),
         ({"question": 7}, "FileError", "line 1: question must be text"),
-        ({"answer": ""}, "FileError", "answer must be text, and an answer not empty"),
+        ({"answer": ""}, "FileError", "answer must be text, and not empty"),
     ],
 )
 def test_lines_that_are_no_examples_are_named(changes, kind, message, tmp_path, capsys):
@@ -273,5 +277,5 @@ def test_files_that_hold_no_json_are_refused(tmp_path, capsys):
         assert main(["heads", "--examples-file", str(path)]) == 1
         assert message in capsys.readouterr().err
     assert main(["heads", "--examples-file", str(tmp_path / "nowhere")]) == 1
-    assert main(["heads", "--model", "x"]) == 1
+    assert main(["heads", "--model", str(embedded_model_dir())]) == 1
     assert "--model needs --examples-file" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_the_effect_of_a_head_is_that_of_a_model_patched_with_it(family, impleme
     examples, report = make_examples(family, 20), make_examples(family, 20, first=100)
     result = find_grounding_heads(model, examples, report=report, rule="effect", count=2, strength=3.0, null_sets=2, batch_size=8)
     assert not get_steer_status(model).patched
-    saliency = SaliencyConfig(source=None, preserve_mass=True)
+    saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=family in SEEING)
 
     def steered(heads, examples):
         config = SteerConfig(attention=AttentionConfig(heads=heads, strength=3.0, saliency=saliency))
@@ -153,7 +153,7 @@ def test_the_effect_of_a_head_is_that_of_a_model_patched_with_it(family, impleme
 def test_a_model_that_the_caller_patched_gives_the_same_and_stays_patched(pictures):
     model, examples = make_model("qwen2_vl"), make_examples("qwen2_vl", 40, pictures=pictures)
     own = find_grounding_heads(model, examples, null_sets=2, count=2)
-    attention = AttentionConfig(heads="all", strength=0.5, saliency=SaliencyConfig(source=None, preserve_mass=True))
+    attention = AttentionConfig(heads="all", strength=0.5, saliency=SaliencyConfig(source=None, normalize="none", preserve_mass=True))
     patch_model(model, SteerConfig(attention=attention))
     status = get_steer_status(model)
     assert find_grounding_heads(model, examples, null_sets=2, count=2) == own
@@ -164,7 +164,7 @@ def test_the_scaling_of_saliency_can_be_chosen():
     model, examples = make_model("qwen2_vl"), make_examples("qwen2_vl", 40)
     kwargs = {"rule": "effect", "null_sets": 2, "strength": 2.0}
     kept = find_grounding_heads(model, examples, **kwargs)
-    free = find_grounding_heads(model, examples, saliency=SaliencyConfig(source=None, preserve_mass=False), **kwargs)
+    free = find_grounding_heads(model, examples, saliency=SaliencyConfig(source=None, normalize="none"), **kwargs)
     assert free.scores["mass"] == kept.scores["mass"]
     assert free.scores["effect"] != kept.scores["effect"]
 

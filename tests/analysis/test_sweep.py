@@ -362,7 +362,7 @@ def test_the_command_calibrates_to_a_budget(tmp_path, capsys):
     assert main(["calibrate", "--budget", "0.05", "--scenes", "4", "--largest", "1", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "λ = 1 keeps the budget" in printed
-    assert "ended at --largest" in printed
+    assert "ended at the largest strength that was allowed" in printed
 
 
 def test_the_command_calibrates_heads_and_shares(pictures, tmp_path, capsys):

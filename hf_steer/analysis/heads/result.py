@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_steer.analysis.heads.origin import HeadProvenance
 from hf_steer.analysis.heads.report import BASELINES, Estimate, HeadReport
 from hf_steer.analysis.heads.selection import Head, by_layer
 from hf_steer.errors import ConfigError
@@ -37,6 +38,7 @@ class HeadResult:
         report: the chosen heads on examples that did not choose them.
         strength: λ with which heads were steered.
         examples: how many examples chose the heads.
+        provenance: on what they were found; None in files of versions that did not note it.
     """
 
     rule: str
@@ -46,6 +48,7 @@ class HeadResult:
     report: HeadReport
     strength: float
     examples: int
+    provenance: HeadProvenance | None = dataclasses.field(default=None, compare=False)
 
     @property
     def heads(self) -> dict[int, tuple[int, ...]]:
@@ -78,12 +81,16 @@ class HeadResult:
             values = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"this is not JSON ({error}); it is truncated or foreign.") from error
+        noted = values.setdefault("provenance", None) if isinstance(values, dict) else None
         own = _checked("a result", values, cls, ("heads", "found", "verdict"))
         report = _checked("report", own["report"], HeadReport, ())
         for name in ("chosen", "over_same_layers", "over_all_heads", "over_baseline"):
             if report[name] is not None:
                 report[name] = Estimate(**_checked(f"report.{name}", report[name], Estimate, ()))
-        result = cls(**{**{name: _tuples(value) for name, value in own.items()}, "report": HeadReport(**_tuples(report))})
+        parts: dict[str, Any] = {"report": HeadReport(**_tuples(report))}
+        if noted is not None:
+            parts["provenance"] = HeadProvenance(**_checked("provenance", noted, HeadProvenance, ()))
+        result = cls(**{**{name: _tuples(value) for name, value in own.items()}, **parts})
         if _tuples(values["heads"]) != {str(layer): heads for layer, heads in result.heads.items()}:
             raise ConfigError(f"heads {values['heads']} are not the chosen ones, {result.heads}; was the file edited?")
         return result
@@ -106,6 +113,12 @@ class HeadResult:
         target = Path(path)
         write_whole(target, self.to_json().encode())
         return target
+
+    def __repr__(self) -> str:
+        return (
+            f"<HeadResult: {'found' if self.found else 'none found'}, heads={self.heads} by {self.rule!r} on {self.examples} "
+            f"examples; {self.report.measure} {self.report.chosen} against {self.report.baseline:.2f} on {self.report.examples} others>"
+        )
 
     def __str__(self) -> str:
         report, counted = self.report, {"answers": "right answers", "pointing": "most attended token in the span"}

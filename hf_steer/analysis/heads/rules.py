@@ -16,13 +16,17 @@ ORDER: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType(
         "localisation": (("localisation", 1), ("entropy", -1), ("mass", 1)),
         "pointing": (("pointing", 1), ("selectivity", 1)),
         "selectivity": (("selectivity", 1),),
+        "slope": (("slope", 1),),
         "effect": (("effect", 1),),
     }
 )
 """Rule -> the scores by which it ranks heads, and whether the highest (1) or the lowest (-1) comes first; later ones break ties."""
 RULES = ("forward", *ORDER)
-BY_ANSWER = ("forward", "effect")
+BY_ANSWER = ("forward", "effect", "slope")
 """Rules that steer and look at the answer; the others look at attention alone."""
+
+TRIED = ("forward", "effect")
+"""Of these, those that steer head by head."""
 
 
 def rank(scores: Mapping[str, Tensor]) -> dict[str, tuple[Head, ...]]:

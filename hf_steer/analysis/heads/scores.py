@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from hf_steer.analysis.heads.batches import Batch, logits_after_query
 from hf_steer.analysis.heads.examples import Row
 from hf_steer.attention import AttentionCall, logits_in_chunks
+from hf_steer.ground.parts import Site
 from hf_steer.patching import disable_steering, get_steer_status, probe_attention
 
 PER_EXAMPLE = 10
@@ -44,35 +45,49 @@ def unsteered(model: Any) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def look(model: Any, batches: Sequence[Batch], title: str) -> Iterator[tuple[int, Row, Tensor]]:
+def look(model: Any, batches: Sequence[Batch], title: str, *, sites: Sequence[Site]) -> Iterator[tuple[int, Row, Tensor]]:
     """Run every batch unsteered, and read where the queries look.
 
+    Args:
+        model: patched or not.
+        batches: of examples.
+        title: of the progress bar.
+        sites: whose attention is read.
+
     Yields:
-        Number of the row, the row, and the attention of its query to its vision or audio tokens, `(layers, heads, tokens)`
-        float64; over all keys it sums to 1.
+        Number of the row, the row, and the attention of its query to the places that its span is compared with, `(layers, heads,
+        places)` float64; over all keys it sums to 1.
     """
     for batch in tqdm(batches, desc=f"{title:<24}", unit="batch", leave=False):
-        query = batch.rows[0].query
         seen: dict[int, Tensor] = {}
 
-        def read(call: AttentionCall, query: int = query, seen: dict[int, Tensor] = seen) -> None:
-            _, own, _ = next(logits_in_chunks(call, queries=slice(query, query + 1)))
-            seen[call.layer] = torch.softmax(own[:, :, 0], -1).cpu()
+        def read(call: AttentionCall, queries: Tensor = batch.queries, seen: dict[int, Tensor] = seen) -> None:
+            seen[call.layer] = weights_at(call, queries)
 
-        with unsteered(model), probe_attention(model, read):
+        with unsteered(model), probe_attention(model, read, sites=sites):
             logits_after_query(model, batch)
         attention = torch.stack([seen[layer] for layer in sorted(seen)], 1).double()
         for place, (number, row) in enumerate(zip(batch.numbers, batch.rows, strict=True)):
             yield number, row, attention[place][:, :, row.media]
 
 
+def weights_at(call: AttentionCall, queries: Tensor) -> Tensor:
+    """`(rows, heads, keys)` float32 on the CPU: what each row's query attends to."""
+    found = torch.zeros(len(queries), call.query.shape[1], call.key.shape[2])
+    for query in torch.unique(queries).tolist():
+        _, own, _ = next(logits_in_chunks(call, queries=slice(query, query + 1)))
+        rows = queries == query
+        found[rows] = torch.softmax(own[:, :, 0], -1).cpu()[rows]
+    return found
+
+
 def attention_scores(looks: Iterable[tuple[int, Row, Tensor]]) -> dict[str, Tensor]:
     """Scores per head, each `(layers, heads)` float64, averaged over examples.
 
     Returns:
-        `mass`: attention to the vision or audio tokens. `span_mass`: to those in the span. `selectivity`: span_mass less what
-        the span would get if its tokens got what the picture's others get on average. `pointing`: share of examples whose
-        most attended token of the picture is in the span. Where all grids are known also `entropy`, the mean spatial entropy
+        `mass`: attention to the vision or audio tokens, or in a text to all but its first token. `span_mass`: to those in the
+        span. `selectivity`: span_mass less what the span would get if its tokens got what the others get on average. `pointing`:
+        share of examples in which the most attended of these tokens is in the span. Where all grids are known also `entropy`, the mean spatial entropy
         in nats, and `localisation`, the share of examples in which the head is among the `PER_EXAMPLE` of lowest entropy
         above the elbow of `mass`.
     """
@@ -103,10 +118,12 @@ def points_at(row: Row, attention: Tensor) -> Tensor:
     return row.target[attention.argmax(-1)].double()
 
 
-def pointing_hits(model: Any, batches: Sequence[Batch], sets: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+def pointing_hits(
+    model: Any, batches: Sequence[Batch], sites: Sequence[Site], sets: Sequence[Sequence[tuple[int, int]]]
+) -> Tensor:
     """`(sets, examples)`: 1 where the most attended token, by the sum of the set's attention, is in the span."""
     found = torch.zeros(len(sets), sum(len(batch.numbers) for batch in batches), dtype=torch.float64)
-    for number, row, attention in look(model, batches, "report"):
+    for number, row, attention in look(model, batches, "report", sites=sites):
         for place, heads in enumerate(sets):
             layers, numbers = zip(*heads, strict=True)
             found[place, number] = points_at(row, attention[list(layers), list(numbers)].sum(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Answers:
 
 
 Measure = Callable[[Iterable[Head]], Answers]
+Attends = Literal["self", "cross"]
 
 
 def by_layer(heads: Iterable[Head]) -> dict[int, tuple[int, ...]]:
@@ -50,7 +51,7 @@ def by_layer(heads: Iterable[Head]) -> dict[int, tuple[int, ...]]:
 
 
 @contextmanager
-def steerable(model: Any, saliency: SaliencyConfig) -> Iterator[None]:
+def steerable(model: Any, saliency: SaliencyConfig, attends: Attends) -> Iterator[None]:
     """All heads of all layers within reach of `use_strength`: patched for the duration, unless the caller has patched so.
 
     Raises:
@@ -60,7 +61,7 @@ def steerable(model: Any, saliency: SaliencyConfig) -> Iterator[None]:
         refuse_narrow_patch(model)
         yield
         return
-    patch_model(model, SteerConfig(attention=AttentionConfig(heads="all", saliency=saliency)))
+    patch_model(model, SteerConfig(attention=AttentionConfig(heads="all", strength=1.0, saliency=saliency, attends=attends)))
     try:
         yield
     finally:
@@ -104,6 +105,7 @@ def measure(model: Any, batches: Sequence[Batch], strength: float, heads: Iterab
         else:
             with disable_steering(model):
                 logits = logits_after_query(model, batch)
+        logits = logits.cpu().double()
         numbers, answers = torch.tensor(batch.numbers), torch.tensor([row.answer for row in batch.rows])
         right[numbers] = (logits.argmax(-1) == answers).double()
         log_p[numbers] = torch.log_softmax(logits, -1).gather(1, answers[:, None])[:, 0]
@@ -142,13 +144,14 @@ def grow(
 
 
 def steering_scores(
-    measure: Measure, shape: tuple[int, int], *, forward: bool, count: int, shortlist: int
+    measure: Measure, shape: tuple[int, int], candidates: Sequence[Head], *, forward: bool, count: int, shortlist: int
 ) -> tuple[dict[str, Tensor], tuple[Head, ...]]:
     """The scores that take steering, and all heads as forward selection ranks them (none without it).
 
     Args:
         measure: answers under a set of heads.
         shape: layers and heads of the model.
+        candidates: the heads that are steered.
         forward: whether to select.
         count: heads to choose.
         shortlist: see `grow`.
@@ -158,15 +161,23 @@ def steering_scores(
     """
     every = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
     plain = measure([])
-    singles = single_effects(measure, every)
-    scores = {"effect": torch.stack([(singles[head].log_p - plain.log_p).mean() for head in every]).view(shape)}
+    singles = single_effects(measure, sorted(candidates))
+    gains = {head: float((own.log_p - plain.log_p).mean()) for head, own in singles.items()}
+    scores = {"effect": _on_heads(gains, shape)}
     if not forward:
         return scores, ()
     chosen, reached = grow(measure, singles, count=count, shortlist=shortlist)
-    shares = [float(reached[head].right.mean()) if head in reached else float("nan") for head in every]
-    scores["forward"] = torch.tensor(shares, dtype=torch.float64).view(shape)
+    scores["forward"] = _on_heads({head: float(own.right.mean()) for head, own in reached.items()}, shape)
     tried = sorted(set(reached) - set(chosen), key=lambda head: reached[head].merit, reverse=True)
     return scores, (*chosen, *tried, *(head for head in every if head not in reached))
+
+
+def _on_heads(values: Mapping[Head, float], shape: tuple[int, int]) -> Tensor:
+    """`(layers, heads)` float64, NaN where there is no value."""
+    table = torch.full(shape, float("nan"), dtype=torch.float64)
+    for place, value in values.items():
+        table[place] = value
+    return table
 
 
 def right_answers(measure: Measure, sets: Sequence[Sequence[Head]]) -> Tensor:

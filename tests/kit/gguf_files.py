@@ -21,16 +21,16 @@ def letters():
     return [chr(byte) for byte in shown] + [chr(256 + number) for number in range(len(hidden))]
 
 
-def write_gguf(folder, *, seed=0, kind="llama"):
-    """Write `FILE` into a folder; returns the folder."""
+def write_gguf(folder, *, seed=0, tokens=512):
+    """Write `FILE` into a folder, for texts of so many tokens; returns the folder."""
     import gguf
 
     random = np.random.default_rng(seed)
     words = [*SPECIAL, *letters(), *MERGED]
-    writer = gguf.GGUFWriter(folder / FILE, kind)
+    writer = gguf.GGUFWriter(folder / FILE, "llama")
     size = FEATURES // HEADS
     for add, value in (
-        (writer.add_context_length, 512), (writer.add_embedding_length, FEATURES), (writer.add_block_count, LAYERS),
+        (writer.add_context_length, tokens), (writer.add_embedding_length, FEATURES), (writer.add_block_count, LAYERS),
         (writer.add_feed_forward_length, INNER), (writer.add_head_count, HEADS), (writer.add_head_count_kv, KEY_VALUE_HEADS),
         (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 10000.0), (writer.add_rope_dimension_count, size),
         (writer.add_vocab_size, len(words)), (writer.add_file_type, 0), (writer.add_tokenizer_model, "gpt2"),

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_steer.config import CONFIG_NAME, AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.config.record import Record
@@ -21,6 +21,7 @@ from hf_steer.config.steer import read_config
 from hf_steer.errors import FileError, PatchError, SteerError
 from hf_steer.families import family_of
 from hf_steer.files import find_file
+from hf_steer.ground.gguf import name_class, plain_weights, require_gguf
 from hf_steer.patching import make_plan, patch_model
 from hf_steer.patching.handle import Steering
 from hf_steer.patching.planned import Plan
@@ -71,6 +72,7 @@ def from_pretrained(
     steer_config: SteerConfig | AttentionConfig | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
+    gguf_file: str | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Load a model with its steering.
@@ -81,6 +83,8 @@ def from_pretrained(
             does keep their trained weights, others start fresh (a warning says which trained ones are left out); or the folder or
             Hub repository of a saved steering, whose weights are loaded; when None, the steering beside the model.
         tokenizer: reads think tags and phrases, as for `patch_model`; None loads the model's own where it is needed.
+        gguf_file: in that folder or repository: configuration and weights come out of it, unpacked into plain ones, so that the
+            model can be saved like any other. `quantization_config=` says otherwise. Needs the package gguf.
         **model_kwargs: handed on to the model's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
 
     Returns:
@@ -93,11 +97,16 @@ def from_pretrained(
         PatchError: a model of an unknown family. Everything that can be checked is checked before weights are read.
     """
     hub = {key: model_kwargs[key] for key in _HUB_KEYS if key in model_kwargs}
+    if gguf_file is not None:
+        require_gguf()
+        model_kwargs = plain_weights(gguf_file, model_kwargs)
     if isinstance(steer_config, AttentionConfig):
         steer_config = SteerConfig(attention=steer_config)
     config, record, place, keys = _wanted(id_or_dir, steer_config, hub)
-    base_config = read_base_config(id_or_dir, **hub)
+    base_config = read_base_config(id_or_dir, gguf_file, **hub)
     model_class = model_class_of(base_config)
+    if gguf_file is not None and tokenizer is None and config.attention is not None and config.attention.reads_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(id_or_dir, gguf_file=gguf_file, **hub)
     plan = make_plan(build_on_meta(base_config, model_kwargs.get("attn_implementation")), config, tokenizer)  # every check first
     if steer_config is None and is_stale(record, id_or_dir, **hub):
         raise FileError(_STALE.format(place=os.fspath(id_or_dir), name=CONFIG_NAME))
@@ -203,10 +212,14 @@ def _warn_of_others(id_or_dir: str | os.PathLike[str], what: str) -> None:
     )
 
 
-def read_base_config(id_or_dir: str | os.PathLike[str], **hub_kwargs: Any) -> PreTrainedConfig:
-    """`config.json` of a model; FileError when there is none that transformers can read."""
+def read_base_config(id_or_dir: str | os.PathLike[str], gguf_file: str | None = None, **hub_kwargs: Any) -> PreTrainedConfig:
+    """`config.json` of a model, or what a GGUF file says; FileError when there is none that transformers can read."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
+        if gguf_file is None:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(id_or_dir, **hub_kwargs)
+            return config
+        config = AutoConfig.from_pretrained(id_or_dir, gguf_file=gguf_file, **hub_kwargs)
+        name_class(config)
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of JSON that is something else
         raise FileError(

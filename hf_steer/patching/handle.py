@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_steer.errors import PatchError
+from hf_steer.ground.gguf import gguf_file_of, why_unwritable
 from hf_steer.ground.implementations import CONTINUOUS_BATCHING
 from hf_steer.ground.longform import SEGMENT, goes_by_stretches
 from hf_steer.patching.edits import AddHook, AddLoadHook, AddSubmodule, SetAttentionFunction, SetAttribute
@@ -112,7 +114,8 @@ class Steering(Root):
         """transformers' `save_pretrained`, with the steering beside the base model.
 
         A folder that is named as Trainer names its checkpoints, `checkpoint-<step>`, gets what is trained alone when the base is
-        frozen: the base is where it came from.
+        frozen: the base is where it came from. So does any folder when the weights are packed in a way that cannot be written; a
+        warning says so.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
@@ -123,6 +126,10 @@ class Steering(Root):
         weights = gather_weights(self, given)
         trained = gather_checkpoint(self, given) if checkpoint else {}
         writes_base, original = not checkpoint or is_adapted(self), self.original("save_pretrained")
+        packed = why_unwritable(self.plan.anatomy.root) if writes_base else None
+        if packed is not None:
+            writes_base = False
+            _warn_of_packed(self.plan.anatomy.root, packed, save_directory)
         if not (is_main_process and is_first()) or kwargs.get("distributed_checkpoint"):  # the others gather along
             if writes_base:
                 original(save_directory, is_main_process and is_first(), base, *args[1:], **kwargs)
@@ -158,6 +165,17 @@ class Steering(Root):
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
         """Root: weights have been loaded; a checkpoint of the steering alone is complete."""
         check_loaded(self, incompatible)
+
+
+def _warn_of_packed(root: Any, packed: str, directory: str | os.PathLike[str]) -> None:
+    file, place = gguf_file_of(root), os.fspath(directory)
+    named = f"gguf_file={os.path.basename(file)!r}, " if file else "quantization_config=..., "
+    warnings.warn(
+        f"the steering was saved in {place!r}, the base model's weights were not: they are packed by {packed}, which transformers "
+        f"reads and cannot write. Load both with hf_steer.from_pretrained({root.name_or_path!r}, {named}steer_config={place!r})."
+        + (" A model that was loaded that way has plain weights, which are saved, too." if file else ""),
+        stacklevel=3,
+    )
 
 
 def note_in_force(steering: Steering) -> None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import transformers
+from kit.crossing import make_crossing_model
 from kit.tiny import make_config
 
 from hf_steer.analysis.described import ranges
@@ -76,6 +77,11 @@ def test_attention_to_an_encoder_is_told_beside_that_to_the_prompt(inspect):
     assert report.anatomy["cross-attention"].startswith("2: model.decoder.layers.0.encoder_attn ... ")
     assert [site["attends"] for site in report.sites] == ["self", "self", "cross", "cross"]
     assert "  cross  layer   1  model.decoder.layers.1.encoder_attn  BartAttention, 4 query" in report.listed()
+
+
+def test_places_among_what_an_encoder_hands_on_are_told(inspect):
+    report = inspect(make_crossing_model("mllama").config, "MllamaForConditionalGeneration")
+    assert report.anatomy["boxes, seconds"] == "the encoder's image positions by layout 'mllama'"
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

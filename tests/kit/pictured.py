@@ -282,6 +282,19 @@ KINDS: Mapping[str, Kind] = {
 }  # fmt: skip
 
 
+ACROSS = Kind(
+    "MllamaForConditionalGeneration", "MllamaProcessor", "MllamaImageProcessor", {**_sized(), "max_image_tiles": 4},
+    {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH, "max_num_tiles": 4, "vision_output_dim": 32, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    },
+    text={"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    tokens={"image_token": "<|image|>"}, written="<|image|>",
+)  # fmt: skip
+"""Mllama, whose pictures are no tokens of the prompt."""
+
+
 def make_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
     """Words `w0` to `w19`, and the family's special tokens."""
     special = dict.fromkeys([*kind.tokens.values(), *kind.others, *([kind.image] if kind.image else []), "<image>"])

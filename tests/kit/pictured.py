@@ -279,6 +279,14 @@ KINDS: Mapping[str, Kind] = {
     "llava_next_video": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default", "Video"),
     "llava_next": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default"),
     "granite_vision": _llava_next(_SIGLIP, "full"),
+    "llava_onevision": Kind(
+        "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor",
+        {**_sized(), "image_grid_pinpoints": _PINPOINTS}, _SIGLIP, text={"model_type": "qwen2"},
+        own={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+        tokens={"image_token": "<image>", "video_token": "<video>"},
+        told={"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"},
+        video_processor="LlavaOnevisionVideoProcessor",
+    ),
 }  # fmt: skip
 
 

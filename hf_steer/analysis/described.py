@@ -124,7 +124,8 @@ def _places(anatomy: Anatomy) -> str:
     if anatomy.layout is None and anatomy.frame_seconds is None:
         perceives = bool(anatomy.encoders) or any(has_setting(anatomy.root.config, word) for word in ("vision", "audio"))
         unknown = "it is not known where in a picture or sound its tokens lie: " if perceives else ""
-        return f"{unknown}text and token statements only" if anatomy.decoder is not None else "no prompt to place them in"
+        attends = anatomy.layers or anatomy.crosses
+        return f"{unknown}text and token statements only" if attends else "no attention to steer by them"
     ways = []
     if anatomy.layout is not None:
         across = "" if anatomy.placeholder_ids else "the encoder's "

@@ -60,6 +60,7 @@ OURS: Mapping[str, Family] = MappingProxyType(
         "cohere2_vision": Family(placeholders=("image",), layout="cohere2_vision"),
         "llama4": Family(placeholders=("image",), layout="llama4"),
         **dict.fromkeys(("idefics3", "smolvlm"), Family(placeholders=("image",), layout="idefics3")),
+        "mllama": Family(layout="mllama"),
         "qwen2_audio": Family(
             placeholders=("audio",), layout="qwen2_audio", counts_items=False, encoders=_ear(mask="mel_mask")
         ),

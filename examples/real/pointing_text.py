@@ -2,8 +2,8 @@
 
     python examples/real/pointing_text.py --model ~/.cache/hf_steer/real/smollm2
 
-`--split choose` answers the prompts on which defaults were chosen; the table is of `report`, which chose nothing. Conditions that the
-CSV already holds are kept, so that a run can be stopped and gone on with; `--again` begins anew.
+`--split choose` answers the prompts on which defaults were chosen; the table is of `report`, which chose nothing. Conditions that
+the CSV already holds are kept, so that a run can be stopped and gone on with; `--again` begins anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from hf_steer.evidence.text.run import TextPointing, TextRow
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 TASKS = {"reports": (300, 0), "instruction": (300, 0), "fact, 600 words": (100, 600), "fact, 2600 words": (40, 2600)}
 """Task -> how many cases, and words of its text."""
-LONG = ("unsteered", "default", "all heads, λ = 1", "all heads, λ = 3", "found heads, λ = 4", "wrong span", "share 0.3", "prompt: said twice")
+LONG = (
+    "unsteered", "default", "all heads, λ = 1", "all heads, λ = 3", "found heads, λ = 4", "wrong span", "share 0.3",
+    "prompt: said twice",
+)  # fmt: skip
 """Conditions of the longest texts."""
 
 

@@ -124,8 +124,13 @@ def _places(anatomy: Anatomy) -> str:
     if anatomy.layout is None and anatomy.frame_seconds is None:
         perceives = bool(anatomy.encoders) or any(has_setting(anatomy.root.config, word) for word in ("vision", "audio"))
         unknown = "it is not known where in a picture or sound its tokens lie: " if perceives else ""
-        return f"{unknown}text and token statements only" if anatomy.decoder is not None else "no prompt to place them in"
-    ways = [] if anatomy.layout is None else [f"{', '.join(anatomy.placeholder_ids)} tokens by layout {_named(anatomy.layout)}"]
+        attends = anatomy.layers or anatomy.crosses
+        return f"{unknown}text and token statements only" if attends else "no attention to steer by them"
+    ways = []
+    if anatomy.layout is not None:
+        across = "" if anatomy.placeholder_ids else "the encoder's "
+        placed = ", ".join(anatomy.placeholder_ids or anatomy.placed_across)
+        ways.append(f"{across}{placed} {'positions' if across else 'tokens'} by layout {_named(anatomy.layout)}")
     if anatomy.frame_seconds is not None:
         ways.append(f"a position of the encoder is {anatomy.frame_seconds:g} seconds of sound")
     return "; ".join(ways)

@@ -1,7 +1,7 @@
 """A share of attention that is kept: the bias that each head and query needs so that what is pointed at has it.
 
 ψ is the share that the span has by itself in one head and query, τ the wanted one. Where ψ < τ, adding
-`log(τ(1 - ψ) / (ψ(1 - τ)))` to the span's logits makes the share just τ; where ψ ≥ τ nothing is added (SpotLight keeps a share of all heads together; here each head and query does).
+`log(τ(1 - ψ) / (ψ(1 - τ)))` to the span's logits makes the share just τ; where ψ ≥ τ nothing is added.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from hf_steer.attention.chunks import logits_in_chunks
 from hf_steer.ground.attention_call import AttentionCall

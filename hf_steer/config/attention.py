@@ -216,7 +216,7 @@ class AttentionConfig:
         if self.strength != AUTO:
             raise ConfigError(f"attention.share and strength={shown(self.strength)} both say how hard; leave strength out.")
         if self.saliency.preserve_mass:
-            raise ConfigError("attention.share moves attention to what is pointed at, and preserve_mass=True forbids that; leave it out.")
+            raise ConfigError("attention.share moves attention to a span, which preserve_mass=True forbids; leave it out.")
         return share
 
     @property

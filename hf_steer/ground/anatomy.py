@@ -42,7 +42,7 @@ def resolve_row(model: Any, family: Family) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
     attention = find_attention(model, names, None if family.decoder is None else _inside(model, family.decoder))
     text = text_settings(model)
-    found = find_encoders(model, [modality for modality in PERCEIVED if modality not in family.encoders])
+    found = find_encoders(model, [modality for modality in PERCEIVED if modality not in family.encoders], names)
     tower = _readable_tower(model, family)
     eye = setting(model.config, "vision") if has_setting(model.config, "vision") else None
     heads, key_value_heads, head_dim = _sizes(text, attention)

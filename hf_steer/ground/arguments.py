@@ -49,6 +49,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = (  # a plain dictionary: compiled gra
         "grids": ("grid_thw",),
         "image_sizes": ("image_sizes",),
         "patch_places": ("image_position_ids",),
+        "tilings": ("aspect_ratio_ids",),
         "images_per_row": ("batch_num_images",),
         "token_kinds": ("mm_token_type_ids",),
         "aspect_ratio": ("vision_aspect_ratio",),

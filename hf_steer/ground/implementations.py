@@ -62,6 +62,12 @@ def with_implementation(config: Any, name: str, *, sees: bool = False, layer: in
     return changed
 
 
+def rename_function(module: Any, name: str) -> None:
+    """Let a steered module's own copy of its config name another attention function; a config that is not ours is left alone."""
+    if ORIGINAL in vars(module.config):
+        setattr(module.config, _NAME, name)
+
+
 def original_config(config: Any) -> Any:
     """The config that a steered module had."""
     return vars(config).get(ORIGINAL, config)

@@ -114,6 +114,12 @@ class Anatomy:
     frame_seconds: float | None = None
     attends: str = "self"
 
+    @property
+    def placed_across(self) -> tuple[str, ...]:
+        """Modalities whose places are known among what an encoder hands on: the prompt has no tokens for them."""
+        seen = ("image",) if self.layout is not None and not self.placeholder_ids else ()
+        return seen if self.frame_seconds is None else (*seen, "audio")
+
     def across(self) -> Anatomy:
         """The same, with attention to what an encoder hands on as that which is steered."""
         heads = max((site.heads for site in self.crosses), default=0)

@@ -67,6 +67,11 @@ def merged_px(anatomy: Anatomy) -> int:
     return side_of(vision, "patch_px") * (side_of(owner, "merge") if has_setting(owner, "merge") else 1)
 
 
+def most_tiles(anatomy: Anatomy) -> int:
+    """How many tiles an eye hands on of every picture, those of padding included."""
+    return int(setting(vision_of(anatomy), "most_tiles"))
+
+
 def resolutions_of(anatomy: Anatomy) -> Any:
     """Heights and widths that an anyres model's parts may tile, in pixels."""
     return setting(anatomy.root.config, "resolutions_px")
@@ -88,6 +93,18 @@ def places_in(given: Given) -> list[Tensor]:
     if places is None:
         raise _missing("patch_places", given)
     return [own[(own >= 0).all(1)] for own in places]
+
+
+def tilings_in(given: Given, anatomy: Anatomy) -> list[list[tuple[int, int] | None]]:
+    """Of each row's pictures, rows and columns of the tiles that the processor cut it into; None for one that is not there.
+
+    Raises:
+        SaliencyError: they did not come along.
+    """
+    if given.tilings is None:
+        raise _missing("tilings", given)
+    known = [tuple(own) for own in setting(vision_of(anatomy), "tilings")]
+    return [[known[number - 1] if number else None for number in row] for row in torch.as_tensor(given.tilings).tolist()]
 
 
 def features_of(given: Given, modality: str) -> Any:

@@ -42,6 +42,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "patches_shrunk": ("downsample_ratio", "pixel_shuffle_ratio"),
         "resolutions_px": ("image_grid_pinpoints",),
         "aspect_ratio": ("vision_aspect_ratio",),
+        "tilings": ("supported_aspect_ratios",),
+        "most_tiles": ("max_num_tiles",),
         "feature_strategy": ("vision_feature_select_strategy",),
         # of sounds
         "window_steps": ("max_source_positions",),

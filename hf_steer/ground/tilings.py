@@ -90,6 +90,16 @@ def least_padded(size: Sides, side_px: int, tiles: int) -> Canvas | None:
     return Canvas(height // side_px, width // side_px, *shares)
 
 
+def least_scaled(size: Sides, side_px: int, most: int) -> Canvas:
+    """Of all canvases of at most so many tiles the one on which the picture, in its top left corner, is scaled least (Mllama)."""
+    from transformers.models.mllama import image_processing_mllama as mllama
+
+    canvas = [int(side) for side in mllama.get_optimal_tiled_canvas(*size, most, side_px)]
+    resized = mllama.get_image_size_fit_to_canvas(size[0], size[1], canvas[0], canvas[1], side_px)
+    shares = [int(length) / side for length, side in zip(resized, canvas, strict=True)]
+    return Canvas(*(side // side_px for side in canvas), *shares)
+
+
 def rounded_up(size: Sides, side_px: int, tiles: int) -> Canvas | None:
     """As many tiles along the longer side as there are, and along the shorter one as it needs (Idefics3, SmolVLM)."""
     height, width = size

@@ -7,13 +7,14 @@ and what maps its features into the language model's space (`ground/ways.py`); t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from hf_steer.ground.alike import exchanged, shape_of
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.flow import Call, follow
 from hf_steer.ground.parts import Encoder, Site
@@ -49,18 +50,30 @@ class _Place:
     channels_first: bool = False
 
 
-def find_encoders(model: Any, modalities: Sequence[str] = ("image", "audio")) -> Found:
-    """The eye and the ear of a model.
+FOUND: dict[Hashable, Mapping[str, Encoder | str]] = {}
+"""Shape of a model and modality -> its encoder, with paths in place of modules, or why there is none."""
+
+
+def find_encoders(
+    model: Any, modalities: Sequence[str] = ("image", "audio"), names: Mapping[nn.Module, str] | None = None
+) -> Found:
+    """The eye and the ear of a model; looked for once for all models that are alike.
 
     Args:
         model: a transformers model, on any device (meta included); nothing of it is changed or run.
         modalities: those that are wanted.
+        names: of its modules, where they are known.
 
     Returns:
         What was found, and for each other modality why nothing was, in words.
     """
-    names = {module: name for name, module in model.named_modules()}
-    found = {modality: _encoder(model, names, modality) for modality in modalities}
+    names = {module: name for name, module in model.named_modules()} if names is None else names
+    shape = shape_of(model, names), tuple(modalities)
+    if shape not in FOUND:
+        new = {modality: _encoder(model, names, modality) for modality in modalities}
+        FOUND[shape] = {modality: own if isinstance(own, str) else exchanged(own, names) for modality, own in new.items()}
+    parts = {name: module for module, name in names.items()}
+    found = {modality: own if isinstance(own, str) else exchanged(own, parts) for modality, own in FOUND[shape].items()}
     return Found(
         {modality: own for modality, own in found.items() if isinstance(own, Encoder)},
         {modality: own for modality, own in found.items() if isinstance(own, str)},

@@ -87,7 +87,7 @@ class Steering(Root):
         self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
         try:
             with ExitStack() as edits:
-                self.gaze.register_functions()
+                self.gaze.functions.register()
                 for edit in self._gaze_edits():
                     edits.enter_context(edit)
                 self.undo.push(edits.pop_all())

@@ -46,7 +46,7 @@ def lifted(model: Any) -> Iterator[Any]:
 def _put_back(steering: Steering, trained: list[tuple[nn.Parameter, bool]]) -> None:
     """All its edits again; undoing them restores what was there without them."""
     steering.gaze.owner, steering.aligners.owner = (steering,), (steering,)
-    steering.gaze.register_functions()
+    steering.gaze.functions.register()
     with ExitStack() as edits:
         edits.enter_context(SetTrainable([(own, said) for own, said in trained if own.requires_grad != said]))
         for edit in steering.edits():

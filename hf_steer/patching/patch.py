@@ -94,7 +94,7 @@ def patch_model(
     survey(plan)
     _refuse_shared(plan)
     steering = Steering(plan)
-    steering.gaze.register_functions()
+    steering.gaze.functions.register()
     with ExitStack() as edits:
         if trains:
             edits.enter_context(SetTrainable(_trainable(plan, freeze=freeze_base is not False)))

@@ -105,7 +105,7 @@ def _refuse_share(anatomy: Anatomy) -> None:
 
 
 def resolve_strengths(attention: AttentionConfig, anatomy: Anatomy) -> dict[int, tuple[float, ...]]:
-    """Layer -> λ of all query heads, only for layers with one that is not 0; 1 where λ is learned or open. Faults are raised at once."""
+    """Layer -> λ of all query heads, for layers with one that is not 0; 1 where λ is learned or open. Faults are raised at once."""
     faults: list[str] = []
     heads_of = {site.index: site.heads for site in anatomy.layers}
     heads = dict.fromkeys(heads_of, "all") if isinstance(attention.heads, str) else attention.heads

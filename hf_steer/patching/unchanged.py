@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_steer.errors import PatchError
-from hf_steer.ground.implementations import PREFIX, SWITCH, implementations_of
+from hf_steer.ground.implementations import PREFIX, implementations_of
 from hf_steer.ground.parts import Site
-from hf_steer.patching.planned import Plan
 
 AGAIN = "Take the steering back first, change the model, and patch it again: hf_steer.unpatch_model(model), then patch_model."
 
@@ -40,23 +40,25 @@ def place_of(root: nn.Module, site: Site) -> Place:
     return Place(site, root.get_submodule(parent), child)
 
 
-def refuse_changed(plan: Plan, was: tuple[str | None, str | None], places: Sequence[Place]) -> None:
-    """PatchError where the model runs another attention implementation since it was patched, or steered parts were replaced.
+def refuse_changed(gaze: Any, *, asked: bool) -> None:
+    """Let a model's steered modules go with it to another attention implementation, and see that they are still those.
 
     Args:
-        plan: of the model.
-        was: the implementations of decoder and tower when it was patched.
-        places: of the attention modules that are to be steered now.
+        gaze: of the model.
+        asked: whether something is to be steered now.
+
+    Raises:
+        PatchError: something is asked, and the implementation cannot be steered, or steered parts were replaced.
     """
-    own = (place.site for place in places)  # those with a hook instead of a function sign the receipt, or miss it
-    parts = (plan.anatomy.decoder, plan.anatomy.tower, *(site.module if site.takes is None else None for site in own))
-    now, eyes_now, *names = implementations_of(parts)
-    if (now, eyes_now) != was:
-        raise PatchError(
-            f"the attention implementation was {was[0]!r} when this model was patched and is {now!r} now "
-            f"(vision tower: {was[1]!r}, now {eyes_now!r}). Set it before patching: "
-            f"unpatch_model(model); {SWITCH}(...); patch_model(model, config)."
-        )
+    places: Sequence[Place] = gaze.places if asked and not torch.compiler.is_compiling() else ()
+    own = [place.site for place in places]  # those with a hook instead of a function sign the receipt, or miss it
+    anatomy, modules = gaze.plan.anatomy, [site.module if site.takes is None else None for site in own]
+    decoder, tower, *names = implementations_of((anatomy.decoder, anatomy.tower, *modules))
+    if (decoder, tower) != gaze.functions.implementations:
+        gaze.functions.follow()
+        names = implementations_of(modules)
+    if asked and gaze.functions.unfit:
+        raise PatchError(gaze.functions.unfit)
     for place, name in zip(places, names, strict=True):
         there: Any = place.parent._modules.get(place.child)
         if there is not None and there is not place.site.module:

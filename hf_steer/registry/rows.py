@@ -50,7 +50,8 @@ class Family:
         block_attention: path of the attention module from a block.
         placeholders: modalities that have placeholder tokens in the prompt.
         layout: row of `saliency.LAYOUTS` that says where in a picture or sound each placeholder token lies; or a function like
-            those that are in it; several where pictures and sounds have one each.
+            those that are in it; several where pictures and sounds have one each. Without `placeholders` it says where what an
+            encoder hands on to a cross-attending decoder lies, row by row, as many pictures in each.
         windowed: the tower permutes patches into windows before its blocks (Qwen2.5-VL).
         arrangement: how the model lays out what the tower saw as tokens: `"whole"`, every picture its patches; `"anyres"`,
             base, crops and newlines, and pooled video; None where merge blocks are tokens already (Qwen-VL).

@@ -23,7 +23,7 @@ from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.llava import Cuts, all_in_parts, pictures_and_parts, whole_pictures
 from hf_steer.saliency.runs import count_by_runs
 from hf_steer.saliency.sounds import masked_sounds, padded_sounds
-from hf_steer.saliency.tiles import Centred, Cornered, Tiled, Tiling
+from hf_steer.saliency.tiles import Centred, Cornered, Headed, Tiled, Tiling
 from hf_steer.values import Layout
 
 Layouts: TypeAlias = dict[str, list[Layout]]
@@ -142,6 +142,13 @@ def _tiles(
     return {"image": [Tiled(square, own, tiling).layout() for own in tiles]}
 
 
+def _headed_tiles(given: Given, records: Mapping[str, EyeRecord], anatomy: Anatomy, whole: bool) -> Layouts:
+    """Tiles of every picture that a row may have, as an encoder hands them on to a decoder that cross-attends (Mllama)."""
+    square, most = pictures.square_of(anatomy), pictures.most_tiles(anatomy)
+    rows = pictures.tilings_in(given, anatomy)
+    return {"image": [Headed(square, tiled, most).layout() for row in rows for tiled in row]}
+
+
 def _of_cuts(cuts: Cuts) -> Layouts:
     return {modality: [cut.layout() for cut in own] for modality, own in cuts.items()}
 
@@ -169,6 +176,8 @@ LAYOUTS: Mapping[str, Callable[[Given, Mapping[str, EyeRecord], Anatomy, bool], 
         "cohere2_vision": partial(_tiles, tiling=least_enlarged, marked="first"),
         "llama4": partial(_tiles, tiling=least_padded, marked="last"),
         "idefics3": partial(_tiles, tiling=rounded_up, marked="last"),
+        # pictures in an encoder that the decoder cross-attends to
+        "mllama": _headed_tiles,
         # sounds
         "qwen2_audio": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=False),
         "audioflamingo3": lambda given, records, anatomy, whole: masked_sounds(given, anatomy, long=True),

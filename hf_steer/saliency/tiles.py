@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_steer.errors import SaliencyError
 from hf_steer.ground.pictures import Square
-from hf_steer.ground.tilings import Canvas, padded_up
+from hf_steer.ground.tilings import Canvas, least_scaled, padded_up
 from hf_steer.saliency.cuts import inside, patch_cells
 from hf_steer.values import Layout
 
@@ -64,6 +65,39 @@ def cells_on(canvas: Canvas, tile: Tensor) -> Tensor:
     corners = torch.stack([columns, rows, columns, rows], -1).view(-1, 1, 4)
     shares = torch.tensor([canvas.columns * canvas.width, canvas.rows * canvas.height] * 2, dtype=torch.float64)
     return inside(((tile + corners) / shares).view(-1, 4))
+
+
+@dataclass(frozen=True)
+class Headed:
+    """One picture in as many tiles as there may be, each behind a token of its class, in the top left corner (Mllama).
+
+    Attributes:
+        square: a tile, in what the encoder hands on.
+        tiled: rows and columns of tiles that show the picture; None where there is no picture.
+        most: tiles that are handed on, those of padding last.
+    """
+
+    square: Square
+    tiled: tuple[int, int] | None
+    most: int
+
+    def layout(self) -> Layout:
+        """How much of the tiles is padding is known with the picture's size."""
+        fit = None if self.tiled is None else self.of_picture
+        return Layout(cells=self._cells(None if self.tiled is None else Canvas(*self.tiled)), fit=fit)
+
+    def of_picture(self, size: tuple[float, float]) -> Tensor:
+        """`(positions, 4)` cells of a picture of this width and height; NaN for one that shows none of it."""
+        width, height = size
+        canvas = least_scaled((round(height), round(width)), self.square.side_px, self.most)
+        if (canvas.rows, canvas.columns) != self.tiled:
+            raise _of_another_shape(size, "{} x {} tiles of it".format(*(self.tiled or ())))
+        return self._cells(canvas)
+
+    def _cells(self, canvas: Canvas | None) -> Tensor:
+        tile = F.pad(patch_cells(self.square), (0, 0, 1, 0), value=torch.nan)
+        shown = tile[:0] if canvas is None else cells_on(canvas, tile)
+        return F.pad(shown, (0, 0, 0, self.most * len(tile) - len(shown)), value=torch.nan)
 
 
 @dataclass(frozen=True)

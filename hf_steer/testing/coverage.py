@@ -255,7 +255,8 @@ class Case:
 
 
 def _config(strength: float = STRENGTH) -> SteerConfig:
-    return SteerConfig(attention=AttentionConfig(strength=strength, saliency=SaliencyConfig(source=None, normalize="none"), queries="all"))
+    saliency = SaliencyConfig(source=None, normalize="none")
+    return SteerConfig(attention=AttentionConfig(strength=strength, saliency=saliency, queries="all"))
 
 
 def _related(names: set[str], others: set[str]) -> set[str]:

@@ -6,9 +6,12 @@ import dataclasses
 import json
 
 import pytest
+import torch
 import transformers
-from kit.tiny import make_config
+from kit.crossing import biased, make_crossing_model
+from kit.tiny import make_config, spread
 
+from hf_steer import AttentionConfig, Saliency, SaliencyConfig, patch_model
 from hf_steer.analysis.described import ranges
 from hf_steer.analysis.inspection import inspect_model
 from hf_steer.cli.main import main
@@ -78,6 +81,11 @@ def test_attention_to_an_encoder_is_told_beside_that_to_the_prompt(inspect):
     assert "  cross  layer   1  model.decoder.layers.1.encoder_attn  BartAttention, 4 query" in report.listed()
 
 
+def test_places_among_what_an_encoder_hands_on_are_told(inspect):
+    report = inspect(make_crossing_model("mllama").config, "MllamaForConditionalGeneration")
+    assert report.anatomy["boxes, seconds"] == "the encoder's image positions by layout 'mllama'"
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_a_row_says_where_tokens_lie_and_where_aligners_go(inspect, family):
     config = make_config(family)
@@ -130,3 +138,34 @@ def test_every_attention_is_listed_where_it_is_asked_for(inspect, tmp_path, caps
 def test_runs_of_numbers_are_said_short():
     assert ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
     assert ranges([]) == ""
+
+
+def test_an_encoder_that_takes_a_gaze_can_be_patched_and_is_steered(inspect, tmp_path, capsys):
+    """BERT reads its prompt both ways; every word of it is a key."""
+    values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    assert inspect("BertConfig", "BertModel", **values).gaze == "self"
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "can be patched   yes" in capsys.readouterr().out
+    torch.manual_seed(0)
+    model = transformers.BertModel._from_config(transformers.BertConfig(**values), attn_implementation="eager").eval()
+    spread(model, 0)
+    ids, scores = torch.arange(14).view(2, 7) + 5, torch.randn(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    with biased(model, 1.5 * (scores * mask)[:, None].expand(-1, 4, -1), modules=("self",)) as (twin, _), torch.no_grad():
+        expected = twin(input_ids=ids, attention_mask=mask).last_hidden_state
+    patch_model(model, AttentionConfig(strength=1.5, saliency=SaliencyConfig(source=None, normalize="none")))
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, saliency=Saliency.from_tokens(scores)).last_hidden_state
+        plain = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, plain, atol=0.1)
+
+
+def test_an_encoder_that_takes_neither_gaze_nor_aligner_ends_with_an_error(inspect, tmp_path, capsys):
+    report = inspect("DistilBertConfig", "DistilBertModel", vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=37)
+    assert (report.can_be_patched, report.gaze) == (False, None)
+    assert main(["inspect", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "can be patched   no: this DistilBertModel cannot be steered" in told
+    assert "boxes, seconds   no attention to steer by them" in told

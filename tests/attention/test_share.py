@@ -92,7 +92,8 @@ def test_gradients_are_those_of_the_formula_in_float64():
             there = own.clamp(1e-9, 1 - 1e-9)
             missing = torch.log(SHARE * (1 - there) / (there * (1 - SHARE)))
             raised = torch.where((own > 0) & (own < SHARE), missing.clamp(min=0), torch.zeros_like(own))
-            logits = logits + torch.nn.functional.pad(raised[..., None].expand(-1, -1, -1, SPAN[1] - SPAN[0]), (SPAN[0], 9 - SPAN[1]))
+            inside = raised[..., None].expand(-1, -1, -1, SPAN[1] - SPAN[0])
+            logits = logits + torch.nn.functional.pad(inside, (SPAN[0], 9 - SPAN[1]))
         return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register("plainly", plainly)

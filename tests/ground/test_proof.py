@@ -8,7 +8,8 @@ from kit.allocations import Allocations
 from kit.asking import steer
 from kit.broken import reclass, state_of
 from kit.tiny import make_model, make_prompt
-from kit.versions import CACHE
+from kit.tiny_masked import make_masked
+from kit.versions import CACHE, RELEASE
 from transformers.models.qwen2 import modeling_qwen2
 
 from hf_steer import PatchError, Saliency, patch_model, unpatch_model
@@ -50,6 +51,18 @@ def test_the_proof_runs_once_per_class_and_configuration_of_a_decoder(likenesses
     patch_model(another, steer())
     patch_model(wider, steer())
     assert likenesses == [model.model, another.model, wider.model]
+
+
+@pytest.mark.skipif(RELEASE < (5, 18), reason="GIT takes no cache there, and is refused")
+def test_a_proof_that_ends_well_is_kept_where_it_found_nothing_either(likenesses):
+    """What GIT looks functions up for is its eye; its decoder gets the bias with its mask."""
+    model = make_masked("git")
+    model.git.__class__ = type("GitModel", (type(model.git),), {})
+    resolve(model)
+    first = len(likenesses)
+    assert first
+    assert resolve(model).carried == "mask"
+    assert len(likenesses) == first
 
 
 def test_resolving_allocates_nothing_of_the_models_size(likenesses):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from kit.gazing import TOLERANCE, generate, logits, prompt_for
+from kit.pictured import KINDS, make_pictured_model, make_tokenizer
 from kit.tiny import SEEING, make_model
 from kit.tiny_encoders import PLACEHOLDER, make_encoder_inputs, make_encoder_model
-from kit.versions import CHUNKS_PICTURES, ENCODES_FIRST, cache_of, cached, generates_from_embeds, repeats_pictures
+from kit.versions import CHUNKS_PICTURES, ENCODES_FIRST, LLAMA4_RUNS, cache_of, cached, generates_from_embeds, repeats_pictures
 from transformers import DynamicCache
 
 LLAVA = ("llava", "llava_onevision")
@@ -51,6 +54,14 @@ def test_caches_go_in_and_come_out_by_the_names_that_do_not_warn():
 @pytest.mark.parametrize("family", [*SEEING, *LLAVA])
 def test_several_pictures_of_a_row_reach_its_copies_in_these_versions_only(family):
     assert repeats(*model_and_inputs(family)) == repeats_pictures(family)
+
+
+def test_llama_4_runs_in_all_but_one_version():
+    kind = KINDS["llama4"]
+    model = make_pictured_model(kind, make_tokenizer(kind))
+    failing = contextlib.nullcontext() if LLAMA4_RUNS else pytest.raises(AttributeError, match="has no attribute 'image_outputs'")
+    with torch.no_grad(), failing:
+        model(input_ids=torch.tensor([[3, 4, 5]]))
 
 
 def test_several_sounds_of_a_row_reach_its_copies_in_no_version():

@@ -38,7 +38,8 @@ def files_of(call: Callable[[], object]) -> list[str]:
 
 def steered_calls() -> dict[str, list[str]]:
     """Files of a forward pass, and of a generation of two tokens, both with a box on a picture; each has run once before."""
-    model = patch_model(make_model("qwen2_vl"), AttentionConfig(strength=3.0, saliency=SaliencyConfig(source=None, preserve_mass=False)))
+    told = SaliencyConfig(source=None, preserve_mass=False)
+    model = patch_model(make_model("qwen2_vl"), AttentionConfig(strength=3.0, saliency=told))
     inputs = make_prompt("qwen2_vl", [[3, ("image", 2, 3), 4]])
     box = Saliency.from_boxes([(0, 0, 8, 8)], image_size=(24, 16))
     calls = {

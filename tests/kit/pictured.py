@@ -279,7 +279,28 @@ KINDS: Mapping[str, Kind] = {
     "llava_next_video": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default", "Video"),
     "llava_next": _llava_next({**_SQUARE, "model_type": "clip_vision_model"}, "default"),
     "granite_vision": _llava_next(_SIGLIP, "full"),
+    "llava_onevision": Kind(
+        "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor",
+        {**_sized(), "image_grid_pinpoints": _PINPOINTS}, _SIGLIP, text={"model_type": "qwen2"},
+        own={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+        tokens={"image_token": "<image>", "video_token": "<video>"},
+        told={"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"},
+        video_processor="LlavaOnevisionVideoProcessor",
+    ),
 }  # fmt: skip
+
+
+ACROSS = Kind(
+    "MllamaForConditionalGeneration", "MllamaProcessor", "MllamaImageProcessor", {**_sized(), "max_image_tiles": 4},
+    {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH, "max_num_tiles": 4, "vision_output_dim": 32, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    },
+    text={"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    tokens={"image_token": "<|image|>"}, written="<|image|>",
+)  # fmt: skip
+"""Mllama, whose pictures are no tokens of the prompt."""
 
 
 def make_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:

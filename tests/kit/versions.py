@@ -24,6 +24,11 @@ CHUNKS_PICTURES = RELEASE >= (5, 23)
 """Before, a prompt with pictures that was cut into chunks (`prefill_chunk_size`) raised or got other logits."""
 
 
+LLAMA4_RUNS = RELEASE != (5, 24)
+"""5.24's `Llama4ForConditionalGeneration.forward` ends in an AttributeError, with a picture or without one: it asks what its
+language model returns, a `MoeCausalLMOutputWithPast`, for `image_outputs`, which that has not."""
+
+
 def generates_from_embeds(model: Any) -> bool:
     """Whether `generate` takes `inputs_embeds`; the models with an ear refuse them in old versions."""
     return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters

@@ -93,7 +93,7 @@ def key_bias(stage: DecoderStage) -> Tensor:
 
 def _config(backend: str) -> SteerConfig:
     saliency = SaliencyConfig(source=None, normalize="none")
-    return SteerConfig(attention=AttentionConfig(strength=STRENGTH, saliency=saliency, backend=backend))
+    return SteerConfig(attention=AttentionConfig(strength=STRENGTH, saliency=saliency, backend=backend, queries="all"))
 
 
 def _saliency(stage: DecoderStage) -> Saliency:

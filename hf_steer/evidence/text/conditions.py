@@ -61,7 +61,7 @@ def conditions(shape: tuple[int, int], found: Heads | None, *, seed: int = 0) ->
     plain = SaliencyConfig(source=None)
     table = [Condition("unsteered"), Condition("default", _gaze())]
     table += [Condition(f"all heads, λ = {value:g}", _gaze(strength=value)) for value in (1.0, 2.0, 3.0, 4.0)]
-    table += [Condition(f"all heads, all queries, λ = {value:g}", _gaze(strength=value, queries="all")) for value in (1.0, 2.0, 3.0)]
+    table += [Condition(f"all queries, λ = {value:g}", _gaze(strength=value, queries="all")) for value in (1.0, 2.0, 3.0)]
     table += [Condition(f"last third, λ = {value:g}", _gaze(heads=late, strength=value)) for value in (2.0, 3.0, 4.0)]
     for method, strength in (("zscore", 1.0), ("minmax", 2.0), ("rank", 2.0)):
         scaled = SaliencyConfig(source=None, normalize=method)  # type: ignore[arg-type]

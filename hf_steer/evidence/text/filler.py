@@ -10,7 +10,7 @@ _PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("The old teacher", "A quiet neighbour", "The young baker", "My cousin", "The tall painter", "A tired sailor"),
         ("walked to", "came back from", "wrote about", "dreamed of", "spoke of", "drew"),
         ("the village square", "a small chapel", "the long beach", "an empty theatre", "the narrow street", "a stone wall"),
-        ("early in the morning.", "after the storm.", "without a word.", "for the third time.", "in late summer.", "with a friend."),
+        ("early in the morning.", "after the storm.", "without a word.", "for the third time.", "in late summer.", "for fun."),
     ),
     "report": (
         ("The engineers", "Several visitors", "The committee", "Two students", "The gardeners", "The night crew"),

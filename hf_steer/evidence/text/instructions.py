@@ -29,8 +29,8 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {
     ),
     "report": (
         "Tell me about dogs.", "Tell me about the moon.", "Tell me about tea.", "Tell me about trains.", "Tell me about honey.",
-        "Tell me about mountains.", "Tell me about chess.", "Tell me about whales.", "Tell me about coffee.", "Tell me about cotton.",
-        "Tell me about volcanoes.", "Tell me about apples.", "Tell me about windmills.", "Tell me about gold.", "Tell me about bees.",
+        "Tell me about mountains.", "Tell me about chess.", "Tell me about whales.", "Tell me about coffee.", "Tell me about jam.",
+        "Tell me about volcanoes.", "Tell me about apples.", "Tell me about castles.", "Tell me about gold.", "Tell me about ants.",
     ),
 }  # fmt: skip
 CHECKS: Mapping[str, Callable[[str], bool]] = {

@@ -113,8 +113,9 @@ class TextPointing:
         nats = sum(answer.nats for answer in answers) / count
         kl = sum(answer.kl_nats for answer in answers) / count
         readable = sum(answer.is_readable for answer in answers) / count
+        wrong = count - right - neither
         return TextRow(
-            task, condition.name, right / count, low, high, (count - right - neither) / count, neither / count, readable, nats, kl, count
+            task, condition.name, right / count, low, high, wrong / count, neither / count, readable, nats, kl, count
         )
 
     def _by_gaze(self, cases: Sequence[Case], condition: Condition, gaze: Any, title: str) -> list[Answer]:

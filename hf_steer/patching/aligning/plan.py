@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from hf_steer.aligners import mixes_tokens
 from hf_steer.config import AlignerConfig, SteerConfig
 from hf_steer.errors import ConfigError
 from hf_steer.ground.parts import Anatomy, Encoder, Site
@@ -57,6 +58,13 @@ def _placed(config: AlignerConfig, anatomy: Anatomy) -> PlannedAligner:
     reason = row.refuse(config, size)
     if reason is not None:
         raise ConfigError(reason)
+    if not row.reads_text and mixes_tokens(config, size):
+        raise ConfigError(
+            f"an aligner of kind {config.kind!r} at placement={config.placement!r} would let padding, and the sounds and pictures "
+            "of other rows, into each token: it makes one token's features out of others', and is not told there which of them "
+            "belong together. Allowed are kinds that steer each token by itself, or that are handed masks: a row with "
+            "reads_text=True and placements=('projector',) gets forward(features, text, *, mask, text_mask)."
+        )
     return PlannedAligner(config, encoder, layers, size, row.reads_text, row.own_layers, row.routes)
 
 

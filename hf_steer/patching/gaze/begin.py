@@ -45,7 +45,7 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
     plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
     current.decided, current.tokens, current.source = given.source is not None, given.ids, given.source
     if scope.off:
-        refuse_changed(plan, steering.gaze.implementations, ())
+        refuse_changed(steering.gaze, asked=False)
         _pass_over(scope, given)
         return
     current.backend = plan.config.attention.backend
@@ -70,7 +70,7 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         if scope.source is not None:
             follow_source(current, given)
         _begin_alone(steering, current, given)
-    refuse_changed(plan, steering.gaze.implementations, steering.gaze.places if asked and not compiling else ())
+    refuse_changed(steering.gaze, asked=asked)
     if compiling:
         _settle_compiled(steering, current, asked=asked)
 
@@ -85,7 +85,7 @@ def _begin_across(steering: Any, current: Pass, given: Given, said: Saliency | N
         past = 0 if given.cache is None else int(past_of(given.cache))
         prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=past, whole=False)
         current.prompt = with_own_labels(prompt, current) if steering.pairs else prompt
-    refuse_changed(steering.plan, steering.gaze.implementations, steering.gaze.places if current.steers else ())
+    refuse_changed(steering.gaze, asked=current.steers)
     _settle_compiled(steering, current, asked=current.steers)
 
 

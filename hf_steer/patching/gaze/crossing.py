@@ -18,7 +18,7 @@ from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import Scope, Stretch
-from hf_steer.saliency import Saliency, frames_of, put_into_effect, scores_from_user
+from hf_steer.saliency import Saliency, frames_of, put_into_effect, read_layouts, scores_from_user
 from hf_steer.values import Span, TokenScores
 
 
@@ -45,7 +45,7 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
         )
     states: Tensor = given.encoder_states
     places = states.shape[:-1].numel() // max(1, rows)  # Mllama hands the tiles of a row on one by one
-    scores = _scores(statement, current.scope, plan, given, rows=rows, places=places, device=device)
+    scores = _scores(statement, current, plan, given, rows=rows, places=places, device=device)
     kind = statement.kind
     scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())
@@ -53,9 +53,10 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
 
 
 def _scores(
-    statement: Saliency, scope: Scope, plan: Plan, given: Given, *, rows: int, places: int, device: torch.device
+    statement: Saliency, current: Pass, plan: Plan, given: Given, *, rows: int, places: int, device: torch.device
 ) -> TokenScores:
     """One score per position of the encoder: the statement's rows, repeated as the decoder's are."""
+    scope = current.scope
     if statement.tokens is not None and statement.tokens.shape[1] != places:
         raise SaliencyError(
             f"token saliency has {statement.tokens.shape[1]} scores a row; the encoder hands on {places} positions, padding "
@@ -67,12 +68,16 @@ def _scores(
         stretch = Stretch(tuple(range(count)), (0.0,) * count, source.seconds)
     if stretch is not None:
         return _of_stretch(statement, stretch, plan, rows=rows, places=places, device=device)
-    batch = _rows_said(statement, rows)
+    batch = _rows_said(statement, scope, rows)
     mask = given.encoder_mask
     real = torch.ones(batch, places, dtype=torch.bool, device=device)
     if isinstance(mask, Tensor) and mask.ndim in (2, 4) and mask.shape[-1] == places:
         real = real_tokens(mask, places).to(device)[:: max(1, rows // batch)][:batch]
-    spans = _sounds(statement, plan, [0.0] * batch, places)
+    if any(region.modality == "image" for region in statement.regions):
+        _refuse_unplaced(statement, plan, places)
+        spans = _pictures(current, plan, rows=rows, batch=batch, places=places)
+    else:
+        spans = _sounds(statement, plan, [0.0] * batch, places)
     scores = scores_from_user(statement, spans, real=real, first_position=0, temporal_patch_size=1)
     return _repeated(scores, torch.arange(batch, device=device).repeat_interleave(rows // batch))
 
@@ -102,10 +107,11 @@ def _of_stretch(
     return _repeated(scores, chosen.repeat_interleave(rows // len(chosen)))
 
 
-def _rows_said(statement: Saliency, rows: int) -> int:
+def _rows_said(statement: Saliency, scope: Scope, rows: int) -> int:
     """How many rows a statement speaks of; the decoder has as many, or a multiple for beams."""
     if statement.tokens is None:
-        return rows
+        source = rows if scope.source is None else scope.source.rows
+        return source if source and rows % source == 0 else rows
     batch = int(statement.tokens.shape[0])
     if rows % batch:
         raise SaliencyError(f"the saliency speaks of {batch} rows, and the decoder has {rows}; give one row of scores for each.")
@@ -124,14 +130,41 @@ def _sounds(
     if not statement.regions:
         return ()
     step = plan.anatomy.frame_seconds
-    if step is None or any(region.modality != "audio" for region in statement.regions):
-        asked = "seconds" if step is None else "pictures"
-        raise SaliencyError(
-            f"where {asked} lie among what the encoder of {plan.anatomy.family!r} hands on is not known; give one score for each "
-            f"of its {places} positions: Saliency.from_tokens(scores)."
-        )
+    _refuse_unplaced(statement, plan, places)
+    assert step is not None
     layouts = (frames_of(places, step, start, whole_seconds) for start in starts_seconds)
     return tuple(Span("audio", row, 0, torch.arange(places), layout) for row, layout in enumerate(layouts))
+
+
+def _refuse_unplaced(statement: Saliency, plan: Plan, places: int) -> None:
+    """SaliencyError where something is said of what has no known places among those that the encoder hands on."""
+    nouns = {"image": "pictures", "video": "videos", "audio": "seconds"}
+    for region in statement.regions:
+        if region.modality not in plan.anatomy.placed_across:
+            raise SaliencyError(
+                f"where {nouns[region.modality]} lie among what the encoder of {plan.anatomy.family!r} hands on is not known; give "
+                f"one score for each of its {places} positions: Saliency.from_tokens(scores)."
+            )
+
+
+def _pictures(current: Pass, plan: Plan, *, rows: int, batch: int, places: int) -> tuple[Span, ...]:
+    """Each row's pictures, as the encoder hands them on one after the other."""
+    given = Given({}) if current.given is None else current.given
+    layouts = read_layouts(given, {}, plan.anatomy, whole=False)["image"]
+    many, step = len(layouts) // rows, rows // batch  # pictures that a row may have; how often each row comes
+    spans: list[Span] = []
+    for row in range(batch):
+        first = 0
+        for index, layout in enumerate(layouts[row * step * many : (row * step + 1) * many]):
+            if layout.fit is not None:  # the others of a row that has fewer pictures than another
+                spans.append(Span("image", row, index, first + torch.arange(layout.tokens), layout))
+            first += layout.tokens
+        if first != places:
+            raise SaliencyError(
+                f"the encoder hands on {places} positions of row {row}, and its pictures make {first}. Build the prompt and the "
+                "pixels with one call of the model's processor, or give one score per position with Saliency.from_tokens(...)."
+            )
+    return tuple(spans)
 
 
 def _repeated(scores: TokenScores, rows: Any) -> TokenScores:

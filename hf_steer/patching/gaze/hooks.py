@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention import attend_steered, recording_attention, registered_name
 from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import MANNERS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
-from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
 from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.decoders import checkpoints, skips_layers
-from hf_steer.ground.implementations import function_of, implementations_of, register_function
 from hf_steer.ground.outputs import caches_in, logits_in, put_record
 from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
@@ -26,16 +22,16 @@ from hf_steer.patching.gaze.begin import begin_gaze
 from hf_steer.patching.gaze.biases import BiasMaker
 from hf_steer.patching.gaze.crossing import state_across
 from hf_steer.patching.gaze.first_pass import look_at_prompt
+from hf_steer.patching.gaze.functions import Functions
 from hf_steer.patching.gaze.masking import Masking
 from hf_steer.patching.gaze.memory import write_state
-from hf_steer.patching.gaze.receipt import heed_pass, refuse_lost, refuse_unsigned
+from hf_steer.patching.gaze.receipt import refuse_unsigned
 from hf_steer.patching.gaze.scores import resolve_state
 from hf_steer.patching.gaze.when import ALWAYS, PassFacts, gates_after, pace
 from hf_steer.patching.passes import Pass, pass_of
 from hf_steer.patching.planned import Plan, Strengths
 from hf_steer.patching.scopes import STEERING, scope_of, take_statement
 from hf_steer.patching.unchanged import place_of
-from hf_steer.registry import BACKENDS
 from hf_steer.saliency import EyeRecorder, record_with
 
 
@@ -48,20 +44,13 @@ class Gaze(nn.Module):
         self.owner: tuple[Any, ...] = (owner,)  # in a tuple, so that it does not become a submodule of its own submodule
         anatomy = plan.anatomy
         self.attention: AttentionConfig = plan.config.attention or AttentionConfig()
-        decoder, tower = implementations_of((anatomy.decoder, anatomy.tower))
-        self.implementations = decoder, tower
-        self.eyes_function = "" if anatomy.tower is None else registered_name(str(tower), "eyes", anatomy.tower.config.model_type)
         self.places = tuple(
             place_of(anatomy.root, site) for site in anatomy.layers if site.index in plan.strengths or site.index in plan.readers
         )
         self.covers = frozenset(place.site.module for place in self.places)
         by_mask = self.places if anatomy.carried == "mask" else ()
         self.masking = Masking(by_mask, sees=plan.sees, crosses=anatomy.attends == "cross")
-        kinds = dict.fromkeys(type(place.site.module) for place in self.places if place.site.takes is None)
-        family = anatomy.family
-        self.functions = {
-            kind: registered_name(str(decoder), "gaze", f"{family}_{kind.__name__}" if len(kinds) > 1 else family) for kind in kinds
-        }
+        self.functions = Functions(plan, self.places)
         self.slots = {site.index: site.slot for site in anatomy.layers}
         self.by_keyword, self.crosses = anatomy.carried == "keyword", anatomy.attends == "cross"
         remembers = plan.patterns is not None or self.attention.gate is not None
@@ -69,33 +58,16 @@ class Gaze(nn.Module):
         self.opens = () if self.paces else tuple(kind for kind in MANNERS if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
 
-    def register_functions(self) -> None:
-        """Make our attention functions known in this process; a registry entry changes no model."""
-        for kind, name in self.functions.items():
-            implementation = str(self.implementations[0])
-            inner = function_of(implementation, kind)
-            declared_unknown(inner)  # looked up before anything is compiled, and so are the backends
-            len(BACKENDS)
-            unheard = refuse_lost if self.by_keyword else heed_pass
-            register_function(name, steered_function(attend_steered, unheard, inner=inner, implementation=implementation))
-        if self.plan.eyes:
-            inner = function_of(str(self.implementations[1]), type(self.plan.eyes[0].module))
-            register_function(self.eyes_function, called_by_name(partial(recording_attention, inner=inner)))
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Out of a pickle, perhaps in another process, which knows nothing of our functions."""
         super().__setstate__(state)
-        self.register_functions()
+        self.functions.register()
 
     def edits(self) -> Iterator[SetAttentionFunction | AddHook]:
         """All that the gaze changes, in the order of change."""
         anatomy = self.plan.anatomy
         yield from self.masking.edits()
-        for place in () if self.masking.places else self.places:
-            name = self.functions[type(place.site.module)]
-            yield SetAttentionFunction(place.site.module, name, layer=place.site.index, sees=self.plan.sees)
-        for site in self.plan.eyes:
-            yield SetAttentionFunction(site.module, self.eyes_function)
+        yield from self.functions.edits()
         if self.plan.eyes:
             yield AddHook(anatomy.tower, "before", self.before_tower)
             yield AddHook(anatomy.tower, "finally", self.after_tower)

@@ -113,6 +113,12 @@ def _refuse_unknown_places(plan: Plan, statement: Saliency | None) -> None:
     for region in () if statement is None else statement.regions:
         if region.modality not in known:
             told = f", though it is for {' and '.join(known)}" if known else ""
+            if region.modality in plan.anatomy.placed_across:
+                raise SaliencyError(
+                    f"something is said of {region.modality} {region.index} in row {region.row}, and the prompt of {family!r} "
+                    'has no tokens for it: its decoder cross-attends to it. Patch with AttentionConfig(attends="cross"), or give '
+                    "one score per token of the prompt with Saliency.from_tokens(...)."
+                )
             raise SaliencyError(
                 f"something is said of {region.modality} {region.index} in row {region.row}, but where each token lies in it "
                 f"is not known for {family!r}{told}. Give one score per token with Saliency.from_tokens(...), or speak of the text "

@@ -39,6 +39,34 @@ class Levels(Shift):
         return features + layer * self.by
 
 
+class Mean(Shift):
+    """Towards the mean of all tokens; fresh, it changes nothing."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        torch.nn.init.zeros_(self.by)
+
+    def forward(self, features):
+        return features + self.by * features.mean(-2, keepdim=True)
+
+
+class Convolution(torch.nn.Module):
+    """Each token and the one before it."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.over = torch.nn.Conv1d(features, features, 2, padding=1, bias=False)
+        torch.nn.init.zeros_(self.over.weight)
+
+    def forward(self, features):
+        return features + self.over(features.transpose(1, 2))[..., :-1].transpose(1, 2)
+
+
+class Widely(Mean):
+    def forward(self, features, layer):
+        return features + layer * self.by * features.amax(-2, keepdim=True)
+
+
 def shown(model, inputs, **aligner):
     hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", **aligner)))
     with record_routing(model) as heard:
@@ -85,3 +113,38 @@ def test_a_router_that_cannot_be_built_at_a_size_is_refused_before_anything_is_t
     with pytest.raises(ConfigError, match="aligner 'odd' needs odd sizes; got 16"):
         hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", kind="odd")))
     assert not hf_steer.get_steer_status(model).patched
+
+
+@pytest.mark.parametrize("placement", ["output", "layers", "projector"])
+@pytest.mark.parametrize("kind", [Mean, Convolution])
+def test_a_router_that_makes_one_token_out_of_several_is_refused_where_it_is_handed_no_mask(kind, placement):
+    """Fresh, it is the identity and shows nothing; trained, it would let padding in."""
+    hf_steer.register_router("mixing", Router(build=lambda config, size, layers: kind(size), routes=False))
+    model, state = make_encoder_model("llava"), torch.random.get_rng_state()
+    refused = rf"kind 'mixing' at placement='{placement}' would let padding.*Allowed are kinds that steer each token by itself"
+    with pytest.raises(ConfigError, match=refused):
+        hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", kind="mixing", placement=placement)))
+    assert not hf_steer.get_steer_status(model).patched
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_mixing_router_with_layers_of_its_own_is_refused_too():
+    row = Router(build=lambda config, size, layers: Widely(size), placements=("layers",), own_layers=True, routes=False)
+    hf_steer.register_router("widely", row)
+    with pytest.raises(ConfigError, match="would let padding"):
+        hf_steer.patch_model(
+            make_encoder_model("llava"), SteerConfig(aligners=AlignerConfig("image", kind="widely", placement="layers"))
+        )
+
+
+def test_a_router_that_cannot_be_tried_is_left_to_fail_in_its_own_words():
+    def forward(self, features):
+        if len(features) == 1 and features.shape[1] == 5:
+            raise RuntimeError("not on this machine")
+        return features + self.by
+
+    hf_steer.register_router(
+        "moody", Router(build=lambda config, size, layers: type("Moody", (Shift,), {"forward": forward})(size), routes=False)
+    )
+    model, inputs = make_encoder_model("llava"), make_encoder_inputs("llava")
+    assert not shown(model, inputs, kind="moody").equal(model(**inputs).logits)

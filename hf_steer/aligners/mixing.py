@@ -1,0 +1,50 @@
+"""Whether a kind of aligner that somebody else added lets one token's features reach another's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_steer.aligners.routers import OURS
+from hf_steer.config import AlignerConfig
+
+TOKENS = 5
+SPREAD = 0.3
+"""Of the numbers that are put in place of its parameters: fresh, an aligner changes nothing, and so shows nothing."""
+
+
+def mixes_tokens(config: AlignerConfig, size: int) -> bool:
+    """Tried on one built for the purpose, with random parameters: another first token, and do the others come out otherwise?
+
+    Args:
+        config: of an aligner.
+        size: of a feature.
+
+    Returns:
+        False for the kinds that hf_steer brings, which steer each token by itself, and where it cannot be tried.
+    """
+    if OURS.get(config.kind) is config.row:
+        return False
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            return _tried(config, size)
+        except Exception:  # what somebody else wrote may need anything; it then fails where it is used, in its own words
+            return False
+
+
+def _tried(config: AlignerConfig, size: int) -> bool:
+    row = config.row
+    module = row.build(config, size, 2).to("cpu", torch.float32).eval()
+    for parameter in module.parameters():
+        parameter.normal_(0.0, SPREAD)
+    layer = (1,) if row.own_layers else ()
+    features = torch.randn(1, TOKENS, size)
+    changed = features.clone()
+    changed[:, 0] += torch.randn(size)
+    one, other = (module(own, *layer) for own in (features, changed))
+    return bool((_beyond_rounding(one[:, 1:], other[:, 1:])).any())
+
+
+def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).abs() > 1e-5 * one.abs().amax()

@@ -26,10 +26,10 @@ FIGURES = Path(__file__).resolve().parent.parent / "figures"
 TASKS = {"reports": (300, 0), "instruction": (300, 0), "fact, 600 words": (100, 600), "fact, 2600 words": (40, 2600)}
 """Task -> how many cases, and words of its text."""
 LONG = (
-    "unsteered", "default", "all heads, λ = 1", "all heads, λ = 3", "found heads, λ = 4", "wrong span", "share 0.3",
-    "prompt: said twice",
+    "unsteered", "default", "all heads, λ = 2", "found heads, λ = 2", "wrong span", "shuffled", "share 0.2",
+    "prompt: told which", "prompt: said twice",
 )  # fmt: skip
-"""Conditions of the longest texts."""
+"""Conditions of long texts."""
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         count, words = TASKS[task]
         cases = make_cases(task.split(",")[0], options.split, options.cases or count, seed=options.seed, words=words)
         pointing = TextPointing(model, tokenizer)
-        wanted = options.only or (LONG if words > 1000 else table)
+        wanted = options.only or (LONG if words else table)
         for name in ("unsteered", *(name for name in wanted if name in table and name != "unsteered")):
             if name != "unsteered" and (task, name) in done:
                 continue

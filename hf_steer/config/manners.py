@@ -34,7 +34,7 @@ class Manner:
 
 MANNERS: Mapping[str, Manner] = MappingProxyType(
     {
-        "tokens": Manner("maxabs", preserve_mass=False, strength=2.0, queries="generated"),
+        "tokens": Manner("maxabs", preserve_mass=False, strength=1.0, queries="generated"),
         "region": Manner("maxabs", preserve_mass=True, strength=10.0, queries="all"),
         "sound": Manner("maxabs", preserve_mass=True, strength=4.0, queries="all"),
         "source": Manner("zscore", preserve_mass=True, strength=1.0, queries="all"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_steer.evidence.text.filler import filler
-from hf_steer.evidence.text.instructions import INSTRUCTIONS, SUBJECTS, is_obeyed
+from hf_steer.evidence.text.instructions import INSTRUCTIONS, MANNERLY, SUBJECTS, is_obeyed
 from hf_steer.evidence.text.words import FACTS, REPORTS
 
 SPLITS = ("choose", "report")
@@ -61,14 +61,12 @@ def _reports(split: str, rng: random.Random, length: int) -> Case:
 
 
 def _instruction(split: str, rng: random.Random, length: int) -> Case:
-    """An instruction between three sentences that have nothing to do with it, and a question; is it obeyed?"""
+    """An instruction whose following can be checked among three whose cannot, and a question; is it obeyed?"""
     kind = rng.choice(sorted(INSTRUCTIONS[split]))
-    spans = filler(split, rng, 1)
-    while len(spans) < 3:
-        spans += [own for own in filler(split, rng, 1) if own not in spans]
+    spans = rng.sample(MANNERLY[split], 3)
     meant = rng.randrange(4)
     spans.insert(meant, rng.choice(INSTRUCTIONS[split][kind]))
-    text = "\n".join((*spans, rng.choice(SUBJECTS[split])))
+    text = "\n".join((rng.choice(SUBJECTS[split]), *spans))
     return Case("instruction", kind, text, tuple(spans), meant, tuple(kind if number == meant else "" for number in range(4)))
 
 

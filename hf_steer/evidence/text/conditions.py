@@ -60,13 +60,13 @@ def conditions(shape: tuple[int, int], found: Heads | None, *, seed: int = 0) ->
     late: Heads = {layer: "all" for layer in range(2 * shape[0] // 3, shape[0])}
     plain = SaliencyConfig(source=None)
     table = [Condition("unsteered"), Condition("default", _gaze())]
-    table += [Condition(f"all heads, λ = {value:g}", _gaze(strength=value)) for value in (1.0, 2.0, 3.0, 4.0)]
-    table += [Condition(f"all queries, λ = {value:g}", _gaze(strength=value, queries="all")) for value in (1.0, 2.0, 3.0)]
-    table += [Condition(f"last third, λ = {value:g}", _gaze(heads=late, strength=value)) for value in (2.0, 3.0, 4.0)]
-    for method, strength in (("zscore", 1.0), ("minmax", 2.0), ("rank", 2.0)):
+    table += [Condition(f"all heads, λ = {value:g}", _gaze(strength=value)) for value in (0.5, 1.5, 2.0, 3.0)]
+    table += [Condition(f"all queries, λ = {value:g}", _gaze(strength=value, queries="all")) for value in (1.0, 2.0)]
+    table += [Condition(f"last third, λ = {value:g}", _gaze(heads=late, strength=value)) for value in (1.0, 2.0, 3.0)]
+    for method, strength in (("zscore", 1.0), ("minmax", 1.0), ("rank", 1.0)):
         scaled = SaliencyConfig(source=None, normalize=method)  # type: ignore[arg-type]
         table.append(Condition(f"{method}, λ = {strength:g}", AttentionConfig(saliency=scaled, strength=strength)))
-    table += [Condition(f"share {value:g}", AttentionConfig(saliency=plain, share=value)) for value in (0.1, 0.3, 0.5)]
+    table += [Condition(f"share {value:g}", AttentionConfig(saliency=plain, share=value)) for value in (0.1, 0.2, 0.3)]
     table.append(Condition("default, gate", _gaze(gate="entropy")))
     table += [
         Condition("wrong span", _gaze(), look=other_span),
@@ -74,9 +74,9 @@ def conditions(shape: tuple[int, int], found: Heads | None, *, seed: int = 0) ->
         Condition("uniform", _gaze(), look="all"),
     ]
     if found is not None:
-        table += [Condition(f"found heads, λ = {value:g}", _gaze(heads=found, strength=value)) for value in (2.0, 3.0, 4.0)]
+        table += [Condition(f"found heads, λ = {value:g}", _gaze(heads=found, strength=value)) for value in (1.0, 2.0, 3.0)]
         table += [
-            Condition(f"random heads, {kind}, λ = 4", sets=tuple(_gaze(heads=own, strength=4.0) for own in drawn))
+            Condition(f"random heads, {kind}, λ = 2", sets=tuple(_gaze(heads=own, strength=2.0) for own in drawn))
             for kind, drawn in random_heads(found, shape, seed=seed).items()
         ]
     table += [

@@ -22,6 +22,11 @@ INSTRUCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "exclaim": ("Finish your reply with an exclamation mark.", "Your reply ends with an exclamation mark."),
     },
 }
+MANNERLY: Mapping[str, tuple[str, ...]] = {
+    "choose": ("Be polite.", "Use simple words.", "Give correct facts.", "Stay friendly.", "Avoid rare words."),
+    "report": ("Keep to the subject.", "Do not be rude.", "Say only what is true.", "Make it easy to read.", "Use a calm tone."),
+}
+"""Instructions that any decent answer follows."""
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "choose": (
         "What is rain?", "What is bread?", "What is a forest?", "What is music?", "What is a bridge?", "What is snow?",

@@ -137,7 +137,7 @@ class Bench:
     @contextmanager
     def patched(self, *, source: str | None, preserve_mass: bool, gate: dict[str, Any]) -> Iterator[None]:
         options = {"source_heads": "all"} if source == "decoder_attention" else {}
-        saliency = SaliencyConfig(source=source, preserve_mass=preserve_mass, **options)
+        saliency = SaliencyConfig(source=source, normalize="zscore", preserve_mass=preserve_mass, **options)
         config = SteerConfig(attention=AttentionConfig(strength=1.0, saliency=saliency, **gate))
         hf_steer.patch_model(self.model, config, tokenizer=self.world.processor)
         try:

@@ -26,7 +26,7 @@ from hf_steer.io import from_pretrained
 from hf_steer.patching import disable_steering, patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 
-STRENGTHS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
+STRENGTHS = (2.0, 4.0, 8.0, 10.0, 12.0, 16.0)
 BATCH = 32
 ANSWER = re.compile(r"</think>\s*(\d)\s*$")
 

@@ -31,10 +31,11 @@ def patch_model(
     config: SteerConfig | AttentionConfig | None = None,
     *,
     heads: Heads | None = None,
-    strength: Strength | Literal["trainable"] | None = None,
+    strength: Strength | Literal["auto", "trainable"] | None = None,
     saliency: SaliencyConfig | str | None = None,
     queries: str | None = None,
     gate: GateConfig | str | None = None,
+    share: float | None = None,
     freeze_base: bool | None = None,
     tokenizer: Any = None,
 ) -> Model:
@@ -45,11 +46,12 @@ def patch_model(
     Args:
         model: a transformers model of a known family, on any device, in any dtype.
         config: what to steer; an `AttentionConfig` alone is a `SteerConfig` without aligners.
-        heads: instead of a configuration: as in `AttentionConfig`, and so are the next four.
+        heads: instead of a configuration: as in `AttentionConfig`, and so are the next five.
         strength: likewise.
         saliency: likewise; where it is not given, the model's own eyes, or only what is said where it has none that can be read.
         queries: likewise.
         gate: likewise.
+        share: likewise.
         freeze_base: train nothing but the aligners and learned strengths (and the projector, with `train_projector`); PEFT's
             adapters are left as they are. None freezes when the configuration has something to train. Unpatching takes it back.
         tokenizer: of the model, or its processor: reads the think tags and phrases of `queries`, `schedule` and `gate`, where
@@ -67,7 +69,7 @@ def patch_model(
             model is as it was.
     """
     _refuse_nested(model)
-    said = {"heads": heads, "strength": strength, "saliency": saliency, "queries": queries, "gate": gate}
+    said = {"heads": heads, "strength": strength, "saliency": saliency, "queries": queries, "gate": gate, "share": share}
     plan = make_plan(model, whole_config(model, config, said), tokenizer)
     trains = plan.trains
     if freeze_base and not trains:

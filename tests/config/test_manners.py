@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit.asking import cache_name, prompt
+from kit.documents import ROOT
 from kit.tiny import make_model, make_prompt
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_strength
@@ -99,3 +100,14 @@ def test_a_saved_configuration_of_the_first_schema_means_what_it_meant():
     assert SteerConfig.from_dict(SteerConfig.from_dict(old).to_dict()).attention == loaded
     said = SteerConfig.from_dict({"schema_version": 1, "attention": {"strength": 3.0, "queries": "answer"}}).attention
     assert (said.strength, said.queries, said.saliency.normalize) == (3.0, "answer", "zscore")
+
+
+def test_the_page_says_what_is_left_open():
+    page = (ROOT / "docs" / "heads-strength-when.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    rows = [cells for cells in table if len(cells) == 5 and cells[0].split(":")[0].split()[0] in ("text", "something", "seconds", "nothing")]
+    assert len(rows) == len(MANNERS)
+    for cells, manner in zip(rows, MANNERS.values(), strict=True):
+        assert float(cells[3]) == manner.strength
+        assert cells[2].startswith("yes") == manner.preserve_mass
+        assert ("generated" in cells[4]) == (manner.queries == "generated")

@@ -49,7 +49,7 @@ def _said_twice(case: Case) -> str:
     return f'{case.text}\nPay attention to this: "{case.spans[case.meant]}"'
 
 
-def conditions(shape: tuple[int, int], found: Heads | None, *, seed: int = 0) -> dict[str, Condition]:
+def conditions(shape: tuple[int, int], found: Mapping[int, tuple[int, ...]] | None, *, seed: int = 0) -> dict[str, Condition]:
     """All conditions of the full table, by name.
 
     Args:
@@ -86,16 +86,14 @@ def conditions(shape: tuple[int, int], found: Heads | None, *, seed: int = 0) ->
     return {own.name: own for own in table}
 
 
-def random_heads(found: Heads, shape: tuple[int, int], *, seed: int) -> Mapping[str, Sequence[Heads]]:
+def random_heads(
+    found: Mapping[int, tuple[int, ...]], shape: tuple[int, int], *, seed: int
+) -> Mapping[str, Sequence[Mapping[int, tuple[int, ...]]]]:
     """As many heads as were found: in the same layers, and anywhere."""
     layers, heads = shape
-    chosen: Mapping[int, tuple[int, ...]] = {
-        layer: tuple(range(heads)) if own == "all" else own
-        for layer, own in (dict.fromkeys(range(layers), "all") if isinstance(found, str) else found).items()
-    }  # type: ignore[misc]
     rng = random.Random(seed)
-    same = [{layer: tuple(sorted(rng.sample(range(heads), len(own)))) for layer, own in chosen.items()} for _ in range(RANDOM_SETS)]
-    every, count = [(layer, head) for layer in range(layers) for head in range(heads)], sum(map(len, chosen.values()))
+    same = [{layer: tuple(sorted(rng.sample(range(heads), len(own)))) for layer, own in found.items()} for _ in range(RANDOM_SETS)]
+    every, count = [(layer, head) for layer in range(layers) for head in range(heads)], sum(map(len, found.values()))
     anywhere = []
     for _ in range(RANDOM_SETS):
         drawn: dict[int, tuple[int, ...]] = {}

@@ -176,7 +176,8 @@ class TextPointing:
         with disable_steering(self.model) if get_steer_status(self.model).patched else nullcontext():
             logits = logits_in(self.model(**named(ids=ids, mask=mask, logits_kept=said.shape[1] + 1)))
         taken = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, said[..., None])[..., 0]
-        return -(taken * counted).sum(1) / counted.sum(1)
+        mean: Tensor = -(taken * counted).sum(1) / counted.sum(1)
+        return mean
 
     def _saliency(self, cases: Sequence[Case], given: Given, condition: Condition) -> Saliency:
         if condition.look == "all":

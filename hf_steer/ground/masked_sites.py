@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hf_steer.ground.additive import FORMS, OWN_FORMS, Additive, OneForAll, mask_of, parameters_of
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.implementations import looking_up
-from hf_steer.ground.proof import SOURCE, TOKENS, Guessing, Seen, likeness_of, prompt_and_step, said_of, shell_of, widths_of
+from hf_steer.ground.likeness import SOURCE, TOKENS, Guessing, likeness_of, prompt_and_step, said_of, shell_of, widths_of
+from hf_steer.ground.proof import Seen
 
 ROWS = 3
 """Of the prompt that is tried: told apart from one, and from its tokens."""

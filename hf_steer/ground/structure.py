@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from hf_steer.ground.arguments import spelling_in
 from hf_steer.ground.decoders import decoder_of, encoders_inside
 from hf_steer.ground.implementations import looking_up
+from hf_steer.ground.likeness import TOKENS
 from hf_steer.ground.masked_sites import Masked, find_masked
 from hf_steer.ground.odd import why_odd
 from hf_steer.ground.parts import Site
-from hf_steer.ground.proof import TOKENS, Proof, Seen, prove
+from hf_steer.ground.proof import Proof, Seen, prove
 from hf_steer.ground.settings import has_setting, setting
 
 Names = Mapping[nn.Module, str]

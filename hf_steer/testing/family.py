@@ -6,19 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import transformers
-
 from hf_steer.config import SteerConfig
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.arguments import ARGUMENTS
-from hf_steer.ground.implementations import implementation_of
 from hf_steer.patching import get_steer_status
 from hf_steer.saliency import Saliency
 from hf_steer.testing.checking import check, evaluating, wanted
 from hf_steer.testing.promises import PROMISES
-from hf_steer.testing.report import ContractReport
+from hf_steer.testing.report import ContractReport, facts_of
 from hf_steer.testing.settled import settle
 from hf_steer.testing.subject import Subject
 
@@ -69,14 +65,4 @@ def check_family(
         subject = Subject(model, own, anatomy, config, said, tokenizer, copies)
         subject.changes()  # notes what the model is, while nothing has been patched
         checks = tuple(check(name, PROMISES[name], subject) for name in names)
-    decoder, weights = anatomy.decoder, next(model.parameters())
-    return ContractReport(
-        model=type(model).__name__,
-        family=anatomy.family,
-        implementation=None if decoder is None else implementation_of(decoder.config),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(weights.device),
-        versions=(("torch", torch.__version__), ("transformers", transformers.__version__)),
-        seconds=time.monotonic() - begun,
-        checks=checks,
-    )
+    return ContractReport(**facts_of(anatomy), seconds=time.monotonic() - begun, checks=checks)

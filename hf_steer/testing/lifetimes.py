@@ -6,7 +6,7 @@ import copy
 import gc
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -63,15 +63,29 @@ def _as_before(subject: Subject) -> Finding:
 
 def saved(subject: Subject) -> Finding:
     """Saved, taken back, and patched from the files."""
+    return through_files(subject, subject.stir, subject.patched, subject.logits)
+
+
+def through_files(
+    subject: Any, wake: Callable[[], None], again: Callable[[SteerConfig], Any], anew: Callable[[Any], Any]
+) -> Finding:
+    """Written to a temporary folder, taken off, and patched from the files.
+
+    Args:
+        subject: that is checked.
+        wake: lets fresh parameters be far from fresh.
+        again: patches its model with what a file says.
+        anew: logits of that.
+    """
     with tempfile.TemporaryDirectory(prefix="hf_steer_") as folder:
         with subject.patched(subject.config) as model:
-            subject.stir()
+            wake()
             expected = subject.logits(subject.said)
             save_steering(model, folder)
-        with subject.patched(SteerConfig.from_pretrained(folder)) as model:
+        with again(SteerConfig.from_pretrained(folder)) as model:
             if subject.config.has_weights:
                 load_steering(model, folder)
-            return equal(subject.logits(subject.said), expected)
+            return equal(anew(subject.said), expected)
 
 
 def copied(subject: Subject) -> Finding:

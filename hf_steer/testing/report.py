@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
 
 from hf_steer.errors import ContractError
+from hf_steer.ground.implementations import implementation_of
+from hf_steer.ground.parts import Anatomy
 
 
 class CannotShow(Exception):
@@ -55,8 +61,8 @@ class Check:
 
 
 @dataclass(frozen=True)
-class ContractReport:
-    """All checks of one model on one batch; `print` it for a table.
+class Checked:
+    """One model that was checked, and what came of it.
 
     Attributes:
         model: its class.
@@ -66,7 +72,7 @@ class ContractReport:
         device: where they lie.
         versions: of the packages that the result depends on.
         seconds: that the checks took.
-        checks: in the order of `hf_steer.testing.PROMISES`.
+        checks: in the order of the promises.
     """
 
     model: str
@@ -78,20 +84,57 @@ class ContractReport:
     seconds: float
     checks: tuple[Check, ...]
 
+    def that(self, passed: bool | None) -> tuple[Check, ...]:
+        """The checks that came out so."""
+        return tuple(check for check in self.checks if check.passed is passed)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no promise is broken, and at least one was shown to be kept."""
+        return not self.that(False) and len(self.that(None)) < len(self.checks)
+
+    @property
+    def place(self) -> str:
+        """What was checked where, in words."""
+        return f"{self.family}, {self.implementation or 'no language model'}, {self.dtype} on {self.device}"
+
+    @property
+    def packages(self) -> str:
+        """The versions in words."""
+        return ", ".join(f"{name} {version}" for name, version in self.versions)
+
+
+def facts_of(anatomy: Anatomy) -> dict[str, Any]:
+    """What a report says of a model."""
+    root, decoder = anatomy.root, anatomy.decoder
+    return {
+        "model": type(root).__name__,
+        "family": anatomy.family,
+        "implementation": None if decoder is None else implementation_of(decoder.config),
+        "dtype": str(root.dtype).removeprefix("torch."),
+        "device": str(next(root.parameters()).device),
+        "versions": (("torch", torch.__version__), ("transformers", transformers.__version__)),
+    }
+
+
+@dataclass(frozen=True)
+class ContractReport(Checked):
+    """All checks of one model on one batch, in the order of `hf_steer.testing.PROMISES`; `print` it for a table."""
+
     @property
     def failed(self) -> tuple[Check, ...]:
         """The promises that are broken."""
-        return tuple(check for check in self.checks if check.passed is False)
+        return self.that(False)
 
     @property
     def skipped(self) -> tuple[Check, ...]:
         """The promises of which this model and this batch show nothing."""
-        return tuple(check for check in self.checks if check.passed is None)
+        return self.that(None)
 
     @property
     def passed(self) -> bool:
         """Whether no promise is broken, and at least one was shown to be kept."""
-        return not self.failed and len(self.skipped) < len(self.checks)
+        return self.sound
 
     def raise_if_failed(self) -> None:
         """ContractError with all promises that are broken, or for a report in which nothing was shown."""
@@ -100,20 +143,16 @@ class ContractReport:
         lines = [str(check) for check in self.failed or self.checks]
         what = f"breaks {len(self.failed)} of {len(self.checks)} promises" if self.failed else "shows nothing on this batch"
         raise ContractError(
-            f"this {self.model} ({self._place()}) {what}:\n  " + "\n  ".join(lines) + "\nWhere the model runs as it should without "
+            f"this {self.model} ({self.place}) {what}:\n  " + "\n  ".join(lines) + "\nWhere the model runs as it should without "
             "hf_steer, please report it with this text."
         )
 
     def __str__(self) -> str:
         kept = len(self.checks) - len(self.failed) - len(self.skipped)
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions)
         return "\n".join(
             [
-                f"{self.model}: {self._place()}; {versions}",
+                f"{self.model}: {self.place}; {self.packages}",
                 *(f"  {check}" for check in self.checks),
                 f"{kept} passed, {len(self.failed)} failed, {len(self.skipped)} skipped in {self.seconds:.1f} s",
             ]
         )
-
-    def _place(self) -> str:
-        return f"{self.family}, {self.implementation or 'no language model'}, {self.dtype} on {self.device}"

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from hf_steer.config import AttentionConfig, SteerConfig
@@ -16,13 +15,12 @@ from hf_steer.errors import ConfigError, PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.decoders import reads_encoder
-from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.parts import Anatomy
 from hf_steer.patching import get_steer_status, make_plan, read_saliency, use_saliency
 from hf_steer.patching.scopes import find_steering, scope_of
 from hf_steer.saliency import Saliency
 from hf_steer.testing.checking import check, evaluating, wanted
-from hf_steer.testing.report import Check
+from hf_steer.testing.report import Check, facts_of
 from hf_steer.testing.settled import settle
 from hf_steer.testing.subject import random_saliency
 from hf_steer.verify.counting import counted
@@ -164,15 +162,9 @@ def _standing(
 
 
 def _report(subject: Counted, checks: Sequence[Check], seconds: float, passes: int, tokens: int) -> Verification:
-    anatomy, decoder = subject.anatomy, subject.anatomy.decoder
     return Verification(
-        model=type(anatomy.root).__name__,
-        family=anatomy.family,
-        implementation=None if decoder is None else implementation_of(decoder.config),
-        dtype=str(anatomy.root.dtype).removeprefix("torch."),
-        device=str(next(anatomy.root.parameters()).device),
+        **facts_of(subject.anatomy),
         patched=isinstance(subject, Standing),
-        versions=(("torch", torch.__version__), ("transformers", transformers.__version__)),
         seconds=round(seconds, 3),
         passes=passes,
         tokens=tokens,

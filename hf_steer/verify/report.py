@@ -6,57 +6,41 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_steer.errors import ContractError
-from hf_steer.testing.report import Check
+from hf_steer.testing.report import Check, Checked
 
 _WORDS = {True: "holds", False: "BROKEN", None: "not shown"}
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What `hf_steer.verify` found; `print` it for a table.
+class Verification(Checked):
+    """What `hf_steer.verify` found, in the order of `hf_steer.verify.PROMISES`; `print` it for a table.
 
     Attributes:
-        model: its class.
-        family: `config.model_type`.
-        implementation: of attention; None without a language model.
-        dtype: of its weights, such as `"bfloat16"`.
-        device: where they lie.
         patched: whether it was patched already, and that patch was verified; else one was made for the checks.
-        versions: of the packages that the result depends on.
-        seconds: that it took.
         passes: forward passes of the language model that it took, single tokens of `generate` included.
         tokens: that went through these passes, rows and padding included.
         budget: passes that it takes at most.
-        checks: in the order of `hf_steer.verify.PROMISES`.
     """
 
-    model: str
-    family: str
-    implementation: str | None
-    dtype: str
-    device: str
     patched: bool
-    versions: tuple[tuple[str, str], ...]
-    seconds: float
     passes: int
     tokens: int
     budget: int
-    checks: tuple[Check, ...]
 
     @property
     def broken(self) -> tuple[Check, ...]:
         """What does not hold."""
-        return tuple(check for check in self.checks if check.passed is False)
+        return self.that(False)
 
     @property
     def unshown(self) -> tuple[Check, ...]:
         """What this model, or these inputs, show nothing of."""
-        return tuple(check for check in self.checks if check.passed is None)
+        return self.that(None)
 
     @property
     def holds(self) -> bool:
         """Whether all that could be shown holds, and something could."""
-        return not self.broken and len(self.unshown) < len(self.checks)
+        return self.sound
 
     @property
     def verdict(self) -> str:
@@ -86,13 +70,11 @@ class Verification:
         return {**asdict(self), "versions": dict(self.versions), "holds": self.holds, "verdict": self.verdict}
 
     def __str__(self) -> str:
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions)
-        place = f"{self.family}, {self.implementation or 'no language model'}, {self.dtype} on {self.device}"
         patch = "its own patch" if self.patched else "a patch made for this"
         wide = max((len(check.name) for check in self.checks), default=0)
         return "\n".join(
             [
-                f"{self.model}: {place}; {patch}; {versions}",
+                f"{self.model}: {self.place}; {patch}; {self.packages}",
                 *(_line(check, wide) for check in self.checks),
                 f"{self.passes} passes (at most {self.budget}), {self.tokens} tokens, {self.seconds:.1f} s",
                 self.verdict,

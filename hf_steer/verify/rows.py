@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hf_steer.config import SteerConfig
-from hf_steer.io import load_steering, save_steering
 from hf_steer.patching import use_strength
 from hf_steer.testing import generation, passes
+from hf_steer.testing.lifetimes import through_files
 from hf_steer.testing.promises import Promise
 from hf_steer.testing.report import CannotShow, Finding
 from hf_steer.testing.subject import equal
@@ -43,15 +41,7 @@ def saved(subject: Any) -> Finding:
     """Written to a temporary folder, taken off, and patched from the files."""
     if subject.config.train_projector:
         raise CannotShow("to load it would write to the projector, which is a part of the model")
-    with tempfile.TemporaryDirectory(prefix="hf_steer_") as folder:
-        with subject.patched(subject.config) as model:
-            subject.wake()
-            expected = subject.logits(subject.said)
-            save_steering(model, folder)
-        with subject.repatched(SteerConfig.from_pretrained(folder)) as model:
-            if subject.config.has_weights:
-                load_steering(model, folder)
-            return equal(subject.anew(subject.said), expected)
+    return through_files(subject, subject.wake, subject.repatched, subject.anew)
 
 
 def fresh_aligners(subject: Any) -> Finding:

@@ -1,9 +1,10 @@
-"""One model through a harness twice, steered and plain: what steering gains where it points, and what it costs where it does not."""
+"""One model through a harness twice, plain and steered: what steering gains where it decides, and what it costs elsewhere."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ class Score:
         task: its name.
         steered: whether documents were steered where they point.
         accuracy: share of right choices.
-        stderr: of that, as the harness computes it.
+        stderr: of that share, √(p(1 − p)/(n − 1)), as the harness itself has it.
         documents: how many.
     """
 

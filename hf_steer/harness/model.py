@@ -161,4 +161,5 @@ def unpatched(lm: SteeredLM) -> HFLM:
 
     from hf_steer.patching import unpatch_model
 
-    return HFLM(pretrained=unpatch_model(copy.deepcopy(lm.model)), tokenizer=lm.tokenizer, batch_size=lm.batch_size, backend="causal")
+    plain = unpatch_model(copy.deepcopy(lm.model))
+    return HFLM(pretrained=plain, tokenizer=lm.tokenizer, batch_size=lm.batch_size, backend="causal")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ class Score:
         task: its name.
         steered: whether documents were steered where they point.
         accuracy: share of right choices.
-        stderr: of that share, √(p(1 − p)/(n − 1)), as the harness itself has it.
+        stderr: of that, as the harness computes it.
         documents: how many.
     """
 
@@ -51,9 +50,8 @@ def compare(lm: Any, tasks: Sequence[str] = OURS, *, limit: int | None = None, i
     scores = []
     for steers in (False, True):
         lm.steers = steers
-        found = simple_evaluate(
-            lm, tasks=list(tasks), limit=limit, task_manager=TaskManager(include_path=str(include_path)), bootstrap_iters=0
-        )
+        manager = TaskManager(include_path=str(include_path))
+        found = simple_evaluate(lm, tasks=list(tasks), limit=limit, task_manager=manager)
         for task in tasks:
             own = found["results"][task]
             count = found["n-samples"][task]["effective"]

@@ -14,7 +14,7 @@ ROOT = TESTS.parent / "hf_steer"
 ORDER = [
     {"errors"}, {"values", "saving"}, {"registry", "files", "embedded"}, {"config"}, {"ground"}, {"families"},
     {"saliency", "aligners", "gating", "gates"}, {"attention"}, {"patching"}, {"io", "provider"},
-    {"compose", "training", "testing"}, {"verify"}, {"analysis"}, {"evidence"}, {"cli"},
+    {"compose", "training", "testing"}, {"verify"}, {"analysis"}, {"evidence"}, {"cli", "harness"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

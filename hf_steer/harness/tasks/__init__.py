@@ -1,0 +1,1 @@
+"""Tasks for lm-evaluation-harness: a YAML each, and what makes their documents."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kit.crossing import make_crossing_model
 from kit.marked import sound_examples, text_examples
@@ -99,6 +100,15 @@ def test_the_lists_of_the_package_say_all_that_is_asked_of_them():
         for sets in (report.same_layers, report.all_heads):
             assert f"{sum(sets) / len(sets):.2f}" in row
         assert all(word in row for word in origin.command.replace("--seed 0 ", "").split())
+
+
+def test_the_slope_foretells_the_effect_as_the_page_says():
+    scores = {name: np.array(own, dtype=float) for name, own in ready.read_list("smollm2-135m-instruct").scores.items()}
+    tried = ~np.isnan(scores["effect"])
+    slope, selectivity = (np.corrcoef(scores[name][tried], scores["effect"][tried])[0, 1] for name in ("slope", "selectivity"))
+    said = f"over the {tried.sum()} heads of SmolLM2-135M-Instruct that were steered for the list below, the correlation with the"
+    said = f"{said} effect is {slope:.2f} for the slope and {selectivity:.2f} for the selectivity"
+    assert said in " ".join((PAGES / "heads-strength-when.md").read_text().split())
 
 
 def test_weights_are_known_by_their_files(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from hf_steer.errors import FileError
 
-_TYPES = {1: np.uint8, 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+_TYPES: Mapping[int, str] = {1: "u1", 2: "<i2", 4: "<i4"}
 """Bytes of a sample -> its type."""
 _MOST_SECONDS = 3600
 

@@ -105,7 +105,7 @@ class _Bracket:
             self._slow = False
             return middle
         share = math.log(self.budget / low) / math.log(high / low) if high > low else 0.5
-        aimed = self.kept * (self.exceeded / self.kept) ** share
+        aimed: float = self.kept * (self.exceeded / self.kept) ** share
         # a little beyond where the budget should be: on the side that is farther away, so that it is caught between two values
         aimed *= 1 - self.tolerance / 3 if share > 0.5 else 1 + self.tolerance / 3
         edge = _INSIDE * (self.exceeded - self.kept)

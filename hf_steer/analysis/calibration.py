@@ -76,8 +76,8 @@ class Calibration:
     def __repr__(self) -> str:
         per_head = "" if isinstance(self.strength, float) else " at most"
         return (
-            f"<Calibration: λ = {largest_of(self.strength):.4g}{per_head} keeps {self.kl_nats:.3g} of {self.budget_nats:g} nats per "
-            f"token; {len(self.evaluations)} measured{'' if self.monotone else ', not monotone'}>"
+            f"<Calibration: λ = {largest_of(self.strength):.4g}{per_head} keeps {self.kl_nats:.3g} of {self.budget_nats:g} nats "
+            f"per token; {len(self.evaluations)} measured{'' if self.monotone else ', not monotone'}>"
         )
 
     def __str__(self) -> str:

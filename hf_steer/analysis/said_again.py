@@ -1,8 +1,8 @@
 """Divergence along a continuation in one pass over the prompt and all that was said after it.
 
-What `generate` computes token by token, a model computes for many tokens at once. A statement about pictures or sounds means the same
-for the longer prompt; scores of tokens speak of the prompt alone, so what was said goes through on the prompt's cache. It holds where
-each query is steered alike: not with gates and phases, which depend on the step before.
+What `generate` computes token by token, a model computes for many tokens at once. A statement about pictures or sounds means the
+same for the longer prompt; scores of tokens speak of the prompt alone, so what was said goes through on the prompt's cache. It
+holds where each query is steered alike: not with gates and phases, which depend on the step before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model looks at in a text, token by token, and what it listens to in a sound, moment by moment; by every source that can."""
+"""What a model looks at in a text, token by token, and listens to in a sound, moment by moment; by every source that can."""
 
 from __future__ import annotations
 

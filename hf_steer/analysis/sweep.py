@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from hf_steer.analysis.metrics import attention_metrics
 from hf_steer.analysis.metrics_table import AttentionMetrics, pool
+from hf_steer.analysis.pointed import pointed_at
 from hf_steer.analysis.prompts import Batch, Inputs, Span, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.retention import Continuation, continue_greedily, continue_unsteered, divergence
-from hf_steer.analysis.pointed import pointed_at
 from hf_steer.analysis.sweep_table import Sweep, SweepRow, read_finished
 from hf_steer.config.checks import check_number
 from hf_steer.errors import ConfigError

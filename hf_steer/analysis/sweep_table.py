@@ -15,7 +15,6 @@ from hf_steer.analysis.provenance import Provenance
 from hf_steer.analysis.tables import as_csv, as_text
 from hf_steer.errors import FileError
 
-
 _WIDTH = 100
 """Characters of an answer in print."""
 
@@ -28,7 +27,8 @@ class SweepRow:
         strength: λ of the steered heads.
         entropy_reduction_percent: of the attention, mean over the steered heads.
         attention_kl_nats: KL(unsteered ‖ steered) of the attention, likewise.
-        unsteered_span_mass: share of attention on the span, what is pointed at unless another was asked for, likewise; None without.
+        unsteered_span_mass: share of attention on the span, which is what is pointed at unless another was asked for, likewise;
+            None without a span.
         span_mass: likewise, steered.
         answers_changed_share: of the prompts, those whose greedy continuation differs from the unsteered one.
         tokens_changed_share: of a continuation's positions, those whose token differs; mean over prompts.

@@ -5,8 +5,8 @@ A query gives a span the share ψ. A bias of λ on the logits of every key in th
 `log(τ/ψ)` falls short, since it leaves out that the rest loses what the span gains.
 
 Of several queries the mean share is no function of the mean log-odds, and a layer after a steered one sees other inputs than those
-that were measured. So what comes out is measured, and each head's λ is moved on by what its mean share lacks, by Newton's method: the
-mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
+that were measured. So what comes out is measured, and each head's λ is moved on by what its mean share lacks, by Newton's method:
+the mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class MassStrength:
         rows = rows_per_head(self.strength, {"unsteered share": self.unsteered_mass, "steered share": self.steered_mass})
         met = "is met" if self.missed_share <= MISSED else "is not met"
         return (
-            f"{self.target_mass:g} of the attention, in the mean over {self.queries} tokens, {met}: the head that misses most does so "
-            f"by {self.missed_share:.1%} of it, after {self.passes} passes.\n\n{as_text(rows)}"
+            f"{self.target_mass:g} of the attention, in the mean over {self.queries} tokens, {met}: the head that misses most does "
+            f"so by {self.missed_share:.1%} of it, after {self.passes} passes.\n\n{as_text(rows)}"
         )
 
 

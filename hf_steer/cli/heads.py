@@ -60,8 +60,9 @@ Which rule when:
   mass          the simplest: attention to the picture, wherever in it. On the embedded model's pictures of 2 x 2 tokens, where
                 all attention is compact, localisation is the same.
 
-The last five take one pass over the examples; effect takes one for each head that is steered. The verdict is "found" where the gain over random
-heads of the same layers and the gain over the unsteered model are above 0 (95 % intervals); otherwise "none found", and why.
+The last five take one pass over the examples; effect takes one for each head that is steered. The verdict is "found" where the
+gain over random heads of the same layers and the gain over the unsteered model are above 0 (95 % intervals); otherwise "none
+found", and why.
 """
 
 

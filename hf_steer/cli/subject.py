@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from hf_steer.saliency import Saliency
 
 DESCRIPTION = f"""\
-Without --image, --say and --examples-file it runs on the embedded model: held-out pictures of 2 x 2 digits, one cell of each pointed
-at, an open question; the task score is the share of answers that name the pointed-at digit. With --model and --prompt on your own:
-with --image the gaze follows the model's own eyes, or --box; with --say, words that the prompt quotes. With --examples-file each line
-says where to look; where lines have answers, the task score is the share of answers that hold the right one.
+Without --image, --say and --examples-file it runs on the embedded model: held-out pictures of 2 x 2 digits, one cell of each
+pointed at, an open question; the task score is the share of answers that name the pointed-at digit. With --model and --prompt on
+your own: with --image the gaze follows the model's own eyes, or --box; with --say, words that the prompt quotes. With
+--examples-file each line says where to look; where lines have answers, the task score is the share of answers that hold the right
+one.
 
 {EXAMPLES}"""
 
@@ -102,14 +103,15 @@ def load_subject(arguments: argparse.Namespace, **saliency: Any) -> Subject:
     heads = read_heads(arguments.heads)
     ways = [name for name in ("image", "say", "examples_file") if getattr(arguments, name)]
     if len(ways) > 1:
-        raise ConfigError(f"{' and '.join(f'--{name}' for name in ways).replace('_', '-')} each say what to look at; give one of them.")
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in ways)
+        raise ConfigError(f"{options} each say what to look at; give one of them.")
     if ways:
         return {"image": _pictures, "say": _quoted, "examples_file": _from_file}[ways[0]](arguments, heads, saliency)
     given = [f"--{name}" for name in ("model", "prompt", "box", "unit") if getattr(arguments, name) is not None]
     if given:
         raise ConfigError(
-            f"{', '.join(given)} needs --image, at least one, and --prompt; or --say and --prompt; or --examples-file. Without them the "
-            "embedded model is used."
+            f"{', '.join(given)} needs --image, at least one, and --prompt; or --say and --prompt; or --examples-file. Without "
+            "them the embedded model is used."
         )
     return _scenes(arguments, heads, saliency)
 
@@ -217,8 +219,8 @@ def _of_lines(arguments: argparse.Namespace, heads: Any, saliency: dict[str, Any
 
 def as_spans(subject: Subject) -> Subject:
     """The same, with a saliency of ones and zeros: tokens that lie in the box for the most part, or the whole picture."""
-    from hf_steer.analysis.prompts import Batch, span_of, steered_heads
     from hf_steer.analysis.pointed import scores_in_force
+    from hf_steer.analysis.prompts import Batch, span_of, steered_heads
     from hf_steer.patching import anatomy_of
     from hf_steer.saliency import Saliency
 

@@ -98,7 +98,7 @@ def test_white_space_before_an_answer_belongs_to_the_prompt(tmp_path):
         ("{", FileError, "line 2: not JSON"),
         ("[1]", FileError, "a line is an object, such as .*; got list"),
         ({"question": "?"}, FileError, r"with one of image, audio, messages, prompt; got \['question'\]"),
-        ({"prompt": PROMPT}, FileError, "an object with prompt, look and, if wanted, answer, thought, occurrence; this one lacks look"),
+        ({"prompt": PROMPT}, FileError, "with prompt, look and, if wanted, answer, thought, occurrence; this one lacks look"),
         ({"prompt": PROMPT, "look": "two", "box": [1]}, FileError, "this one has box"),
         ({"prompt": "", "look": "two"}, FileError, "prompt must be text, and not empty; got ''"),
         ({"prompt": PROMPT, "look": 3}, FileError, "look must be quoted words.*; got 3"),
@@ -108,7 +108,7 @@ def test_white_space_before_an_answer_belongs_to_the_prompt(tmp_path):
         ({"messages": ["hi"], "look": "hi"}, FileError, "messages must be a list such as"),
         ({"audio": "x.wav", "seconds": [1]}, FileError, r"seconds must be \[start, end\] in seconds; got \[1\]"),
         ({"prompt": PROMPT, "look": "eight"}, SaliencyError, "line 2: row 0: 'eight' is not in its text"),
-        ({"prompt": PROMPT, "look": [40, 60]}, SaliencyError, r"characters \[\[40, 60\]\] are counted in the prompt.* which has 51"),
+        ({"prompt": PROMPT, "look": [40, 60]}, SaliencyError, r"characters \[\[40, 60\]\] are counted in the.* which has 51"),
         ({"prompt": "two two", "look": "two"}, SaliencyError, "'two' is there 2 times; say which"),
         ({"image": "x.png", "question": "?", "box": [0, 0, 1, 1]}, FileError, "x.png' cannot be read as a picture"),
         ({"audio": "x.wav", "seconds": [0, 1]}, FileError, "takes no sounds; name a model that does"),
@@ -169,7 +169,7 @@ def test_a_sound_for_a_decoder_that_reads_across_brings_its_first_tokens(tokeniz
     assert asked.answer_token == words[1]
     assert asked.inputs["input_features"].shape == (1, 8, 100)
     assert asked.said.regions[0].paint.spans == ((0.1, 0.3),)
-    with pytest.raises(SaliencyError, match=r"examples.jsonl, line 1: span \(0.1, 0.9\) is empty, negative or outside the sound of 0.5"):
+    with pytest.raises(SaliencyError, match=r"line 1: span \(0.1, 0.9\) is empty, negative or outside the sound of 0.5"):
         read_asked(write(tmp_path, {"audio": "tone.wav", "seconds": [0.1, 0.9]}), processor, model=model)
 
 

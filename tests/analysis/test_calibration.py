@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from kit.gazing import EVERYTHING, gaze, logits, looking, prompt_for, steer
-from kit.tiny import HEADS, IMAGE, LAYERS, SEEING, make_model
+from kit.tiny import HEADS, IMAGE, SEEING, make_model
 
 from hf_steer import (
     ConfigError,

@@ -153,7 +153,8 @@ def test_the_effect_of_a_head_is_that_of_a_model_patched_with_it(family, impleme
 def test_a_model_that_the_caller_patched_gives_the_same_and_stays_patched(pictures):
     model, examples = make_model("qwen2_vl"), make_examples("qwen2_vl", 40, pictures=pictures)
     own = find_grounding_heads(model, examples, null_sets=2, count=2)
-    attention = AttentionConfig(heads="all", strength=0.5, saliency=SaliencyConfig(source=None, normalize="none", preserve_mass=True))
+    saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=True)
+    attention = AttentionConfig(heads="all", strength=0.5, saliency=saliency)
     patch_model(model, SteerConfig(attention=attention))
     status = get_steer_status(model)
     assert find_grounding_heads(model, examples, null_sets=2, count=2) == own

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from kit.crossing import make_crossing_model
 from kit.marked import sound_examples, text_examples
@@ -15,6 +17,8 @@ from hf_steer import AttentionConfig, ConfigError, FileError
 from hf_steer.analysis import find_grounding_heads
 from hf_steer.analysis.heads import head_lists, ready
 from hf_steer.analysis.heads.origin import config_hash, weights_sha256
+
+PAGES = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def test_where_it_comes_from_is_in_it(found):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: make_model("qwen2"), "'tiny-llama' were found on .*: model type llama, here qwen2. Heads of one model mean nothing"),
+        (lambda: make_model("qwen2"), "'tiny-llama' were found on .*: model type llama, here qwen2. Heads of one model mean"),
         (lambda: make_model("llama", num_hidden_layers=2), "layers 3, here 2"),
         (lambda: make_model("llama", num_attention_heads=8), "heads 4, here 8"),
     ],
@@ -89,6 +93,22 @@ def test_the_lists_of_the_package_say_all_that_is_asked_of_them():
         assert len(origin.weights_sha256) == 64
         assert "/" not in origin.model + origin.command.replace("hf-steer", "")
         assert json.loads((ready.LISTS / f"{name}.json").read_text())["verdict"] == "found"
+        report, page = result.report, (PAGES / "heads-strength-when.md").read_text()
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        for share in (f"{report.chosen}", f"unsteered {report.baseline:.2f}", f"{report.examples} lists"):
+            assert share in row
+        for sets in (report.same_layers, report.all_heads):
+            assert f"{sum(sets) / len(sets):.2f}" in row
+        assert all(word in row for word in origin.command.replace("--seed 0 ", "").split())
+
+
+def test_the_slope_foretells_the_effect_as_the_page_says():
+    scores = {name: np.array(own, dtype=float) for name, own in ready.read_list("smollm2-135m-instruct").scores.items()}
+    tried = ~np.isnan(scores["effect"])
+    slope, selectivity = (np.corrcoef(scores[name][tried], scores["effect"][tried])[0, 1] for name in ("slope", "selectivity"))
+    said = f"over the {tried.sum()} heads of SmolLM2-135M-Instruct that were steered for the list below, the correlation with the"
+    said = f"{said} effect is {slope:.2f} for the slope and {selectivity:.2f} for the selectivity"
+    assert said in " ".join((PAGES / "heads-strength-when.md").read_text().split())
 
 
 def test_weights_are_known_by_their_files(tmp_path):

@@ -87,7 +87,7 @@ def test_the_command_looks_at_a_prompt_alone(tmp_path, capsys):
     ("words", "message"),
     [
         ([], "the embedded model looks at pictures; name one, or a model of your own"),
-        (["--model", str(FOLDER), "--sources", "feature_norm"], "--sources: feature_norm says nothing of a text; those that do are"),
+        (["--model", str(FOLDER), "--sources", "feature_norm"], "--sources: feature_norm says nothing of a text; those that do"),
         (["--model", str(FOLDER), "--blocks", "1"], "--blocks is for pictures"),
         (["--model", str(FOLDER), "--heads", '{"9": [0]}'], "layer 9 is not there"),
         (["--model", str(FOLDER), "x.wav"], "takes no sounds"),

@@ -10,7 +10,16 @@ from kit.grounding import TOLERANCE
 from kit.marked import heard_places, loops_over, places_of, sound_examples, text_examples
 from kit.tiny import HEADS, make_model
 
-from hf_steer import AttentionConfig, PatchError, Saliency, SaliencyConfig, get_steer_status, patch_model, unpatch_model, use_saliency
+from hf_steer import (
+    AttentionConfig,
+    PatchError,
+    Saliency,
+    SaliencyConfig,
+    get_steer_status,
+    patch_model,
+    unpatch_model,
+    use_saliency,
+)
 from hf_steer.analysis import find_grounding_heads
 from hf_steer.analysis.heads import find as finding
 from hf_steer.testing.zoo import tiny_model
@@ -73,9 +82,8 @@ def test_the_effect_of_a_head_in_texts_is_that_of_a_model_patched_with_it(family
     assert result.strength == 4.0
     assert (result.provenance.normalize, result.provenance.preserve_mass) == ("none", False)
     config = AttentionConfig(heads={1: (1,)}, strength=4.0, saliency=PLAIN)
-    own = [
-        log_p_of(model, example, config, Saliency.from_tokens(example.span.float())) - plain_of(model, example) for example in examples
-    ]
+    said = [Saliency.from_tokens(example.span.float()) for example in examples]
+    own = [log_p_of(model, example, config, each) - plain_of(model, example) for example, each in zip(examples, said, strict=True)]
     assert result.scores["effect"][1][1] == pytest.approx(np.mean(own), rel=1e-3, abs=1e-5)
     assert abs(np.mean(own)) > 1e-3
     assert not get_steer_status(model).patched

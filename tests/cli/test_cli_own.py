@@ -36,8 +36,8 @@ def run(capsys, *words, status=0):
 
 
 def test_heads_of_a_text_only_model_are_found_from_a_file(tmp_path, capsys):
-    words = ["heads", "--model", MODEL, "--examples-file", write(tmp_path, 40), "--rule", "effect", "--count", "2", "--null-sets", "2"]
-    found = run(capsys, *words, "--output", tmp_path)
+    words = ["--model", MODEL, "--examples-file", write(tmp_path, 40), "--rule", "effect", "--count", 2, "--null-sets", 2]
+    found = run(capsys, "heads", *words, "--output", tmp_path)
     result = HeadResult.from_json((tmp_path / "heads.json").read_text())
     assert result.report.measure == "answers"
     assert result.report.examples == 20
@@ -80,7 +80,7 @@ def test_strengths_for_quoted_words_are_calibrated(tmp_path, capsys):
     [
         (["--say", "seven"], "--say needs --prompt, the text whose words it quotes, and --model"),
         (["--say", "a", "--image", "x.png"], "--image and --say each say what to look at; give one of them"),
-        (["--say", "nine", "--prompt", "i hear seven", "--model", str(MODEL)], "--prompt, line 1: row 0: 'nine' is not in its text"),
+        (["--say", "nine", "--prompt", "i hear seven", "--model", str(MODEL)], "--prompt, line 1: row 0: 'nine' is not in its"),
         (["--examples-file", "nowhere.jsonl", "--model", str(MODEL)], "nowhere.jsonl cannot be read"),
         (["--prompt", "i hear seven", "--model", str(MODEL)], "needs --image, at least one, and --prompt; or --say and --prompt"),
     ],

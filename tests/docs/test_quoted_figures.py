@@ -10,6 +10,7 @@ import statistics
 from kit.documents import PAGES, README, ROOT, block, words_of
 
 from hf_steer.analysis.heads import HeadResult
+from hf_steer.analysis.heads.ready import LISTS
 
 FIGURES, BENCHMARKS, DOCS = ROOT / "examples" / "figures", ROOT / "examples" / "benchmarks", ROOT / "docs"
 EVIDENCE, BACKENDS = words_of(DOCS / "evidence.md"), words_of(DOCS / "backends.md")
@@ -50,9 +51,10 @@ def written_shares():
         for path in folder.glob("*.csv"):
             rows = [row for row in rows_of(path) if path.name in ends and row.get("split", "report") == "report"]
             yield from (tuple(f"{float(row[name]):.2f}" for name in ends[path.name]) for row in rows if row[ends[path.name][0]])
-    report = json.loads((FIGURES / "heads.json").read_text())["report"]
-    estimates = [value for value in report.values() if isinstance(value, dict)]
-    yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
+    for path in (FIGURES / "heads.json", *LISTS.glob("*.json")):
+        report = json.loads(path.read_text())["report"]
+        estimates = [value for value in report.values() if isinstance(value, dict)]
+        yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
 
 
 def test_every_share_with_an_interval_was_written_by_a_command():

@@ -208,7 +208,7 @@ def sound_in(path: Any, reader: Reader) -> tuple[Any, float, Callable[[str, Any]
     sound = read_wav(path, rate)
 
     def put(words: str, own: Any) -> dict[str, Tensor]:
-        return dict(processor(text=[words], audio=[own], return_tensors="pt"))
+        return dict(processor(text=[words], audio=[own], sampling_rate=rate, return_tensors="pt"))
 
     return sound, len(sound) / rate, put
 
@@ -218,7 +218,8 @@ def sound_prompt(reader: Reader, question: str) -> str:
     parts = [{"type": "audio", "audio": "sound.wav"}]
     if question:
         parts.append({"type": "text", "text": question})
-    text: str = reader.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+    turn = [{"role": "user", "content": parts}]
+    text: str = reader.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return text
 
 
@@ -273,7 +274,8 @@ def _answered(
 def _refuse_text_only(processor: Any, part: str, what: str) -> Any:
     found = getattr(processor, part, None)
     if found is None:
-        raise FileError(f"this model's processor, {type(processor).__name__}, takes no {what}; name a model that does with --model.")
+        kind = type(processor).__name__
+        raise FileError(f"this model's processor, {kind}, takes no {what}; name a model that does with --model.")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from hf_steer.errors import FileError
 
-_TYPES = {1: np.uint8, 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+_TYPES: Mapping[int, str] = {1: "u1", 2: "<i2", 4: "<i4"}
 """Bytes of a sample -> its type."""
 _MOST_SECONDS = 3600
 
@@ -36,8 +37,8 @@ def read_wav(path: str | os.PathLike[str], rate: int) -> np.ndarray[Any, Any]:
             width, channels, own, count = file.getsampwidth(), file.getnchannels(), file.getframerate(), file.getnframes()
             if width not in _TYPES or not count or count > _MOST_SECONDS * own:
                 raise FileError(
-                    f"{str(source)!r} has {count} samples of {8 * width} bits; sounds are WAV files of 8, 16 or 32 bits and at most "
-                    f"{_MOST_SECONDS} seconds. Convert it: ffmpeg -i {source.name} -c:a pcm_s16le sound.wav"
+                    f"{str(source)!r} has {count} samples of {8 * width} bits; sounds are WAV files of 8, 16 or 32 bits and at "
+                    f"most {_MOST_SECONDS} seconds. Convert it: ffmpeg -i {source.name} -c:a pcm_s16le sound.wav"
                 )
             raw = np.frombuffer(file.readframes(count), _TYPES[width]).astype(np.float64)
     except (OSError, EOFError, wave.Error) as error:

@@ -107,7 +107,7 @@ def _growing(inputs: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[str, ...]:
     ours = named(decoder_ids=0, decoder_mask=0) if pair else named(ids=0, mask=0)
     given = Given(inputs)
     others = set(inputs) - set(ours)
-    if (not pair and (others or given.perceives)) or given.mask is not None and given.mask.ndim != 2:
+    if (not pair and (others or given.perceives)) or (given.mask is not None and given.mask.ndim != 2):
         return ()
     return tuple(ours)
 

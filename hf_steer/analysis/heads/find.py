@@ -75,10 +75,10 @@ def find_grounding_heads(
         count: heads to choose.
         rule: `"forward"`: grow a set by the head that most raises the share of right answers (the default, where there are
             answers and all heads are candidates). `"effect"`: by the change of log p(answer) when the head alone is steered (the
-            default with answers otherwise). `"slope"`: by how log p(answer) begins to change with the head's λ. `"mass"`: by attention to the picture, or to all that the span is compared with.
-            `"localisation"`: compact attention among heads of much mass (arXiv 2503.06287). `"pointing"`: by how often the most
-            attended token is in the span. `"selectivity"`: by the span's attention over its equal share (the default without
-            answers).
+            default with answers otherwise). `"slope"`: by how log p(answer) begins to change with the head's λ. `"mass"`: by
+            attention to the picture, or to all that the span is compared with. `"localisation"`: compact attention among heads of
+            much mass (arXiv 2503.06287). `"pointing"`: by how often the most attended token is in the span. `"selectivity"`: by
+            the span's attention over its equal share (the default without answers).
         strength: λ while measuring; with the default saliency it multiplies the odds of a token of the span against one outside
             by e^λ. None: 32 where pictures keep their mass, so that a steered head sees the span alone in them; else 4, which
             turns a head and leaves what the model writes readable.

@@ -36,7 +36,9 @@ def load_heads(name: str | os.PathLike[str], model: Any = None) -> dict[int, tup
     result = read_list(name)
     if model is not None:
         if result.provenance is None:
-            raise ConfigError(f"{os.fspath(name)!r} does not say on which model its heads were found; search again: hf-steer heads.")
+            raise ConfigError(
+                f"{os.fspath(name)!r} does not say on which model its heads were found; search again: hf-steer heads."
+            )
         _refuse_other(os.fspath(name), result.provenance, model)
     return result.heads
 
@@ -49,8 +51,8 @@ def read_list(name: str | os.PathLike[str]) -> HeadResult:
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(head_lists()) or "none"
         raise FileError(
-            f"there is no list of heads {os.fspath(name)!r} and no such file ({error}). Lists: {known}. To find heads on a model of "
-            "your own: hf-steer heads --model MODEL."
+            f"there is no list of heads {os.fspath(name)!r} and no such file ({error}). Lists: {known}. To find heads on a model "
+            "of your own: hf-steer heads --model MODEL."
         ) from error
     except ConfigError as error:
         raise FileError(f"{path} is no list of heads: {error}") from error
@@ -65,6 +67,6 @@ def _refuse_other(name: str, found: HeadProvenance, model: Any) -> None:
     if here != there:
         faults = "; ".join(f"{own} {there[own]}, here {here[own]}" for own in here if here[own] != there[own])
         raise ConfigError(
-            f"the heads of {name!r} were found on {found.model}: {faults}. Heads of one model mean nothing in another; find this one's "
-            "with hf-steer heads --model MODEL."
+            f"the heads of {name!r} were found on {found.model}: {faults}. Heads of one model mean nothing in another; find this "
+            "one's with hf-steer heads --model MODEL."
         )

@@ -115,9 +115,10 @@ class HeadResult:
         return target
 
     def __repr__(self) -> str:
+        report = self.report
         return (
             f"<HeadResult: {'found' if self.found else 'none found'}, heads={self.heads} by {self.rule!r} on {self.examples} "
-            f"examples; {self.report.measure} {self.report.chosen} against {self.report.baseline:.2f} on {self.report.examples} others>"
+            f"examples; {report.measure} {report.chosen} against {report.baseline:.2f} on {report.examples} others>"
         )
 
     def __str__(self) -> str:

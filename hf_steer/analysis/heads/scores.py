@@ -87,9 +87,9 @@ def attention_scores(looks: Iterable[tuple[int, Row, Tensor]]) -> dict[str, Tens
     Returns:
         `mass`: attention to the vision or audio tokens, or in a text to all but its first token. `span_mass`: to those in the
         span. `selectivity`: span_mass less what the span would get if its tokens got what the others get on average. `pointing`:
-        share of examples in which the most attended of these tokens is in the span. Where all grids are known also `entropy`, the mean spatial entropy
-        in nats, and `localisation`, the share of examples in which the head is among the `PER_EXAMPLE` of lowest entropy
-        above the elbow of `mass`.
+        share of examples in which the most attended of these tokens is in the span. Where all grids are known also `entropy`, the
+        mean spatial entropy in nats, and `localisation`, the share of examples in which the head is among the `PER_EXAMPLE` of
+        lowest entropy above the elbow of `mass`.
     """
     rows, entropies = [], []
     for _, row, attention in looks:

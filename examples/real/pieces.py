@@ -78,8 +78,8 @@ MAKERS = {
 
 
 def note_of(piece):
-    lines = [piece.says, f"Licence: {piece.licence}", "Made from:"]
-    return "\n".join([*lines, *(f"  {package.file} ({package.manager}) sha256 {package.sha256}" for package in piece.packages)]) + "\n"
+    made_from = [f"  {package.file} ({package.manager}) sha256 {package.sha256}" for package in piece.packages]
+    return "\n".join([piece.says, f"Licence: {piece.licence}", "Made from:", *made_from]) + "\n"
 
 
 def make(piece, into, given=None):

@@ -84,7 +84,7 @@ def write_recordings(folder, found):
 
 
 def phrases_in(text):
-    """Names and transcripts of Asterisk's list: `name: words`. Remarks in brackets are no speech; what is nothing else is left out."""
+    """Names and transcripts of Asterisk's list: `name: words`. Remarks in brackets are no speech and are left out."""
     for line in gzip.decompress(text).decode("utf-8").splitlines():
         name, colon, words = line.partition(":")
         words = " ".join(re.sub(r"\[.*?\]|<.*?>|\(.*?\)", " ", words).split())

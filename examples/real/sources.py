@@ -66,7 +66,7 @@ PIECES = {
         Piece("smollm2", "SmolLM2-135M-Instruct: a Llama of 30 layers that answers", "Apache-2.0", (SMOLLM2,), ("gguf",)),
         Piece("whisper-base", "Whisper base: hears 99 languages", "MIT", (BASE_1, BASE_2)),
         Piece("whisper-tiny.en", "Whisper tiny.en: hears English", "MIT", (TINY_EN,)),
-        Piece("phrases", "recorded phrases of one speaker (Allison Smith), with transcripts", "CC-BY-SA-3.0", (PHRASES, PHRASES_TEXT)),
+        Piece("phrases", "551 recorded phrases of Allison Smith, with transcripts", "CC-BY-SA-3.0", (PHRASES, PHRASES_TEXT)),
         Piece("readers", "ten sentences of other readers, with transcripts", "BSD-2-Clause, as the package says", (READERS,)),
     )
 }

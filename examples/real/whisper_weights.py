@@ -1,4 +1,4 @@
-"""Makes a plain folder of transformers' Whisper from CTranslate2's arrays: weights, configuration, tokenizer, generation, features."""
+"""Makes a plain folder of transformers' Whisper of CTranslate2's arrays: weights, configuration, tokenizer, generation."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from ctranslate2 import FormatError
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
+MULTILINGUAL_WORDS = 51865
+"""Vocabularies of at least so many are those of Whispers of several languages, as transformers tells them apart."""
 TIMESTAMP_STEPS = 1500
 """From 0 to 30 seconds, 20 ms each."""
 
@@ -41,7 +43,7 @@ def same_arrays(layers):
 
 
 def fused_arrays(layers):
-    """Queries, keys and values that CTranslate2 keeps as one matrix: its name, transformers' module, and the parts from top to bottom."""
+    """Queries, keys and values that are one matrix there: its name, transformers' module, and the parts from top to bottom."""
     for side, count in layers.items():
         for number in range(count):
             ours = f"model.{side}.layers.{number}"
@@ -51,9 +53,8 @@ def fused_arrays(layers):
 
 
 def count_layers(variables, side):
-    numbers = {int(name.split("/")[1].removeprefix("layer_")) for name in variables if name.startswith(f"{side}/layer_") and
-               name.split("/")[1] != "layer_norm"}
-    return len(numbers)
+    blocks = {name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_")}
+    return len(blocks - {"layer_norm"})
 
 
 def state_of(variables):
@@ -113,9 +114,9 @@ def generation_of(config, ids, published):
         published: CTranslate2's `config.json`: `suppress_ids`, `suppress_ids_begin`, `alignment_heads`.
     """
     end = ids["<|endoftext|>"]
-    several = ids["<|startoftranscript|>"] == end + 1 and config.vocab_size >= 51865
+    several = config.vocab_size >= MULTILINGUAL_WORDS
     tasks = ("translate", "transcribe")
-    languages = {name: number for name, number in ids.items() if number > ids["<|startoftranscript|>"] and number < ids["<|translate|>"]}
+    languages = {name: number for name, number in ids.items() if ids["<|startoftranscript|>"] < number < ids["<|translate|>"]}
     whisper = {"lang_to_id": languages, "task_to_id": {task: ids[f"<|{task}|>"] for task in tasks}} if several else {}
     return GenerationConfig(
         decoder_start_token_id=ids["<|startoftranscript|>"], bos_token_id=end, eos_token_id=end, pad_token_id=end,

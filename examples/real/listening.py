@@ -263,20 +263,21 @@ def pointing(statement="phrase", shift=0):
     return saying
 
 
-def shuffled(statement="phrase", seed=0):
+def shuffled(statement="phrase"):
     """As many positions of the sound as the phrase has, drawn anywhere in it; what is said of the silence behind it stays."""
+    return lambda sounds: Saliency.from_tokens(torch.stack([shuffled_scores(sound, statement) for sound in sounds]))
 
-    def scores_of(sound):
-        scores = torch.zeros(round(WINDOW_SECONDS * POSITIONS_PER_SECOND))
-        length = round(sound.seconds * POSITIONS_PER_SECOND)
-        for span in STATEMENTS[statement](sound, sound.pointed):
-            first, last = (round(second * POSITIONS_PER_SECOND) for second in span)
-            scores[first:last] = 1.0
-        drawn = torch.Generator().manual_seed(seed + int(scores[:length].sum()) * 7919 + length)
-        scores[:length] = scores[:length][torch.randperm(length, generator=drawn)]
-        return scores
 
-    return lambda sounds: Saliency.from_tokens(torch.stack([scores_of(sound) for sound in sounds]))
+def shuffled_scores(sound, statement, seed=0):
+    """Of each position of the window."""
+    scores = torch.zeros(round(WINDOW_SECONDS * POSITIONS_PER_SECOND))
+    length = round(sound.seconds * POSITIONS_PER_SECOND)
+    for span in STATEMENTS[statement](sound, sound.pointed):
+        first, last = (round(second * POSITIONS_PER_SECOND) for second in span)
+        scores[first:last] = 1.0
+    drawn = torch.Generator().manual_seed(seed + int(scores[:length].sum()) * 7919 + length)
+    scores[:length] = scores[:length][torch.randperm(length, generator=drawn)]
+    return scores
 
 
 def uniform(sounds):

@@ -117,7 +117,9 @@ def generation_of(config, ids, published):
     several = config.vocab_size >= MULTILINGUAL_WORDS
     tasks = ("translate", "transcribe")
     languages = {name: number for name, number in ids.items() if ids["<|startoftranscript|>"] < number < ids["<|translate|>"]}
-    whisper = {"lang_to_id": languages, "task_to_id": {task: ids[f"<|{task}|>"] for task in tasks}} if several else {}
+    whisper = {}
+    if several:  # where neither is given, transformers finds the language out and leaves the task's token away
+        whisper = {"lang_to_id": languages, "task_to_id": {task: ids[f"<|{task}|>"] for task in tasks}, "task": "transcribe"}
     return GenerationConfig(
         decoder_start_token_id=ids["<|startoftranscript|>"], bos_token_id=end, eos_token_id=end, pad_token_id=end,
         suppress_tokens=published["suppress_ids"], begin_suppress_tokens=published["suppress_ids_begin"],

@@ -140,7 +140,8 @@ def test_a_model_that_only_listens_is_verified_on_drawn_sounds(capsys, tmp_path)
     assert main(["verify", str(tmp_path), "--json"]) == 0
     report = told(capsys)
     assert report["family"] == "whisper"
-    assert {check["name"] for check in report["checks"] if check["passed"]} >= {"identity", "receipt", "backend", "decoding", "undone"}
+    passed = {check["name"] for check in report["checks"] if check["passed"]}
+    assert passed >= {"identity", "receipt", "backend", "decoding", "beams", "saved", "undone"}
     assert main(["verify", str(tmp_path), "--prompt", "What?"]) != 0
     assert "'whisper' listens and reads no prompt; leave --prompt out" in capsys.readouterr().err
     (tmp_path / "preprocessor_config.json").unlink()

@@ -1,8 +1,8 @@
 """Reads CTranslate2's `model.bin`: a list of named arrays, and aliases between them. Nothing of CTranslate2 is needed, or run.
 
-The layout of version 6, all little-endian: version (u32), name of the specification, its revision (u32), number of variables (u32),
-the variables, number of aliases (u32), pairs of names. A variable is: name, rank (u8), sizes (u32 each), type (u8), bytes (u32), and
-the bytes. A name is: length (u16, its closing zero counted), the letters, a zero.
+The layout of version 6, all little-endian: version (u32), name of the specification, its revision (u32), number of
+variables (u32), the variables, number of aliases (u32), pairs of names. A variable is: name, rank (u8), sizes (u32 each),
+type (u8), bytes (u32), and the bytes. A name is: length (u16, its closing zero counted), the letters, a zero.
 """
 
 import struct

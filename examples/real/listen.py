@@ -112,11 +112,14 @@ class Table:
         attention = None if setting is None else attention_of(setting, self.head_sets)
         name = f"{said} {setting.heads} {setting.strength:g}" if setting else said
         texts = self.ear.hear(sounds, name, attention, saying, **generation)
+        if texts is None:
+            print(f"not heard yet: {split} {task} {name}", flush=True)
+            return {"f1": 0.0}
         row = self.measured(split, task, sounds, texts, said, setting)
         row |= asdict(self.origin(sounds, attention, generation))
         self.rows.append(row)
         self.write()
-        figures = " ".join(f"{name} {row[name]:.2f}" for name in ("right", "recall", "share", "f1", "wer"))
+        figures = " ".join(f"{name} {row[name] or 0:.2f}" for name in ("right", "recall", "share", "f1", "wer"))
         print(f"{split:9} {task:6} {said:14} {row['heads']:10} λ={row['strength']:<4} {row['normalize']:7} {row['statement']:18} "
               f"{figures}", flush=True)  # fmt: skip
         return row
@@ -128,8 +131,10 @@ class Table:
         row = {"split": split, "task": task, "said": said, "heads": setting.heads if setting else "none",
                "strength": setting.strength if setting else 0.0, "normalize": setting.normalize if setting else "none",
                "statement": setting.statement if setting else "nothing", "sounds": len(sounds)}  # fmt: skip
-        row["right"] = column["right"].mean()
-        row["right_low"], row["right_high"] = wilson_interval(int(column["right"].sum()), len(sounds))
+        row |= {"right": "", "right_low": "", "right_high": ""}
+        if task != "alone":  # there is no other phrase to be nearer to
+            row["right"] = column["right"].mean()
+            row["right_low"], row["right_high"] = wilson_interval(int(column["right"].sum()), len(sounds))
         for name in ("recall", "share", "f1"):
             row[name] = column[name].mean()
             row[f"{name}_low"], row[f"{name}_high"] = np.percentile(column[name][draws].mean(1), (2.5, 97.5))
@@ -217,6 +222,26 @@ def report(table, sounds, preset, chosen):
         pointed(Setting(best.heads, strength, "none", best.statement) for strength in preset.strengths)
 
 
+def as_markdown(rows):
+    """The report's rows as a table for a page; rows may come from the file, as words."""
+    names = ("sound", "said", "heads", "λ", "normalize", "pointed at", "sounds", "right", "recall", "share", "word errors", "more")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        if row["split"] == "report":
+            cells = [row[name] for name in ("task", "said", "heads")] + [f"{float(row['strength']):g}", row["normalize"]]
+            cells += [row["statement"], str(row["sounds"])]
+            cells += [between(row, name) for name in ("right", "recall", "share", "wer", "wer_more")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def between(row, name):
+    if row[name] == "":
+        return ""
+    value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=default_folder() / "whisper-base", help="folder of a Whisper; %(default)s")
@@ -225,11 +250,12 @@ def main(arguments=None):
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for listen.csv and listen.png")
     parser.add_argument("--quick", action="store_true", help="a few sounds: shows that it runs, and no more")
     parser.add_argument("--batch", type=int, default=16, help="sounds at once")
+    parser.add_argument("--known", action="store_true", help="hear nothing new: a table of what an earlier run heard")
     args = parser.parse_args(arguments)
     preset = PRESETS["quick" if args.quick else "full"]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    ear = Ear(args.model, args.cache, batch=args.batch)
+    ear = Ear(args.model, args.cache, batch=args.batch, only_known=args.known)
     for_choosing, for_report = split_phrases(read_recordings(args.phrases), seed=SEED)
     print(f"{len(for_choosing)} phrases choose, {len(for_report)} are reported on", flush=True)
     choosing = make_sounds(for_choosing, preset.choosing, seed=SEED)
@@ -242,6 +268,7 @@ def main(arguments=None):
     from plots import plot_listening
 
     plot_listening(table.rows, args.output / "listen.png")
+    print(as_markdown(table.rows))
     print(f"written: {args.output / 'listen.csv'}, {args.output / 'listen.png'}")
 
 

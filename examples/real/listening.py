@@ -122,9 +122,11 @@ class Ear:
         cache: where encoder states and transcripts stay, so that a run that was broken off goes on.
         dtype: of the model.
         batch: sounds at once.
+        only_known: hear nothing new.
     """
 
-    def __init__(self, folder, cache, dtype=torch.bfloat16, batch=16):
+    def __init__(self, folder, cache, dtype=torch.bfloat16, batch=16, only_known=False):
+        self.only_known = only_known
         self.processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
         self.model = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
         self.folder, self.cache, self.batch = Path(folder), Path(cache), batch
@@ -160,7 +162,7 @@ class Ear:
         return found.input_features.to(self.model.dtype)
 
     def hear(self, sounds, name, attention=None, saying=None, **generation):
-        """Transcripts under one condition.
+        """Transcripts under one condition; None where some are not known yet and nothing new is to be heard.
 
         Args:
             sounds: within one window.
@@ -174,6 +176,8 @@ class Ear:
         keys = [self.key(sound, about, None if said is None else said[place], generation, MOST_TOKENS)
                 for place, sound in enumerate(sounds)]  # fmt: skip
         missing = [place for place, key in enumerate(keys) if key not in self.known]
+        if missing and self.only_known:
+            return None
         if missing and attention is not None:
             hf_steer.patch_model(self.model, attention)
         try:

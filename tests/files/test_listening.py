@@ -89,9 +89,15 @@ def test_the_experiment_runs_is_gone_on_with_and_writes_its_table_and_picture(tm
     assert {(row["split"], row["task"]) for row in rows} >= {("choosing", "three"), ("report", "three"), ("report", "beams")}
     assert {"nothing", "pointed-at", "another phrase", "shuffled", "uniform"} <= {row["said"] for row in rows}
     for row in rows:
+        assert (row["right"] == "") is (row["task"] == "alone")
+        assert 0 <= float(row["recall"]) <= 1
+        if row["task"] == "alone":
+            continue
         assert 0 <= float(row["right_low"]) <= float(row["right"]) <= float(row["right_high"]) <= 1
         assert (row["model"], row["model_type"], len(row["inputs_hash"])) == ("tiny", "whisper", 16)
-    plain, uniform = (next(row for row in rows if row["split"] == "report" and row["said"] == said) for said in ("nothing", "uniform"))
+    report = [row for row in rows if row["split"] == "report"]
+    plain, uniform = (next(row for row in report if row["said"] == said) for said in ("nothing", "uniform"))
+    assert listen.as_markdown(rows).count("\n") == len(report) + 1
     assert (plain["config_hash"], plain["wer_more"], uniform["wer"]) == ("", "0.0000", plain["wer"])
     assert (tmp_path / "out" / "listen.png").stat().st_size > 5000
     before = (tmp_path / "cache" / "tiny.jsonl").read_text()
@@ -101,6 +107,11 @@ def test_the_experiment_runs_is_gone_on_with_and_writes_its_table_and_picture(tm
     again = list(csv.DictReader((tmp_path / "out" / "listen.csv").read_text().splitlines()))
     assert [{**row, "date": ""} for row in again] == [{**row, "date": ""} for row in rows]
     assert "written:" in capsys.readouterr().out
+    (tmp_path / "cache" / "tiny.jsonl").write_text("\n".join(before.splitlines()[:-2]) + "\n")
+    listen.main([*words, "--known"])
+    fewer = list(csv.DictReader((tmp_path / "out" / "listen.csv").read_text().splitlines()))
+    assert 0 < len(fewer) < len(rows)
+    assert "not heard yet: report three" in capsys.readouterr().out
 
 
 def test_steering_reaches_what_the_ear_writes(tmp_path, sound, monkeypatch):

@@ -27,8 +27,9 @@ is what is verified; else a gaze of all heads is made for it, and aligners where
   aligners   fresh aligners leave outputs bit-equal
   undone     without the patch all is as before, and outputs are bit-equal
 
-It takes 40 forward passes at most, on two short prompts; a model that looks at pictures gets one that is drawn, or --image. Nothing
-is trained or saved. The status is 0 where all that could be shown holds, 1 where a promise is broken or nothing could be shown.
+It takes 40 forward passes at most, on two short prompts; a model that looks at pictures gets one that is drawn, or --image; one
+that reads only sounds (Whisper) gets two of tones. Nothing is trained or saved. The status is 0 where all that could be shown
+holds, 1 where a promise is broken or nothing could be shown.
 """
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_steer.config import SteerConfig
 from hf_steer.errors import ConfigError, FileError
 from hf_steer.families import resolve
+from hf_steer.ground.decoders import reads_encoder
 from hf_steer.io import from_pretrained, model_class_of, read_base_config, read_base_model
 from hf_steer.patching.scopes import find_steering
 from hf_steer.verify.prompts import TEXTS, padded_rows, written
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 Place = str | os.PathLike[str]
 _SIZE_PX = (160, 112)
+_TONES_HZ = ((220.0, 330.0), (550.0, 275.0))
+"""A second each, in two sounds of one length: some extractors pad only when told to, others to a window of their own."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Loaded:
 
     Attributes:
         model: in eval mode, on its device; patched where a steering was given, or lies beside it.
-        inputs: with a picture, where the model looks at some; else None, for short prompts.
+        inputs: with a picture, where the model looks at some; with a sound, where an encoder of sounds is all that it reads; else
+            None, for short prompts.
         tokenizer: of the model, or its processor; None where there is none that can be read.
     """
 
@@ -50,7 +56,7 @@ def load_to_verify(
 
     Raises:
         FileError: no such model or steering, or one that cannot be read.
-        ConfigError: pictures for a model that looks at none, or whose processor cannot be had.
+        ConfigError: pictures for a model that looks at none, or whose processor cannot be had; a prompt for one that only listens.
         PatchError: no class of transformers that can be patched.
     """
     if config is not None or _has_steering(id_or_dir):
@@ -63,6 +69,10 @@ def load_to_verify(
     looks = "image" in anatomy.placeholder_ids
     if pictures and not looks:
         raise ConfigError(f"{anatomy.family!r} is not known to look at pictures; leave --image out to verify it on text.")
+    if "audio" in anatomy.encoders and reads_encoder(anatomy.root):
+        if prompt is not None:
+            raise ConfigError(f"{anatomy.family!r} listens and reads no prompt; leave --prompt out.")
+        return Loaded(model, _heard(model, id_or_dir), _read(id_or_dir, "AutoTokenizer"))
     processor = _read(id_or_dir, "AutoProcessor") if looks else _read(id_or_dir, "AutoTokenizer")
     if pictures and processor is None:
         raise ConfigError(f"the processor of {os.fspath(id_or_dir)!r} cannot be read, and pictures need it.")
@@ -117,11 +127,31 @@ def _shown(model: Any, processor: Any, pictures: Sequence[Any], prompt: str | No
     return _moved(inputs, model)
 
 
+def _heard(model: Any, id_or_dir: Place) -> dict[str, Any]:
+    """Two sounds, as the model's own feature extractor hands them on."""
+    extractor = _read(id_or_dir, "AutoFeatureExtractor")
+    if extractor is None:
+        raise ConfigError(
+            f"the feature extractor of {os.fspath(id_or_dir)!r} cannot be read, and a model that listens needs it. Make the inputs "
+            "yourself: hf_steer.verify(model, inputs)."
+        )
+    rate = extractor.sampling_rate
+    sounds = [_sounded(rate, tones).numpy() for tones in _TONES_HZ]
+    return _moved(extractor(sounds, sampling_rate=rate, return_tensors="pt"), model)
+
+
 def _moved(inputs: Any, model: Any) -> dict[str, Any]:
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()
     }
+
+
+def _sounded(rate_hz: int, tones_hz: Sequence[float]) -> torch.Tensor:
+    """Tones one after the other, a second each, with a little noise: something to hear."""
+    seconds = torch.arange(rate_hz) / rate_hz
+    tones = torch.cat([torch.sin(2 * torch.pi * tone * seconds) for tone in tones_hz])
+    return 0.3 * tones + 0.01 * torch.randn(tones.shape, generator=torch.Generator().manual_seed(0))
 
 
 def _drawn() -> Image.Image:

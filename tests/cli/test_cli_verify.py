@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from kit.gazing import steer
-from kit.tiny import make_model
+from kit.tiny import make_model, settle_generation, spread
 from PIL import Image
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import hf_steer
 from hf_steer import SteerConfig
@@ -118,3 +119,31 @@ def test_a_steering_that_asks_for_nothing_is_an_error(saved, capsys):
     SteerConfig(attention=None).save_pretrained(saved / "nothing")
     assert main(["verify", str(saved / "model"), "--config", str(saved / "nothing")]) == 1
     assert "its patch would do nothing here" in capsys.readouterr().err
+
+
+def saved_whisper(folder):
+    """A Whisper of a second's window."""
+    config = WhisperConfig(
+        vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=4,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8, max_source_positions=50, max_target_positions=32, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    spread(model, 0)
+    settle_generation(model)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+
+
+def test_a_model_that_only_listens_is_verified_on_drawn_sounds(capsys, tmp_path):
+    saved_whisper(tmp_path)
+    assert main(["verify", str(tmp_path), "--json"]) == 0
+    report = told(capsys)
+    assert report["family"] == "whisper"
+    passed = {check["name"] for check in report["checks"] if check["passed"]}
+    assert passed >= {"identity", "receipt", "backend", "decoding", "beams", "saved", "undone"}
+    assert main(["verify", str(tmp_path), "--prompt", "What?"]) != 0
+    assert "'whisper' listens and reads no prompt; leave --prompt out" in capsys.readouterr().err
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert main(["verify", str(tmp_path)]) != 0
+    assert "a model that listens needs it. Make the inputs yourself: hf_steer.verify(model, inputs)" in capsys.readouterr().err

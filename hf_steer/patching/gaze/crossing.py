@@ -6,6 +6,7 @@ the cache of the decoder's own keys, and goes where its rows go.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -86,11 +87,6 @@ def _of_stretch(
     statement: Saliency, stretch: Stretch, plan: Plan, *, rows: int, places: int, device: torch.device
 ) -> TokenScores:
     """Of a stretch of long sounds: what is said of them as far as it falls into it."""
-    if statement.tokens is not None and any(start > 0 for start in stretch.starts_seconds):
-        raise SaliencyError(
-            "one score per position of the encoder speaks of one window, and this sound is longer. Say where to listen in seconds: "
-            "Saliency.from_seconds(...)."
-        )
     if rows % len(stretch.rows):
         raise SaliencyError(
             f"{rows} rows are decoded for {len(stretch.rows)} sounds, so which is which is not known: some are tried again at "
@@ -100,11 +96,29 @@ def _of_stretch(
     starts = [0.0] * batch
     for row, start in zip(stretch.rows, stretch.starts_seconds, strict=True):
         starts[row] = start
+    if statement.tokens is not None and any(starts):
+        statement = _later(statement, plan, stretch, starts)
     real = torch.ones(batch, places, dtype=torch.bool, device=device)
     spans = _sounds(statement, plan, starts, places, stretch.whole_seconds)
     scores = scores_from_user(statement, spans, real=real, first_position=0, temporal_patch_size=1)
     chosen = torch.tensor(stretch.rows, device=device)
     return _repeated(scores, chosen.repeat_interleave(rows // len(chosen)))
+
+
+def _later(statement: Saliency, plan: Plan, stretch: Stretch, starts_seconds: list[float]) -> Saliency:
+    """One score per position of a window, from where each row goes on in it: a sound of one window may be decoded in several
+    stretches, too, since a timestamp that is written ends one."""
+    step, tokens = plan.anatomy.frame_seconds, statement.tokens
+    if step is None or tokens is None or stretch.whole_seconds > step * (tokens.shape[1] + 0.5):
+        raise SaliencyError(
+            "one score per position of the encoder speaks of one window, and this sound is longer. Say where to listen in seconds: "
+            "Saliency.from_seconds(...)."
+        )
+    moved = torch.zeros_like(tokens)
+    for row, start in enumerate(starts_seconds[: len(tokens)]):
+        rest = tokens[row, round(start / step) :]
+        moved[row, : len(rest)] = rest
+    return dataclasses.replace(statement, tokens=moved)
 
 
 def _rows_said(statement: Saliency, scope: Scope, rows: int) -> int:

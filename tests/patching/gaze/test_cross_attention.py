@@ -180,6 +180,32 @@ def test_a_long_sound_is_steered_stretch_by_stretch():
         model.generate(**long, saliency=Saliency.from_tokens(torch.ones(2, 50)))
 
 
+def test_scores_of_a_window_go_on_with_it_where_a_written_timestamp_ends_a_stretch():
+    """A sound of one window is decoded in stretches, too: what is left of it moves to the encoder's first positions."""
+    model = make_crossing_model("whisper")
+    model.generation_config.no_timestamps_token_id = 70
+    mels = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(2))
+    heard = {"input_features": mels, "return_timestamps": True, "max_new_tokens": 12}
+    starts, inner = [], type(model).generate_with_fallback
+
+    class Spy(type(model)):
+        def generate_with_fallback(self, **kwargs):
+            starts.append([float(kwargs["seek"][row]) for row in kwargs["batch_idx_map"]])
+            return inner(self, **kwargs)
+
+    model.__class__ = Spy
+    patch_model(model, across(strength=1.0))
+    scores = torch.zeros(2, 50)
+    scores[:, 30:45] = 1.0
+    plain = model.generate(**heard)
+    starts.clear()
+    found = model.generate(**heard, saliency=Saliency.from_tokens(scores))
+    assert any(start > 0 for row in starts for start in row)
+    said = Saliency.from_seconds([(0.59, 0.89)], row=0) + Saliency.from_seconds([(0.59, 0.89)], row=1)
+    assert torch.equal(found, model.generate(**heard, saliency=said))
+    assert not torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("family", LISTENING)
 def test_training_reaches_learned_strengths(family):
     model, inputs = make_crossing_model(family), make_crossing_inputs(family)

@@ -26,7 +26,7 @@ other, and is pointed at one of them. Its weights (93 MB, Apache-2.0) are fetche
 checked. Under three minutes on two cores. Needs pip install 'hf-steer[real]'.
 """
 NOTES = """\
-Uniform saliency says nothing, so it is normalised to zero and changes nothing. "Mass not kept" is the saliency on the
+Uniform saliency is on the whole picture, whose mass is kept, so it changes nothing. "Mass not kept" is the saliency on the
 pointed-at cell with preserve_mass=False: attention then leaves the text for the picture, too, and the thought may fall apart."""
 
 

@@ -15,7 +15,7 @@ _PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "report": (
         ("The engineers", "Several visitors", "The committee", "Two students", "The gardeners", "The night crew"),
         ("inspected", "repaired", "described", "cleaned", "photographed", "avoided"),
-        ("the main pump", "a row of old pipes", "the upper terrace", "the loading ramp", "a broken fence", "the spare generator"),
+        ("the main pump", "a row of rusty pipes", "the upper terrace", "the loading ramp", "a broken fence", "the spare generator"),
         ("during the winter.", "before the visit.", "with great care.", "as planned.", "despite the fog.", "once again."),
     ),
 }

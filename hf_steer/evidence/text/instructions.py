@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 INSTRUCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "choose": {
         "capitals": ("Write the whole answer in capital letters.", "Use capital letters only."),
-        "well": ("Begin the answer with the word Well.", "The first word of the answer must be Well."),
-        "bracket": ("Put the whole answer in square brackets.", "Open the answer with a square bracket."),
+        "well": ("Begin the answer with the word Well.", "The first word of the answer is Well."),
+        "bracket": ("Write the whole answer in square brackets.", "Open the answer with a square bracket."),
         "question": ("Answer with a question.", "Let the answer end with a question mark."),
-        "numbered": ("Write the answer as a numbered list.", "Number the points of the answer: 1., 2., 3."),
+        "numbered": ("Write numbers before all parts: 1., 2., 3.", "Number the parts of the answer: 1., 2., 3."),
     },
     "report": {
         "lower": ("Do not use any capital letter in your reply.", "Your reply must be in lowercase letters only."),

@@ -45,7 +45,7 @@ REPORTS: Mapping[str, Mapping[str, Template]] = {
             "{person} remembers that the {thing} was {value}.", "What colour was the {thing}?",
             ("car", "coat", "boat", "door", "bicycle"),
             ("red", "blue", "green", "yellow", "white", "black", "purple", "orange"),
-            ("Mr Lee", "Mrs Stone", "Miss Ward", "Dr Khan", "Mr Hill", "Mrs Park", "Miss Young", "Dr Novak"),
+            ("Mr Lee", "Mrs Brook", "Miss Ward", "Dr Khan", "Mr Hill", "Mrs Park", "Miss Young", "Dr Novak"),
         ),
         "animal": Template(
             "{person}: \"The animal that I saw by the {thing} was a {value}.\"", "Which animal was seen by the {thing}?",

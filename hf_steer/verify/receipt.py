@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hf_steer.ground.longform import goes_by_stretches
 from hf_steer.testing.compared import bar_for
 from hf_steer.testing.generation import while_alike
 from hf_steer.testing.passes import applied_in
@@ -70,12 +72,25 @@ def _says_otherwise(subject: Any, sampler: Sampler) -> bool:
     scaled = saliency.normalize != "none" or saliency.preserve_mass
     if said is None or said.tokens is None or scaled or waits(subject):
         return False
-    for sample in sampler.samples:
-        scores = said.tokens[sample.row].double()
-        if sample.bias is None or sample.bias.shape[1] != len(scores):
-            continue  # a step, or a layer with a window
-        scores = scores * subject.mask_row(sample.row)
-        expected = float(subject.strengths[sample.layer][sample.head]) * scores
-        if not torch.allclose(sample.bias, expected.expand_as(sample.bias), rtol=1e-5, atol=1e-6):
-            return True
+    return any(not _is_said(subject, sample) for sample in sampler.samples if sample.bias is not None)
+
+
+def _is_said(subject: Any, sample: Any) -> bool:
+    """Whether a sampled bias is `λ` times the scores of its row; in a later stretch of a sound, of some row and from some score on."""
+    tokens, strength = subject.said.tokens.double(), float(subject.strengths[sample.layer][sample.head])
+    if sample.bias.shape[1] != tokens.shape[1]:
+        return True  # a step, or a layer with a window
+
+    def is_bias(expected: Tensor) -> bool:
+        return torch.allclose(sample.bias, expected.expand_as(sample.bias), rtol=1e-5, atol=1e-6)
+
+    if is_bias(strength * tokens[sample.row] * subject.mask_row(sample.row)):
+        return True
+    if not goes_by_stretches(subject.anatomy.root):
+        return False
+    first = sample.bias[0, 0].to(tokens)
+    for row in strength * tokens:
+        for start in torch.isclose(row, first, rtol=1e-5, atol=1e-6).nonzero().flatten().tolist():
+            if is_bias(torch.cat([row[start:], row.new_zeros(start)])):
+                return True
     return False

@@ -47,6 +47,24 @@ def test_a_gaze_at_what_an_encoder_hands_on_is_verified(family, patched):
     assert report.passes <= BUDGET
 
 
+def test_a_sound_that_is_decoded_in_several_stretches_is_verified():
+    """A Whisper may write a timestamp where none was asked for, and transformers then goes on behind it."""
+    model = crossing("whisper")
+    model.generation_config.no_timestamps_token_id = 24
+    inner, starts = type(model).generate_with_fallback, []
+
+    class Spy(type(model)):
+        def generate_with_fallback(self, **kwargs):
+            starts.extend(float(kwargs["seek"][row]) for row in kwargs["batch_idx_map"])
+            return inner(self, **kwargs)
+
+    Spy.__name__ = type(model).__name__
+    model.__class__ = Spy
+    report = verify(model, make_crossing_inputs("whisper"), only=["receipt", "backend"])
+    assert max(starts) > 0
+    assert report.holds, str(report)
+
+
 def test_words_of_the_decoder_are_made_where_the_inputs_lack_them():
     report = verify(crossing("t5"))
     assert report.holds, str(report)

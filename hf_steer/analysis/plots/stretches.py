@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from hf_steer.analysis.plots.canvas import AFTER, CONTROLS, save, subplots
 
 _NAMED = 60
@@ -26,7 +24,7 @@ def plot_stretches(
         axis.set_ylabel(name, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     step = max(1, -(-len(names) // _NAMED))
-    places = np.arange(0, len(names), step)
+    places = list(range(0, len(names), step))
     # a dollar sign would begin mathematics
     labels = [repr(names[place])[1:-1].replace("$", r"\$") for place in places]
     axes[-1, 0].set_xticks(places, labels, rotation=90, fontsize=6)

@@ -167,7 +167,8 @@ def _gradient(model: Any, ids: Tensor, token: int | None) -> Tensor:
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         logits = logits_in(model(**named(embeds=embeds)))[0, -1].float()
         (slope,) = torch.autograd.grad(logits[int(logits.argmax()) if token is None else token], [embeds])
-    return (slope * embeds).detach().float().sum(-1)[0].cpu()
+    scores: Tensor = (slope * embeds).detach().float().sum(-1)[0].cpu()
+    return scores
 
 
 def _wanted(sources: Sequence[str] | None, able: Sequence[str], what: str) -> tuple[str, ...]:

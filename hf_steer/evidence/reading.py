@@ -39,8 +39,8 @@ class Condition:
 
 def quick_dtype() -> torch.dtype:
     """bfloat16 on a CPU that multiplies it itself, which is more than twice as fast there; float32 on every other."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)
-    return torch.bfloat16 if any(ask().get(name) for name in CPU_WITH_BF16) else torch.float32
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(known.get(name) for name in CPU_WITH_BF16) else torch.float32
 
 
 def gaze(heads: Heads, strength: float) -> SteerConfig:
@@ -85,7 +85,7 @@ class Reading:
     def inputs(self, reports: Sequence[Report], *, begun: bool = False) -> dict[str, Tensor]:
         """A batch of prompts, as a chat; `begun`: with the answer by the pointed-at report, up to its word."""
         chats = [[{"role": "user", "content": report.text}] for report in reports]
-        texts = [self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        texts = [str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
         if begun:
             texts = [text + report.before_word for text, report in zip(texts, reports, strict=True)]
         return dict(self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False))
@@ -148,7 +148,8 @@ class Reading:
         for start in range(0, len(reports), BATCH):
             part = reports[start : start + BATCH]
             inputs = self.inputs(part, begun=True)
-            given, seen = Given(inputs), {}
+            given = Given(inputs)
+            seen: dict[int, Tensor] = {}
             every = self._scores([report.spans for report in part], given)
             meant = self._scores([report.spans[report.meant] for report in part], given)
             spans = meant - (every - meant) / 3

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import is_gguf_available
+from transformers.utils.import_utils import is_gguf_available
 
 from hf_steer.errors import FileError
 

@@ -16,7 +16,8 @@ def load_own(folder: Any, *, device: str, dtype: str = "auto") -> Any:
     """
     from hf_steer.io import model_class_of, read_base_config, read_base_model
 
-    return read_base_model(model_class_of(read_base_config(folder)), folder, dtype=dtype).to(device).eval()
+    model: Any = read_base_model(model_class_of(read_base_config(folder)), folder, dtype=dtype)
+    return model.to(device).eval()
 
 
 def load_processor(folder: Any) -> Any:

@@ -242,7 +242,8 @@ class AttentionConfig:
     def spelled(self, kind: str) -> AttentionConfig:
         """The same for one kind of statement, with nothing left open."""
         manner = self.manner(kind)
-        saliency = replace(self.saliency, normalize=manner.normalize, preserve_mass=manner.preserve_mass)
+        scaled: dict[str, Any] = {"normalize": manner.normalize, "preserve_mass": manner.preserve_mass}
+        saliency = replace(self.saliency, **scaled)
         own: dict[str, Any] = {"saliency": saliency}
         if self.strength == AUTO and self.share is None:
             own["strength"] = manner.strength

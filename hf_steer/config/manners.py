@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 """Says that the kind of statement decides; for a backend, that the call does."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_steer.attention import AttentionCall, logits_in_chunks
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
+from hf_steer.config.checks import Heads
 from hf_steer.errors import FileError
 from hf_steer.evidence.reports import Report
 from hf_steer.ground.arguments import Given
@@ -24,7 +25,6 @@ from hf_steer.saliency import Saliency
 
 BATCH, NEW_TOKENS = 24, 12
 CPU_WITH_BF16 = ("avx512_bf16", "amx_bf16")
-Heads = Mapping[int, tuple[int, ...]] | str
 
 
 @dataclass(frozen=True)

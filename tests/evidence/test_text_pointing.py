@@ -40,15 +40,17 @@ def test_every_span_is_there_once_and_its_answer_is_right(task, split):
         assert all(case.text.count(span) == 1 for span in case.spans)
         if task != "instruction":
             assert case.names(f"It is {case.answers[2]}, I think.") == 2
-            assert case.is_right(case.answers[case.meant]) and not case.is_right(case.answers[case.meant - 1])
+            assert case.is_right(case.answers[case.meant])
+            assert not case.is_right(case.answers[case.meant - 1])
             assert case.names("Nobody knows.") is None
 
 
 def test_instructions_are_checked_by_what_they_ask():
-    said = {"lower": "dogs bark", "indeed": "Indeed, dogs", "bullets": "- dogs", "short": "Dogs.", "quoted": '"Dogs"', "exclaim": "Ha!"}
+    said = {"lower": "dogs bark", "indeed": "Indeed", "bullets": "- a", "short": "Dogs.", "quoted": '"Dogs"', "exclaim": "Ha!"}
     for kind, text in said.items():
         case = Case("instruction", kind, "", ("x",), 0, (kind,))
-        assert case.is_right(text) and not case.is_right("Dogs are kind")
+        assert case.is_right(text)
+        assert not case.is_right("Dogs are kind")
 
 
 def test_what_repeats_itself_or_surprises_is_not_readable():
@@ -82,7 +84,8 @@ def test_every_condition_runs_and_leaves_the_model_as_it_was(pointing):
     table = conditions((config.num_hidden_layers, config.num_attention_heads), {0: (0,)}, seed=0)
     rows = {name: pointing.row("reports", cases, condition) for name, condition in table.items()}
     assert not get_steer_status(pointing.model).patched
-    assert rows["unsteered"].kl_nats == 0 and rows["default"].kl_nats > 0
+    assert rows["unsteered"].kl_nats == 0
+    assert rows["default"].kl_nats > 0
     assert math.isnan(rows["prompt: said twice"].kl_nats)  # another prompt
     assert rows["all heads, λ = 3"].kl_nats > rows["all heads, λ = 0.5"].kl_nats
     assert len({rows[name].kl_nats for name in ("default", "wrong span", "shuffled", "uniform")}) == 4

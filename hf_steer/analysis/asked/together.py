@@ -44,6 +44,6 @@ def _padded(group: list[Asked]) -> Group:
         more = (longest - given.ids.shape[1], 0)
         parts = {"ids": given.ids, "mask": given.mask, "said": one.said.tokens}
         for name, value in parts.items():
-            columns[name].append(F.pad(value, more))  # type: ignore[arg-type]
+            columns[name].append(F.pad(value, more))
     whole = {name: torch.cat(values) for name, values in columns.items()}
     return group, named(ids=whole["ids"], mask=whole["mask"]), Saliency.from_tokens(whole["said"])

@@ -59,7 +59,7 @@ class HeadProvenance:
     weights_sha256: str | None
     examples_hash: str
     normalize: str
-    preserve_mass: bool
+    preserve_mass: bool | None
     seed: int
     command: str | None = None
 

@@ -23,7 +23,7 @@ def rows_of(path):
 def test_the_readme_shows_the_demos_own_table():
     shown = block("demo output")
     table = rows_of(FIGURES / "pointing.csv")
-    assert len(table) == 10
+    assert len(table) == 11
     for row in table:
         names = ("strength", "pointed_share", "low", "high", "readable_share", "kl_nats")
         strength, share, low, high, readable, kl = (float(row[name]) for name in names)

@@ -25,6 +25,7 @@ from recordings import read_recordings
 import hf_steer
 from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.analysis.provenance import Provenance, content_hash
+from hf_steer.config.manners import MANNERS
 from hf_steer.evidence.pointing import wilson_interval
 
 DRAWS = 2000
@@ -207,7 +208,7 @@ def report(table, sounds, preset, chosen):
     three("shuffled", best, shuffled(best.statement))
     alone = [sound.alone() for sound in sounds]
     table.add("report", "alone", alone, "nothing")
-    default = Setting("all", 1.0, "zscore", "phrase")
+    default = Setting("all", MANNERS["sound"].strength, "auto", "phrase")
     others = [default, *(chosen[name] for name in ("all", "found", "zscore"))]
     others += [Setting(f"random {number}", best.strength, best.normalize, best.statement) for number in range(preset.random)]
     pointed(others)

@@ -37,7 +37,7 @@ MANNERS: Mapping[str, Manner] = MappingProxyType(
     {
         "tokens": Manner("maxabs", preserve_mass=False, strength=1.0, queries="generated"),
         "region": Manner("maxabs", preserve_mass=True, strength=10.0, queries="all"),
-        "sound": Manner("maxabs", preserve_mass=True, strength=4.0, queries="all"),
+        "sound": Manner("maxabs", preserve_mass=True, strength=3.0, queries="all"),
         "source": Manner("zscore", preserve_mass=True, strength=1.0, queries="all"),
     }
 )

@@ -8,6 +8,7 @@ import re
 import statistics
 
 from kit.documents import PAGES, README, ROOT, block, words_of
+from kit.real import real
 
 from hf_steer.analysis.heads import HeadResult
 from hf_steer.analysis.heads.ready import LISTS
@@ -51,10 +52,19 @@ def written_shares():
         for path in folder.glob("*.csv"):
             rows = [row for row in rows_of(path) if path.name in ends and row.get("split", "report") == "report"]
             yield from (tuple(f"{float(row[name]):.2f}" for name in ends[path.name]) for row in rows if row[ends[path.name][0]])
+<<<<<<< HEAD
     for path in (FIGURES / "heads.json", *LISTS.glob("*.json")):
         report = json.loads(path.read_text())["report"]
         estimates = [value for value in report.values() if isinstance(value, dict)]
         yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
+=======
+    heard = [row for row in rows_of(FIGURES / "listen.csv") if row["split"] == "report"]
+    for name in ("right", "recall", "share", "wer", "wer_more"):
+        yield from (tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high")) for row in heard if row[name])
+    report = json.loads((FIGURES / "heads.json").read_text())["report"]
+    estimates = [value for value in report.values() if isinstance(value, dict)]
+    yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
+>>>>>>> ear
 
 
 def test_every_share_with_an_interval_was_written_by_a_command():
@@ -149,3 +159,11 @@ def test_the_second_run_is_quoted():
     }  # fmt: skip
     assert list(once) == list(again)
     assert all(min(once[place], again[place]) <= 1.05 for place in once)
+
+
+def test_the_table_of_listening_is_shown():
+    rows = rows_of(FIGURES / "listen.csv")
+    assert real("listen").as_markdown(rows) in (DOCS / "evidence.md").read_text()
+    said = {row["said"] for row in rows if row["split"] == "report"}
+    assert said >= {"nothing", "pointed-at", "another phrase", "shuffled"}
+    assert all(int(row["sounds"]) >= 100 for row in rows if row["split"] == "report" and row["task"] != "beams")

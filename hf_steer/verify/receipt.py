@@ -76,11 +76,7 @@ def _says_otherwise(subject: Any, sampler: Sampler) -> bool:
 
 
 def _is_said(subject: Any, sample: Any) -> bool:
-<<<<<<< HEAD
-    """Whether a sampled bias is λ times the scores of its row; in a later stretch of a sound, of some row from some score on."""
-=======
     """Whether a sampled bias is `λ` times the scores of its row; in a later stretch of a sound, of some row from some score on."""
->>>>>>> ear
     tokens, strength = subject.said.tokens.double(), float(subject.strengths[sample.layer][sample.head])
     if sample.bias.shape[1] != tokens.shape[1]:
         return True  # a step, or a layer with a window

@@ -52,19 +52,15 @@ def written_shares():
         for path in folder.glob("*.csv"):
             rows = [row for row in rows_of(path) if path.name in ends and row.get("split", "report") == "report"]
             yield from (tuple(f"{float(row[name]):.2f}" for name in ends[path.name]) for row in rows if row[ends[path.name][0]])
-<<<<<<< HEAD
+    heard = [row for row in rows_of(FIGURES / "listen.csv") if row["split"] == "report"]
+    for name in ("right", "recall", "share", "wer", "wer_more"):
+        yield from (tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high")) for row in heard if row[name])
+    for row in rows_of(FIGURES / "pointing_text.csv"):
+        yield tuple(f"{float(row[name]):.2f}" for name in ("right", "low", "high"))
     for path in (FIGURES / "heads.json", *LISTS.glob("*.json")):
         report = json.loads(path.read_text())["report"]
         estimates = [value for value in report.values() if isinstance(value, dict)]
         yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
-=======
-    heard = [row for row in rows_of(FIGURES / "listen.csv") if row["split"] == "report"]
-    for name in ("right", "recall", "share", "wer", "wer_more"):
-        yield from (tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high")) for row in heard if row[name])
-    report = json.loads((FIGURES / "heads.json").read_text())["report"]
-    estimates = [value for value in report.values() if isinstance(value, dict)]
-    yield from (tuple(f"{own[end]:.2f}" for end in ("value", "low", "high")) for own in estimates)
->>>>>>> ear
 
 
 def test_every_share_with_an_interval_was_written_by_a_command():

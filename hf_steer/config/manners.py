@@ -2,7 +2,7 @@
 
 One row per kind of statement. λ is always a difference of logits: against a token that scores 0, one that scores 1 is looked at
 with odds that are e^λ times what they were, however much of the prompt is pointed at. The figures were chosen on other prompts,
-pictures and sounds than those of the reports; see docs/what-to-expect.md.
+pictures and sounds than those of the reports; see docs/heads-strength-when.md.
 """
 
 from __future__ import annotations

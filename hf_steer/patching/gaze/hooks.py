@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.config import AttentionConfig
-from hf_steer.config.manners import MANNERS
+from hf_steer.config.manners import AUTO, MANNERS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.caches import keys_seen, past_of
@@ -57,6 +57,7 @@ class Gaze(nn.Module):
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         self.opens = () if self.paces else tuple(kind for kind in MANNERS if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
+        self.open = self.attention.strength == AUTO and self.attention.share is None  # what is said decides how hard
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Out of a pickle, perhaps in another process, which knows nothing of our functions."""
@@ -185,8 +186,8 @@ class Gaze(nn.Module):
         else:
             places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
         state = current.state
-        if state.scores.usual is not None and current.scope.strengths is None:
-            state = state.as_usual()
+        if self.open and current.scope.strengths is None:
+            state = state.as_usual(self.plan.manners[state.kind].strength)
         current.bias_of = BiasMaker(
             state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
             share=self.attention.share,

@@ -1,0 +1,80 @@
+"""What a configuration leaves open stays what was said, through turns, single-token chunks, other patches and measurements."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kit.asking import cache_for, plain_logits, prompt, with_cache
+from kit.tiny import make_model, make_prompt
+
+from hf_steer import (
+    AttentionConfig,
+    Saliency,
+    SaliencyConfig,
+    patch_model,
+    trace_steering,
+    unpatch_model,
+    use_saliency,
+    use_strength,
+)
+from hf_steer.analysis import attention_metrics
+from hf_steer.config.manners import MANNERS
+from hf_steer.errors import SaliencyError
+
+pytestmark = pytest.mark.usefixtures("_without_gradients")
+
+
+@pytest.fixture
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def told(**attention) -> AttentionConfig:
+    """Steered only by what is said."""
+    return AttentionConfig(**{"saliency": SaliencyConfig(source=None), **attention})
+
+
+def span(inputs, score=1.0) -> Saliency:
+    scores = torch.zeros(inputs["input_ids"].shape)
+    scores[:, 3:5] = score
+    return Saliency.from_tokens(scores)
+
+
+def box() -> Saliency:
+    return Saliency.from_boxes((0, 0, 9, 9), (42, 56))
+
+
+def pictured():
+    return make_prompt("qwen2_vl", [[3, ("image", 4, 3), 4]])
+
+
+def next_turn(model, said, inputs, config=None) -> torch.Tensor:
+    """Logits of a second turn that says nothing, after a first one that does; patched anew between them where asked."""
+    cache = with_cache(model, cache_for(model))
+    model(**inputs, saliency=said, **cache)
+    if config is not None:
+        patch_model(unpatch_model(model), config)
+    more = 1 if config is not None else 5
+    return model(input_ids=torch.arange(7, 7 + more)[None], **cache).logits
+
+
+def test_a_turn_that_says_nothing_leaves_the_reading_of_its_prompt_alone_as_the_span_before_it_did():
+    inputs = prompt(tokens=9)
+    found = [next_turn(patch_model(make_model("qwen2"), own), span(inputs), inputs) for own in (told(), told().spelled("tokens"))]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("first", "then"), [("auto", 3.0), (3.0, "auto")])
+def test_a_cache_that_goes_on_under_another_configuration_is_steered_as_hard_as_that_says(first, then):
+    def of(strength) -> AttentionConfig:
+        return told(strength=strength, queries="generated")  # so that both leave the same keys
+
+    inputs, whole = pictured(), of(then)
+    found = next_turn(patch_model(make_model("qwen2_vl"), of(first)), box(), inputs, whole)
+    expected = next_turn(patch_model(make_model("qwen2_vl"), whole), box(), inputs, whole)
+    # the first turn's last query was steered otherwise, and its keys are in the cache: the bias of the step is what must agree
+    other = next_turn(patch_model(make_model("qwen2_vl"), of(first)), box(), inputs, of(30.0 if then == 3.0 else 1.0))
+    assert (found - expected).abs().max() < 0.3 * (other - expected).abs().max()

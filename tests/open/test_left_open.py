@@ -67,6 +67,17 @@ def test_a_turn_that_says_nothing_leaves_the_reading_of_its_prompt_alone_as_the_
     torch.testing.assert_close(*found)
 
 
+def test_a_prompt_read_token_by_token_into_a_static_cache_is_left_alone():
+    inputs = prompt(tokens=9)
+    model = patch_model(make_model("qwen2"), told())
+    how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = [
+        torch.stack(model.generate(**inputs, saliency=span(inputs), cache_implementation="static", **how, **chunks).logits)
+        for chunks in ({}, {"prefill_chunk_size": 1})
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("first", "then"), [("auto", 3.0), (3.0, "auto")])
 def test_a_cache_that_goes_on_under_another_configuration_is_steered_as_hard_as_that_says(first, then):
     def of(strength) -> AttentionConfig:

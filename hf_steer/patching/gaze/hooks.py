@@ -252,5 +252,5 @@ class Gaze(nn.Module):
 
 
 def _in_prompt(current: Pass, past: int | Tensor) -> bool:
-    """Whether a single token is a piece of a prompt."""
-    return current.prompt_end is not None and isinstance(past, int) and past < current.prompt_end - 1
+    """Whether a single token may be a piece of a prompt; a static cache keeps its length on the device, which is not asked."""
+    return current.prompt_end is not None and (not isinstance(past, int) or past < current.prompt_end - 1)

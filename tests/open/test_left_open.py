@@ -89,3 +89,17 @@ def test_a_cache_that_goes_on_under_another_configuration_is_steered_as_hard_as_
     # the first turn's last query was steered otherwise, and its keys are in the cache: the bias of the step is what must agree
     other = next_turn(patch_model(make_model("qwen2_vl"), of(first)), box(), inputs, of(30.0 if then == 3.0 else 1.0))
     assert (found - expected).abs().max() < 0.3 * (other - expected).abs().max()
+
+
+def test_a_trace_tells_the_strength_that_what_was_said_has():
+    model, inputs = patch_model(make_model("qwen2_vl"), told()), pictured()
+    with trace_steering(model) as trace:
+        model.generate(**inputs, saliency=box(), max_new_tokens=2)
+    assert trace.steps()[0].strength == MANNERS["region"].strength
+    with trace_steering(model) as trace, use_strength(model, 2.5):
+        model.generate(**inputs, saliency=box(), max_new_tokens=2)
+    assert trace.steps()[0].strength == 2.5
+    patch_model(unpatch_model(model), told(share=0.5))
+    with trace_steering(model) as trace:
+        model.generate(**inputs, saliency=box(), max_new_tokens=2)
+    assert math.isnan(trace.steps()[0].strength)

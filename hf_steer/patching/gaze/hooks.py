@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -248,7 +249,15 @@ class Gaze(nn.Module):
         for cache in caches_in(output):
             write_state(cache, state)
         for listener in listeners:
-            listener.generated(current, logits, self.strengths(current, logits.device))
+            listener.generated(current, logits, self._effective(current, logits.device))
+
+    def _effective(self, current: Pass, device: torch.device) -> Strengths:
+        """The strengths of this pass with what the configuration leaves open filled in; NaN where a share says how hard."""
+        strengths = self.strengths(current, device)
+        if current.scope.strengths is not None or self.attention.strength != AUTO or current.state is None:
+            return strengths
+        usual = self.plan.manners[current.state.kind].strength if self.attention.share is None else math.nan
+        return {layer: tuple(value and value * usual for value in values) for layer, values in self.plan.strengths.items()}
 
 
 def _in_prompt(current: Pass, past: int | Tensor) -> bool:

@@ -103,3 +103,16 @@ def test_a_trace_tells_the_strength_that_what_was_said_has():
     with trace_steering(model) as trace:
         model.generate(**inputs, saliency=box(), max_new_tokens=2)
     assert math.isnan(trace.steps()[0].strength)
+
+
+def test_the_share_that_is_kept_is_measured():
+    inputs = prompt(tokens=9)
+    model, said = patch_model(make_model("qwen2"), told(share=0.6, queries="all")), span(inputs)
+    where = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+    where[:, 3:5] = True
+    last = torch.zeros_like(where)
+    last[:, -1] = True
+    with use_saliency(model, said):
+        found = attention_metrics(model, inputs, span=where, queries=last)
+    assert (found.steered_span_mass > 0.6 - 1e-3).all()
+    assert (found.span_mass < 0.6).any()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_steer.attention import AttentionCall, SteeredCall
+from hf_steer.attention import AttentionCall, SteeredCall, bias_for_share, on_device
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.attention_call import called_by_name, layer_of
@@ -111,7 +111,10 @@ def probing_attention(
         passing: SteeredCall | None = options.get(STEERING) or pass_around(module)
         bias = None if passing is None else _bias_over(passing, layer_of(module), key.shape[2])
         own = {name: value for name, value in options.items() if name != STEERING}
-        then = read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
+        call = AttentionCall(module, inner, implementation, query, key, value, mask, bias, own)
+        if bias is not None and bias.share is not None:
+            call.bias = bias_for_share(call, on_device(bias, key.device))
+        then = read(call)
     result = inner(module, query, key, value, mask, **options)
     if then is not None:
         then(result)

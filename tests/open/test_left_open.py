@@ -116,3 +116,19 @@ def test_the_share_that_is_kept_is_measured():
         found = attention_metrics(model, inputs, span=where, queries=last)
     assert (found.steered_span_mass > 0.6 - 1e-3).all()
     assert (found.span_mass < 0.6).any()
+
+
+@pytest.mark.parametrize("normalize", ["auto", "none", "zscore"])
+def test_a_share_points_at_what_has_more_than_half_of_the_largest_score(normalize):
+    inputs, saliency = prompt(tokens=9), SaliencyConfig(source=None, normalize=normalize)
+    model = patch_model(make_model("qwen2"), told(share=0.5, saliency=saliency, queries="all"))
+    full = model(**inputs, saliency=span(inputs)).logits
+    torch.testing.assert_close(model(**inputs, saliency=span(inputs, 0.1)).logits, full)
+    assert not torch.allclose(full, plain_logits(model, inputs), atol=0.1)
+
+
+def test_a_share_cannot_turn_the_gaze_away_and_says_so():
+    inputs = prompt(tokens=9)
+    model = patch_model(make_model("qwen2"), told(share=0.5))
+    with pytest.raises(SaliencyError, match="no score of a row is"):
+        model(**inputs, saliency=span(inputs, -1.0))

@@ -21,6 +21,7 @@ from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
+from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.values import HeadBias
 
 Witness = Callable[[AttentionCall], Callable[[Any], None] | None]
@@ -63,6 +64,9 @@ def probe_attention(
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
     refuse_unread(anatomy)
+    steering = find_steering(model)
+    if steering is not None and steering.plan.strengths:
+        refuse_changed(steering.gaze, asked=False)  # it goes with the model to another implementation before the probe lies over it
     every = tuple(anatomy.layers if sites is None else sites)
     chosen = {site.index for site in every} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})

@@ -4,6 +4,7 @@ from hf_steer.attention.backends import choose_backend, say_once
 from hf_steer.attention.bias import head_bias, mass_shift, on_device
 from hf_steer.attention.chunks import READABLE, logits_in_chunks
 from hf_steer.attention.masked import add_to_mask
+from hf_steer.attention.share import bias_for_share
 from hf_steer.attention.steered import (
     CURRENT_PASS,
     STEERABLE,
@@ -27,6 +28,7 @@ __all__ = [
     "SteeredCall",
     "add_to_mask",
     "attend_steered",
+    "bias_for_share",
     "bias_over",
     "choose_backend",
     "head_bias",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import AUTO, Manner
+from hf_steer.errors import SaliencyError
 from hf_steer.values import TokenScores
 
 _FLAT = 1e-6
@@ -87,9 +88,20 @@ def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Man
     scores = normalize(scores, manner.normalize, attention.saliency.clip, winsorize=winsorize)
     group, groups = (scores.group, scores.groups) if manner.preserve_mass else (torch.full_like(scores.group, -1), 0)
     if attention.share is not None:  # in or out: what has more than half of the largest score is pointed at
-        return TokenScores((scores.values > 0.5).to(scores.values.dtype), group, groups)
+        _refuse_turned_away(scores.values)
+        enough = 0.5 * scores.values.amax(1, keepdim=True).clamp(min=0.0)
+        return TokenScores((scores.values > enough).to(scores.values.dtype), group, groups)
     usual = torch.full_like(scores.values, manner.strength) if attention.strength == AUTO else None
     return TokenScores(scores.values, group, groups, usual)
+
+
+def _refuse_turned_away(values: Tensor) -> None:
+    """SaliencyError for a row that is only looked away from, which no share can say."""
+    if not torch.compiler.is_compiling() and bool(((values < 0).any(1) & ~(values > 0).any(1)).any()):
+        raise SaliencyError(
+            "attention.share raises the attention to what scores above 0, and no score of a row is: they all turn the gaze away. "
+            "Give what is to be looked at scores above 0, or patch with a strength instead of share=."
+        )
 
 
 def _scaled(values: Tensor, group: Tensor, method: str, clip: float, winsorize: bool) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_steer import PatchError, disable_steering, unpatch_model
+from hf_steer.analysis import attention_metrics
 
 FAMILIES = ["qwen2", "qwen2_vl", "llama"]
 every = pytest.mark.parametrize("family", FAMILIES)
@@ -117,3 +118,15 @@ def test_copies_and_pickles_go_with_theirs(family):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other, inputs, saying(family, inputs)), expected)
     assert torch.equal(logits(model, inputs, saying(family, inputs)), expected)
+
+
+@moves
+def test_a_measurement_right_after_the_change_sees_what_runs_and_leaves_it_so(was, now):
+    """A probe lies over the function of the new one, and takes nothing away from what goes with the model."""
+    inputs = padded("qwen2")
+    model, other = steered("qwen2", implementation=was), steered("qwen2", implementation=now)
+    said = look(inputs)
+    model.set_attn_implementation(now)
+    found, expected = (attention_metrics(own, inputs, span=None, layers=[1]) for own in (model, other))
+    torch.testing.assert_close(found.entropy_nats, expected.entropy_nats)
+    assert torch.equal(logits(model, inputs, said), logits(other, inputs, said))

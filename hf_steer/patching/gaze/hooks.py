@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.config import AttentionConfig
-from hf_steer.config.manners import MANNERS
+from hf_steer.config.manners import AUTO, MANNERS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.caches import keys_seen, past_of
@@ -57,6 +58,7 @@ class Gaze(nn.Module):
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         self.opens = () if self.paces else tuple(kind for kind in MANNERS if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
+        self.open = self.attention.strength == AUTO and self.attention.share is None  # what is said decides how hard
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Out of a pickle, perhaps in another process, which knows nothing of our functions."""
@@ -185,8 +187,8 @@ class Gaze(nn.Module):
         else:
             places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
         state = current.state
-        if state.scores.usual is not None and current.scope.strengths is None:
-            state = state.as_usual()
+        if self.open and current.scope.strengths is None:
+            state = state.as_usual(self.plan.manners[state.kind].strength)
         current.bias_of = BiasMaker(
             state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
             share=self.attention.share,
@@ -247,9 +249,17 @@ class Gaze(nn.Module):
         for cache in caches_in(output):
             write_state(cache, state)
         for listener in listeners:
-            listener.generated(current, logits, self.strengths(current, logits.device))
+            listener.generated(current, logits, self._effective(current, logits.device))
+
+    def _effective(self, current: Pass, device: torch.device) -> Strengths:
+        """The strengths of this pass with what the configuration leaves open filled in; NaN where a share says how hard."""
+        strengths = self.strengths(current, device)
+        if current.scope.strengths is not None or self.attention.strength != AUTO or current.state is None:
+            return strengths
+        usual = self.plan.manners[current.state.kind].strength if self.attention.share is None else math.nan
+        return {layer: tuple(value and value * usual for value in values) for layer, values in self.plan.strengths.items()}
 
 
 def _in_prompt(current: Pass, past: int | Tensor) -> bool:
-    """Whether a single token is a piece of a prompt."""
-    return current.prompt_end is not None and isinstance(past, int) and past < current.prompt_end - 1
+    """Whether a single token may be a piece of a prompt; a static cache keeps its length on the device, which is not asked."""
+    return current.prompt_end is not None and (not isinstance(past, int) or past < current.prompt_end - 1)

@@ -141,11 +141,13 @@ class CacheState:
             self.scores.groups,
         )
 
-    def as_usual(self) -> CacheState:
-        """With scores times the usual λ of what was said, for strengths that are left open; the same where none are."""
-        usual = self.scores.usual
-        if usual is None:
-            return self
+    def as_usual(self, otherwise: float) -> CacheState:
+        """With scores times the usual λ of what was said, for strengths that are left open.
+
+        Args:
+            otherwise: λ for what was said when the model was patched with another configuration, which did not leave it open.
+        """
+        usual: Tensor | float = otherwise if self.scores.usual is None else self.scores.usual
         if not self.derived:
             scores = dataclasses.replace(self.scores, values=self.scores.values * usual, usual=None)
             self.derived.append(dataclasses.replace(self, scores=scores, tensors={}, derived=[]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
 from hf_steer.saliency import put_into_effect, scores_from_eyes, scores_from_prompt, scores_from_user
+from hf_steer.values import TokenScores
 
 
 def resolve_state(
@@ -57,11 +59,26 @@ def resolve_state(
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     current.raw = scores
-    kind = "source" if current.statement is None else current.statement.kind
+    kind = _kind_of(current, prompt, plan, old)
     scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     if adds and old is not None:
-        scores = join_scores(old.scores, scores)
+        scores = join_scores(_filled_in(old, plan), scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
     unseen = None if old is None else old.unseen
     state = CacheState(scores, spans, current.statement, speaks, kind, unseen=unseen)
     return state if rows == batch else state.for_rows(rows)
+
+
+def _filled_in(old: CacheState, plan: Plan) -> TokenScores:
+    """Scores of a cache with the usual λ of what was said where a configuration that left nothing open made them."""
+    scores = old.scores
+    if scores.usual is not None:
+        return scores
+    return dataclasses.replace(scores, usual=torch.full_like(scores.values, plan.manners[old.kind].strength))
+
+
+def _kind_of(current: Pass, prompt: Prompt, plan: Plan, old: CacheState | None) -> str:
+    """Of what is in force now, a key of `MANNERS`: a turn that says nothing, and shows nothing to a source, leaves it as it was."""
+    if current.statement is not None:
+        return current.statement.kind
+    return old.kind if old is not None and not (prompt.spans and plan.sees) else "source"

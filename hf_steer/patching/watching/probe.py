@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_steer.attention import AttentionCall, SteeredCall
+from hf_steer.attention import AttentionCall, SteeredCall, bias_for_share, on_device
 from hf_steer.errors import PatchError
 from hf_steer.families import resolve
 from hf_steer.ground.attention_call import called_by_name, layer_of
@@ -21,6 +21,7 @@ from hf_steer.patching.edits import SetAttentionFunction
 from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
+from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.values import HeadBias
 
 Witness = Callable[[AttentionCall], Callable[[Any], None] | None]
@@ -63,6 +64,9 @@ def probe_attention(
     anatomy = anatomy_of(model)
     refuse_implementation(anatomy.decoder.config, "decoder")
     refuse_unread(anatomy)
+    steering = find_steering(model)
+    if steering is not None and steering.plan.strengths:
+        refuse_changed(steering.gaze, asked=False)  # it goes with the model to another implementation before the probe lies over it
     every = tuple(anatomy.layers if sites is None else sites)
     chosen = {site.index for site in every} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})
@@ -111,7 +115,10 @@ def probing_attention(
         passing: SteeredCall | None = options.get(STEERING) or pass_around(module)
         bias = None if passing is None else _bias_over(passing, layer_of(module), key.shape[2])
         own = {name: value for name, value in options.items() if name != STEERING}
-        then = read(AttentionCall(module, inner, implementation, query, key, value, mask, bias, own))
+        call = AttentionCall(module, inner, implementation, query, key, value, mask, bias, own)
+        if bias is not None and bias.share is not None:
+            call.bias = bias_for_share(call, on_device(bias, key.device))
+        then = read(call)
     result = inner(module, query, key, value, mask, **options)
     if then is not None:
         then(result)

@@ -26,7 +26,7 @@ class TraceStep:
         step: number of the token, from 0.
         phase: `"thinking"` or `"answer"`; always `"answer"` where the configuration does not read think tags.
         gate: how far the gate was open for the query that it came out of, in [0, 1]; 1 without a gate.
-        strength: effective λ: the mean over the steered heads, times phase factor and gate.
+        strength: effective λ: the mean over the steered heads, times phase factor and gate. NaN where a share of attention is kept.
         entropy: of the distribution that it was drawn from, normalised to [0, 1].
     """
 

@@ -30,10 +30,10 @@ import torch
 import transformers
 from mind_figure import draw
 from mind_pictures import NAMES, default_cache, fetch_pictures
-from mind_pointing import Condition, Pointing, choose_strength, find_heads, random_heads, same_text, share
+from mind_pointing import Condition, Heads, Pointing, choose_strength, find_heads, random_heads, same_text, share
 from mind_scenes import Painter, Scene
 from mind_tower import train_tower
-from mind_training import KINDS, LINEAR, LOADED, answers_of, join, look_into, named, start_projector, train, word_ids
+from mind_training import KINDS, LINEAR, LOADED, Look, answers_of, join, look_into, named, start_projector, train, word_ids
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -147,76 +147,113 @@ class Bench:
         painter = Painter(self.pictures, 3000)
         ones = [painter.one() for _ in range(self.preset.scenes)]
         fours = self.scenes("report", self.preset.scenes, seed=3001)
-        pointing = Pointing(model, processor, self.names, fours, seed=3002)
-        looks = [look_into(scene.boxes[cell]) for scene, cell in zip(fours, pointing.asked, strict=True)]
-        right = [[self.names[scene.names[cell]]] for scene, cell in zip(fours, pointing.asked, strict=True)]
-        hits = {
-            "one thing": self._hits(model, processor, ones, None, [[self.names[scene.names[0]]] for scene in ones]),
-            "any of four": self._hits(model, processor, fours, None, [[self.names[name] for name in scene.names] for scene in fours]),
-            "pointed": self._hits(model, processor, fours, looks, right),
-        }
-        return {"loss": float(np.mean(losses[-20:])), "parameters": sum(map(torch.Tensor.numel, trained)), "hits": hits}
+        said = {
+            "one thing": answers_of(model, processor, ones), "any of four": answers_of(model, processor, fours),
+            "pointed": answers_of(model, processor, fours, self.looks(fours)),
+        }  # fmt: skip
+        asked = [(scene.names[number % 4],) for number, scene in enumerate(fours)]
+        right = {"one thing": [one.names for one in ones], "any of four": [four.names for four in fours], "pointed": asked}
+        words = {task: [[self.names[name] for name in names] for names in rows] for task, rows in right.items()}
+        return {
+            "said": said["pointed"], "loss": float(np.mean(losses[-20:])), "parameters": sum(map(torch.Tensor.numel, trained)),
+            "hits": {task: [named(one) in own for one, own in zip(said[task], words[task], strict=True)] for task in said},
+        }  # fmt: skip
 
-    def _hits(self, model: Any, processor: Any, scenes: Sequence[Scene], looks: Any, right: Sequence[Sequence[str]]) -> list[bool]:
-        said = answers_of(model, processor, scenes, looks)
-        return [named(answer) in words for answer, words in zip(said, right, strict=True)]
+    def looks(self, scenes: Sequence[Scene]) -> list[Look]:
+        """Into the first cell of the first scene, the second of the second, and so on."""
+        return [look_into(scene.boxes[number % 4]) for number, scene in enumerate(scenes)]
+
+    def loaded(self) -> tuple[Any, Any]:
+        """The reported model as anybody loads it, and its processor."""
+        model = hf_steer.from_pretrained(self.folder / "joined", **LOADED).eval()
+        return model, transformers.AutoProcessor.from_pretrained(self.folder / "joined")
 
 
 def pointing_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """The table of the gaze, on the model as it was loaded from its folder."""
     preset = bench.preset
-    model = hf_steer.from_pretrained(bench.folder / "joined", **LOADED).eval()
-    processor = transformers.AutoProcessor.from_pretrained(bench.folder / "joined")
-    config = model.config.text_config
+    model, processor = bench.loaded()
+    shape = model.config.text_config.num_hidden_layers, model.config.text_config.num_attention_heads
     choosing = Pointing(model, processor, bench.names, bench.scenes("choosing", preset.choosing, seed=4000), seed=4001)
-    rules = bench.kept("heads", lambda: [[rule, list(heads.items())] for rule, heads in find_heads(choosing, preset.heads).items()])
-    found = {rule: {layer: tuple(own) for layer, own in heads} for rule, heads in rules["value"]}
+    kept = bench.kept("heads", lambda: [[rule, list(heads.items())] for rule, heads in find_heads(choosing, preset.heads).items()])
+    found = {rule: {layer: tuple(own) for layer, own in heads} for rule, heads in kept["value"]}
     grids: dict[str, list[Any]] = {}
     for name, heads in {"all": None, **found}.items():
-        for strength in preset.strengths:
-            key = f"choosing-{name}-{strength:g}"
-            row = bench.kept(key, lambda heads=heads, strength=strength: choosing.run(Condition(f"{name} heads", heads, strength)))["value"]
-            grids.setdefault(name, []).append(row)
-            yield {"table": "choosing", **row}
-    best = {name: choose_strength(rows) for name, rows in grids.items()}
+        conditions = [Condition(f"{name} heads", heads, strength) for strength in preset.strengths]
+        grids[name] = list(measured(bench, choosing, conditions, f"choosing-{name}"))
+        yield from ({"table": "choosing", **row} for row in grids[name])
     rule = max(found, key=lambda rule: max(row["right"] for row in grids[rule]))
-    few, hard, soft = found[rule], best[rule], best["all"]
+    soft, hard = choose_strength(grids["all"]), choose_strength(grids[rule])
     report = Pointing(model, processor, bench.names, bench.scenes("report", preset.scenes, seed=5000), seed=5001)
-    conditions = [
-        Condition("unsteered", aim=None),
-        *(Condition("all heads", None, strength) for strength in preset.strengths),
-        *(Condition(f"found heads ({rule})", few, strength) for strength in preset.strengths),
-        *(Condition(f"all heads, {aim}", None, soft, aim) for aim in ("other", "shuffled", "uniform")),
-        *(Condition(f"found heads, {aim}", few, hard, aim) for aim in ("other", "shuffled", "uniform")),
-    ]
-    third = {layer: tuple(range(config.num_attention_heads)) for layer in range(config.num_hidden_layers * 2 // 3, config.num_hidden_layers)}
-    conditions.append(Condition("last third", third, soft))
-    drawn = {"same layers": None, "anywhere": config.num_hidden_layers}
-    for where, layers in drawn.items():
+    conditions = conditions_of(preset, f"found heads ({rule})", found[rule], shape, soft, hard)
+    for condition, row in zip(conditions, measured(bench, report, conditions, "report"), strict=True):
+        chosen = condition.aim is None or condition.strength == (hard if condition.few else soft)
+        yield {"table": "pointing", "chosen": int(chosen), **row}
+    scenes = bench.scenes("report", preset.scenes, pictures=bench.unseen, seed=7000)
+    stranger = Pointing(model, processor, bench.names, scenes, seed=7001)
+    conditions = [Condition("unseen artist, unsteered", aim=None), Condition("unseen artist, all heads", None, soft)]
+    yield from ({"table": "pointing", "chosen": 1, **row} for row in measured(bench, stranger, conditions, "unseen"))
+
+
+def conditions_of(
+    preset: Preset, name: str, few: Heads, shape: tuple[int, int], soft: float, hard: float
+) -> list[Condition]:
+    """All rows of the report: λ grids, controls, and sets of random heads.
+
+    Args:
+        preset: grid and number of sets.
+        name: of the found heads.
+        few: the found heads.
+        shape: layers, and heads in each.
+        soft: λ that was chosen for all heads.
+        hard: λ that was chosen for the found ones.
+    """
+    layers, per_layer = shape
+    third = {layer: tuple(range(per_layer)) for layer in range(layers * 2 // 3, layers)}
+    conditions = [Condition("unsteered", aim=None)]
+    conditions += [Condition("all heads", None, strength) for strength in preset.strengths]
+    conditions += [Condition(name, few, strength, few=True) for strength in preset.strengths]
+    for aim in ("other", "shuffled", "uniform"):
+        conditions.append(Condition(f"all heads, {aim}", None, soft, aim))
+        conditions.append(Condition(f"found heads, {aim}", few, hard, aim, few=True))
+    conditions.append(Condition("last third of the layers", third, soft))
+    for where, drawn in (("same layers", None), ("anywhere", layers)):
         for number in range(preset.sets):
-            heads = random_heads(few, config.num_attention_heads, 6000 + number, layers=layers)
-            conditions.append(Condition(f"random heads, {where}", heads, hard))
-    for number, condition in enumerate(tqdm(conditions, desc="pointing")):
-        count = preset.scenes // 3 if condition.name.startswith("random") else None
-        row = bench.kept(f"report-{number}", lambda condition=condition, count=count: report.run(condition, count))["value"]
-        yield {"table": "pointing", "chosen": condition.strength in (soft, hard), **row}
-    stranger = Pointing(model, processor, bench.names, bench.scenes("report", preset.scenes, pictures=bench.unseen, seed=7000), seed=7001)
-    for number, condition in enumerate((Condition("unseen artist, unsteered", aim=None), Condition("unseen artist, all heads", None, soft))):
-        row = bench.kept(f"unseen-{number}", lambda condition=condition: stranger.run(condition))["value"]
-        yield {"table": "pointing", **row}
+            heads = random_heads(few, per_layer, 6000 + number, layers=drawn)
+            conditions.append(Condition(f"random heads, {where}", heads, hard, few=True, scenes=preset.scenes // 3))
+    return conditions
+
+
+def measured(bench: Bench, pointing: Pointing, conditions: Sequence[Condition], name: str) -> Iterator[dict[str, Any]]:
+    """Row after row, each measured once."""
+    for number, condition in enumerate(tqdm(conditions, desc=name)):
+        yield bench.kept(f"{name}-{number}", lambda condition=condition: pointing.run(condition))["value"]
 
 
 def text_row(bench: Bench) -> dict[str, Any]:
     """Answers without a picture, against those of the decoder alone."""
 
     def measure() -> int:
-        model = hf_steer.from_pretrained(bench.folder / "joined", **LOADED).eval()
-        processor = transformers.AutoProcessor.from_pretrained(bench.folder / "joined")
+        model, processor = bench.loaded()
         alone = AutoModelForCausalLM.from_pretrained(bench.mind, **LOADED).eval()
         return same_text(model, alone, processor, PROMPTS[: bench.preset.prompts], tokens=24)
 
     same, count = bench.kept("text", measure)["value"], bench.preset.prompts
     return {"table": "text", "condition": "tokens as the decoder's alone", "n": count, "right": same / count}
+
+
+def saved_row(bench: Bench, trial: Any) -> dict[str, Any]:
+    """What the saved and loaded model says when pointed, against what it said before it was saved."""
+    said = trial["value"]["said"][:100]
+
+    def measure() -> int:
+        model, processor = bench.loaded()
+        scenes = bench.scenes("report", len(said), seed=3001)
+        again = answers_of(model, processor, scenes, bench.looks(scenes))
+        return sum(one == other for one, other in zip(said, again, strict=True))
+
+    same = bench.kept("saved", measure)["value"]
+    return {"table": "saved", "condition": "answers as before saving", "n": len(said), "right": same / len(said)}
 
 
 def aligner_rows(bench: Bench, trials: Mapping[tuple[str, int], Any], *, draws: int = 2000) -> Iterator[dict[str, Any]]:
@@ -234,9 +271,9 @@ def aligner_rows(bench: Bench, trials: Mapping[tuple[str, int], Any], *, draws: 
             first = kinds[kind][0]["value"]
             yield {
                 "table": "aligners", "condition": f"{kind}: {task}", "n": own.size, "seeds": len(own),
-                "parameters": first["parameters"], "loss": np.mean([one["value"]["loss"] for one in kinds[kind]]),
-                "cpu_seconds": np.mean([one["cpu_seconds"] for one in kinds[kind]]), **share("right", own.astype(bool).flatten().tolist()),
-                "less_linear": float((own - base).mean()), "less_linear_low": low, "less_linear_high": high,
+                "parameters": first["parameters"], "loss": float(np.mean([one["value"]["loss"] for one in kinds[kind]])),
+                "cpu_seconds": float(np.mean([one["cpu_seconds"] for one in kinds[kind]])),
+                **share("right", own.astype(bool).flatten().tolist()), "less_linear": float((own - base).mean()), "less_linear_low": low, "less_linear_high": high,
             }  # fmt: skip
 
 
@@ -251,7 +288,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], bench: Bench) -> No
         writer = csv.DictWriter(file, [*columns, *source], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in {**row, **source}.items()})
+            full = {**row, **source}
+            writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in full.items()})
 
 
 def main() -> None:
@@ -273,8 +311,8 @@ def main() -> None:
     tower = bench.tower()
     rows = [{"table": "tower", "condition": f"patches named, {name}", "right": right} for name, right in tower["value"].items()]
     seeds = range(bench.preset.seeds if given.seeds is None else given.seeds)
-    bench.trial(REPORTED, 0)
-    rows += [*pointing_rows(bench), text_row(bench)]
+    first = bench.trial(REPORTED, 0)
+    rows += [*pointing_rows(bench), text_row(bench), saved_row(bench, first)]
     trials = {(kind, seed): bench.trial(kind, seed) for seed in tqdm(seeds, desc="trainings") for kind in KINDS}
     rows += aligner_rows(bench, trials)
     given.output.mkdir(parents=True, exist_ok=True)

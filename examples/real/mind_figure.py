@@ -15,7 +15,7 @@ def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One row for each condition at its chosen λ; random sets are taken together."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row["table"] == "pointing" and (row.get("chosen") or not row["strength"] or row["condition"].startswith("unseen")):
+        if row["table"] == "pointing" and row["chosen"]:
             groups.setdefault(row["condition"], []).append(row)
     shown = []
     for name, own in groups.items():
@@ -40,14 +40,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     shown = pooled(rows)[::-1]
     shares = [row["right"] for row in shown]
     left.barh(range(len(shown)), shares, xerr=reach(shown), color="tab:blue", capsize=2, height=0.7)
-    left.set_yticks(range(len(shown)), [f"{row['condition']}, λ = {row['strength']:g}" if row["strength"] else row["condition"] for row in shown], fontsize=7)
+    labels = [f"{row['condition']}, λ = {row['strength']:g}" if row["strength"] else row["condition"] for row in shown]
+    left.set_yticks(range(len(shown)), labels, fontsize=7)
     left.axvline(0.25, color="0.5", linewidth=0.8, linestyle=":")
     left.set(xlim=(0, 1), xlabel="names the one that is asked for")
     for start, label in (("all heads", "all heads"), ("found heads (", "found heads")):
-        grid = [row for row in rows if row["table"] == "pointing" and row["condition"].startswith(start) and "," not in row["condition"]]
-        own = [row["right"] for row in grid]
-        line = middle.errorbar([row["strength"] for row in grid], own, yerr=reach(grid), marker="o", markersize=4, capsize=2, label=label)
-        middle.plot([row["strength"] for row in grid], [row["readable"] for row in grid], color=line[0].get_color(), linestyle="--", linewidth=0.8)
+        grid = [row for row in rows if row["table"] == "pointing" and row["condition"].startswith(start)]
+        grid = [row for row in grid if "," not in row["condition"]]
+        own, strengths = [row["right"] for row in grid], [row["strength"] for row in grid]
+        line = middle.errorbar(strengths, own, yerr=reach(grid), marker="o", markersize=4, capsize=2, label=label)
+        readable = [row["readable"] for row in grid]
+        middle.plot(strengths, readable, color=line[0].get_color(), linestyle="--", linewidth=0.8)
     middle.set(xlabel="λ", ylabel="right (dashed: readable)", ylim=(0, 1.02))
     middle.legend(frameon=False, fontsize=8)
     aligners = [row for row in rows if row["table"] == "aligners"]

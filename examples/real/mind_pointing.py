@@ -1,4 +1,4 @@
-"""A box turns the gaze: what the joined model says when it is pointed at one of four things, and what it says under each control."""
+"""A box turns the gaze: what the joined model says when it is pointed at one of four things, and under each control."""
 
 from __future__ import annotations
 
@@ -34,18 +34,29 @@ class Condition:
         heads: layer -> heads; None for all.
         strength: λ.
         aim: where the gaze goes: the asked cell, another one, as many patches by lot, the whole picture, or None: no gaze.
+        few: whether λ is the one that was chosen for few heads.
+        scenes: how many; all when None.
     """
 
     name: str
     heads: Heads | None = None
     strength: float = 0.0
     aim: str | None = "asked"
+    few: bool = False
+    scenes: int | None = None
 
     @property
     def strengths(self) -> Any:
         if self.heads is None:
             return self.strength
         return {layer: {head: self.strength for head in heads} for layer, heads in self.heads.items()}
+
+    @property
+    def told(self) -> str:
+        """The heads, as a table says them."""
+        if self.heads is None:
+            return "all"
+        return " ".join(f"{layer}:{','.join(map(str, own))}" for layer, own in self.heads.items())
 
 
 class Pointing:
@@ -66,9 +77,9 @@ class Pointing:
         self.other = (self.asked + random.integers(1, CELLS, size=len(scenes))) % CELLS
         self.lots = [random.permutation(PATCHES**2)[: PATCHES**2 // CELLS] for _ in scenes]
 
-    def run(self, condition: Condition, count: int | None = None) -> dict[str, Any]:
+    def run(self, condition: Condition) -> dict[str, Any]:
         """One row of the table: shares of the answers, with 95 % intervals."""
-        numbers = range(len(self.scenes))[:count]
+        numbers = range(len(self.scenes))[: condition.scenes]
         scenes = [self.scenes[number] for number in numbers]
         looks = None if condition.aim is None else [self._look(condition.aim, number) for number in numbers]
         with hf_steer.use_strength(self.model, condition.strengths) if looks else nullcontext():
@@ -79,9 +90,8 @@ class Pointing:
         row |= share("another", [word in things and not hit for word, things, hit in zip(words, shown, right, strict=True)])
         if condition.aim == "other":
             row |= share("boxed", [word == things[cell] for word, things, cell in zip(words, shown, self.other, strict=False)])
-        heads = "all" if condition.heads is None else " ".join(f"{layer}:{','.join(map(str, own))}" for layer, own in condition.heads.items())
         return {
-            "condition": condition.name, "heads": heads if looks else "", "strength": condition.strength if looks else 0.0,
+            "condition": condition.name, "heads": condition.told if looks else "", "strength": condition.strength if looks else 0.0,
             "n": len(scenes), **row, "readable": sum(word is not None for word in words) / len(words),
         }  # fmt: skip
 

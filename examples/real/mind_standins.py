@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NAMES = ("cat", "dog", "key", "bell", "ship", "star", "lemon", "rocket")
 TURNS = ("<|im_start|>", "<|im_end|>")
-WORDS = "user assistant system Picture What is it The picture shows a an . : ? , ! ' capital of France Name three".split()
+WORDS = ("user", "assistant", "Picture", "What", "is", "it", "The", "picture", "shows", "a", ".", ":", "?", ",", "capital", "of")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from mind_scenes import SIDE_PX, Painter, Scene
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 

@@ -273,7 +273,8 @@ def aligner_rows(bench: Bench, trials: Mapping[tuple[str, int], Any], *, draws: 
                 "table": "aligners", "condition": f"{kind}: {task}", "n": own.size, "seeds": len(own),
                 "parameters": first["parameters"], "loss": float(np.mean([one["value"]["loss"] for one in kinds[kind]])),
                 "cpu_seconds": float(np.mean([one["cpu_seconds"] for one in kinds[kind]])),
-                **share("right", own.astype(bool).flatten().tolist()), "less_linear": float((own - base).mean()), "less_linear_low": low, "less_linear_high": high,
+                **share("right", own.astype(bool).flatten().tolist()),
+                "less_linear": float((own - base).mean()), "less_linear_low": low, "less_linear_high": high,
             }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def resolve_state(
     length = prompt.first_position + tokens
     old = None if current.state is None or past == 0 else current.state.until(past).for_rows(batch)
     spans = prompt.spans if old is None else join_spans(old.spans, prompt.spans)
+    kind = _kind_of(current, prompt, plan, old)
     if current.statement is not None:
         real = torch.ones(batch, length, dtype=torch.bool) if prompt.real is None else prompt.real
         scores = scores_from_user(
@@ -59,7 +60,6 @@ def resolve_state(
         scores = scores_from_eyes(wanted, records, batch=batch, copies=rows // batch, length=length, device=device)
         adds = True
     current.raw = scores
-    kind = _kind_of(current, prompt, plan, old)
     scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     if adds and old is not None:
         scores = join_scores(_filled_in(old, plan), scores)

@@ -132,3 +132,14 @@ def test_a_share_cannot_turn_the_gaze_away_and_says_so():
     model = patch_model(make_model("qwen2"), told(share=0.5))
     with pytest.raises(SaliencyError, match="no score of a row is"):
         model(**inputs, saliency=span(inputs, -1.0))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
+def test_a_whole_model_compiles_with_the_defaults(family):
+    model, inputs = patch_model(make_model(family), told()), prompt(tokens=9)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with use_saliency(model, span(inputs)):
+        expected = model(**inputs, use_cache=False).logits
+        torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()

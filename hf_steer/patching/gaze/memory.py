@@ -147,11 +147,14 @@ class CacheState:
         Args:
             otherwise: λ for what was said when the model was patched with another configuration, which did not leave it open.
         """
+        if self.derived:
+            return self.derived[0]
         usual: Tensor | float = otherwise if self.scores.usual is None else self.scores.usual
-        if not self.derived:
-            scores = dataclasses.replace(self.scores, values=self.scores.values * usual, usual=None)
-            self.derived.append(dataclasses.replace(self, scores=scores, tensors={}, derived=[]))
-        return self.derived[0]
+        scores = dataclasses.replace(self.scores, values=self.scores.values * usual, usual=None)
+        derived = dataclasses.replace(self, scores=scores, tensors={}, derived=[])
+        if not torch.compiler.is_compiling():  # a graph cannot hand out what was made in it
+            self.derived.append(derived)
+        return derived
 
     def strength(self, values: tuple[float, ...] | Tensor) -> tuple[Tensor, Tensor | None]:
         """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.

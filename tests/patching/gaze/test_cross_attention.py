@@ -24,6 +24,7 @@ from hf_steer import (
     use_saliency,
 )  # fmt: skip
 from hf_steer.families import resolve
+from hf_steer.testing.zoo import tiny_inputs, tiny_model
 
 every = pytest.mark.parametrize("family", CROSSING)
 AS_GIVEN = SaliencyConfig(source=None, normalize="none")
@@ -69,6 +70,24 @@ def test_a_pass_equals_the_oracle_and_says_nothing_equals_the_plain_model(family
     unpatch_model(model)
     assert torch.equal(logits(model, inputs), plain)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["SeamlessM4TForTextToText", "SeamlessM4TForSpeechToText"])
+def test_seamless_reads_its_words_or_its_sound_where_it_is_told(name):
+    model = tiny_model("seamless_m4t", name)
+    inputs = tiny_inputs(model)
+    plain = logits(model, inputs)
+    with biased(model, None, modules=("cross_attention",)) as (twin, keys):
+        logits(twin, inputs)
+    if not keys:
+        pytest.skip("the SeamlessM4T of this release looks no attention function up")
+    scores = torch.randn(2, max(keys), generator=torch.Generator().manual_seed(0))
+    with biased(model, as_bias(scores), modules=("cross_attention",)) as (twin, _):
+        expected = logits(twin, inputs)
+    found = logits(patch_model(model, across()), inputs, saliency=Saliency.from_tokens(scores))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    assert torch.equal(logits(unpatch_model(model), inputs), plain)
 
 
 @every

@@ -39,10 +39,12 @@ def decoding(subject: Subject) -> Finding:
 
 def while_alike(out: Any, other: Any) -> tuple[Tensor, Tensor]:
     """Logits of all steps before which both have said the same: two near words may come out the other way round."""
-    alike = (out.sequences == other.sequences)[:, -NEW_TOKENS:].int().cumprod(1).bool()
-    same = torch.cat([torch.ones_like(alike[:, :1]), alike[:, :-1]], 1)[..., None]
     found, expected = steps_of(out), steps_of(other)
-    return torch.where(same, found, 0), torch.where(same, expected, 0)
+    words, others = out.sequences[:, -found.shape[1] :], other.sequences[:, -expected.shape[1] :]
+    count = min(words.shape[1], others.shape[1])  # sounds that are heard in stretches may be written with another number of them
+    alike = (words[:, :count] == others[:, :count]).int().cumprod(1).bool()
+    same = torch.cat([torch.ones_like(alike[:, :1]), alike[:, :-1]], 1)[..., None]
+    return torch.where(same, found[:, :count], 0), torch.where(same, expected[:, :count], 0)
 
 
 def beams(subject: Subject) -> Finding:

@@ -150,6 +150,7 @@ def test_a_whole_model_compiles_with_the_defaults(family):
 @pytest.mark.parametrize("queries", ["auto", "all"])
 def test_a_share_is_verified_as_far_as_it_can_be_and_not_called_broken(queries):
     inputs = prompt(tokens=9)
-    report = verify(make_model("qwen2"), inputs, config=SteerConfig(attention=told(share=0.5, queries=queries)), saliency=span(inputs))
+    config = SteerConfig(attention=told(share=0.5, queries=queries))
+    report = verify(make_model("qwen2"), inputs, config=config, saliency=span(inputs))
     assert "BROKEN" not in str(report)
     assert "has no strength that could be 0" in str(report)

@@ -69,7 +69,7 @@ def waits(subject: Any) -> bool:
 def _says_otherwise(subject: Any, sampler: Sampler) -> bool:
     """Whether the bias is another than `λ · s`; only where scores are said token by token, and added as they are said."""
     saliency, said = subject.attention.saliency, subject.said
-    scaled = saliency.normalize != "none" or saliency.preserve_mass
+    scaled = saliency.normalize != "none" or saliency.preserve_mass or subject.attention.share is not None
     if said is None or said.tokens is None or scaled or waits(subject):
         return False
     return any(not _is_said(subject, sample) for sample in sampler.samples if sample.bias is not None)

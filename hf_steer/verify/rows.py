@@ -22,6 +22,8 @@ BUDGET = 40
 
 def identity(subject: Any) -> Finding:
     """The gaze is there, and asked for with strength 0."""
+    if subject.attention.share is not None:
+        raise CannotShow("a gaze that keeps a share of attention has no strength that could be 0")
     with subject.gaze_alone() as model, use_strength(model, 0.0):
         found = subject.anew(subject.said)
     return as_plain(subject, found)

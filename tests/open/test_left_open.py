@@ -13,11 +13,13 @@ from hf_steer import (
     AttentionConfig,
     Saliency,
     SaliencyConfig,
+    SteerConfig,
     patch_model,
     trace_steering,
     unpatch_model,
     use_saliency,
     use_strength,
+    verify,
 )
 from hf_steer.analysis import attention_metrics
 from hf_steer.config.manners import MANNERS
@@ -143,3 +145,12 @@ def test_a_whole_model_compiles_with_the_defaults(family):
         expected = model(**inputs, use_cache=False).logits
         torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("queries", ["auto", "all"])
+def test_a_share_is_verified_as_far_as_it_can_be_and_not_called_broken(queries):
+    inputs = prompt(tokens=9)
+    config = SteerConfig(attention=told(share=0.5, queries=queries))
+    report = verify(make_model("qwen2"), inputs, config=config, saliency=span(inputs))
+    assert "BROKEN" not in str(report)
+    assert "has no strength that could be 0" in str(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +12,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from hf_steer.config.manners import AUTO
 from hf_steer.errors import ConfigError
 from hf_steer.ground.arguments import named
 from hf_steer.ground.outputs import logits_in
 from hf_steer.harness.looks import look_of, runs_of
 from hf_steer.io import from_pretrained
-from hf_steer.patching import disable_steering, use_saliency
+from hf_steer.patching import disable_steering, get_steer_status, patch_model, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 
 _PADDING = 0
@@ -61,7 +63,7 @@ class SteeredLM(HFLM):
             raise ConfigError(f"batch_size must be a number; got {batch_size!r}, whose trial passes belong to no document.")
         if not device or (str(device).startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"  # the harness says "cuda" by itself, and its own model type comes here, too
-        model = from_pretrained(pretrained, steer_config, gguf_file=gguf_file, dtype=dtype).to(device).eval()
+        model = _in_one_pass(from_pretrained(pretrained, steer_config, gguf_file=gguf_file, dtype=dtype).to(device).eval())
         if tokenizer is None:
             file = {} if gguf_file is None else {"gguf_file": gguf_file}
             tokenizer = AutoTokenizer.from_pretrained(pretrained, **file)
@@ -159,7 +161,20 @@ def unpatched(lm: SteeredLM) -> HFLM:
     """The harness's own model type around the same weights, by a copy without steering."""
     import copy
 
-    from hf_steer.patching import unpatch_model
-
     plain = unpatch_model(copy.deepcopy(lm.model))
     return HFLM(pretrained=plain, tokenizer=lm.tokenizer, batch_size=lm.batch_size, backend="causal")
+
+
+def _in_one_pass(model: Any) -> Any:
+    """Steered in all queries where the configuration leaves them open: answers are scored with their prompt, in one pass.
+
+    Raises:
+        ConfigError: it leaves them open, and has parts with weights, which a patch made anew would lose.
+    """
+    config = get_steer_status(model).config
+    if config is None or config.attention is None or config.attention.queries != AUTO:
+        return model
+    if config.has_weights:
+        raise ConfigError("the steering leaves attention.queries open, and answers are scored in one pass; save it with 'all'.")
+    attention = dataclasses.replace(config.attention, queries="all")
+    return patch_model(unpatch_model(model), dataclasses.replace(config, attention=attention))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kit.gguf_files import FILE, write_gguf
 
-from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SteerConfig
+from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SteerConfig, get_steer_status
 from hf_steer.harness.compare import TASKS, Score, compare, write_scores
 from hf_steer.harness.looks import Together, look_of, runs_of
 from hf_steer.saliency import Saliency
@@ -145,3 +145,8 @@ def test_the_tasks_are_whole():
     assert len({row["question"] for row in ability}) == len(ability) > 100
     assert sorted(path.name for path in TASKS.glob("*.yaml")) == ["hf_steer_ability.yaml", "hf_steer_reports.yaml"]
     assert Score("task", True, 0.5, 0.1, 4).steered
+
+
+def test_answers_are_scored_with_all_their_queries_steered_where_the_configuration_leaves_it_open(lm):
+    assert GAZE.queries == "auto"
+    assert get_steer_status(lm.model).config.attention.queries == "all"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,11 @@ def see_text(model: Any, reader: Reader, prompt: str, *, sources: Sequence[str] 
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if templated else prompt
     ids = torch.tensor([reader.ids(text, special=not templated)], device=model.device)
     inputs = named(ids=ids, mask=torch.ones_like(ids))
-    found = {}
-    if "decoder_attention" in wanted:
-        found["decoder_attention"] = attention_of_last(model, inputs, heads)
-    if "gradient" in wanted:
-        found["gradient"] = _gradient(model, ids, answer_token(reader, answer))
+    ways: Mapping[str, Callable[[], Tensor]] = {
+        "decoder_attention": lambda: attention_of_last(model, inputs, heads),
+        "gradient": lambda: _gradient(model, ids, answer_token(reader, answer)),
+    }
+    found = {name: ways[name]() for name in TEXT_SOURCES if {name} & set(wanted)}
     return tuple(tokenizer.decode([token]) for token in ids[0].tolist()), found
 
 

@@ -94,7 +94,7 @@ def prove(decoder: Any, modules: Sequence[str]) -> Proof:
     """
     key = type(decoder), tuple(modules), decoder.config.to_json_string(use_diff=False)
     proof = _PROVEN.get(key) or _prove(decoder, modules)
-    if not proof.fault or any(own.goes_on for own in proof.seen.values()):  # a fault may be mended
+    if any(own.goes_on for own in proof.seen.values()) or not (proof.fault or proof.seen):  # a fault may be mended
         _PROVEN[key] = proof
     return proof
 

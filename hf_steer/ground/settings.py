@@ -129,3 +129,8 @@ def generate_like(model: Any, other: Any, *, never: int) -> None:
     settings = copy.deepcopy(other.generation_config)
     settings.suppress_tokens = [*(settings.suppress_tokens or []), never]
     model.generation_config = settings
+
+
+def generation_settings(model: Any) -> Any:
+    """How a model generates when nobody says otherwise."""
+    return model.generation_config

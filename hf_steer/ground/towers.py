@@ -110,7 +110,7 @@ def _encoder(model: Any, names: Mapping[nn.Module, str], modality: str) -> Encod
         mask=_mask(model, modality, ids),
         projectors=projectors,
         argument=place.argument,
-        lacks=MappingProxyType(lacks),
+        lacks=lacks,
         channels_first=place.channels_first,
     )
 

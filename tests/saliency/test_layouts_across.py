@@ -23,7 +23,7 @@ SIZES = [(20, 20), (70, 110), (131, 67), (20, 90), (97, 101), (150, 30), (40, 40
 BOXES = [(0.0, 0.0, 0.3, 0.3), (0.55, 0.1, 0.9, 0.35), (0.1, 0.6, 0.4, 1.0), (0.35, 0.35, 0.7, 0.7), (0.75, 0.7, 1.0, 1.0)]
 """Left, top, right, bottom, in fractions."""
 TILES, POSITIONS = 4, (SIDE // PATCH) ** 2 + 1
-AS_GIVEN = SaliencyConfig(source=None, normalize="none")
+AS_GIVEN = SaliencyConfig(source=None, normalize="none", preserve_mass=False)
 
 
 @functools.cache

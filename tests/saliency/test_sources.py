@@ -122,7 +122,7 @@ def test_the_model_is_steered_by_what_is_previewed(family, implementation, sourc
     model = make_encoder_model(family, implementation=implementation)
     found = read_saliency(model, inputs, saliency=saliency_of(source))
     plain = logits(model, inputs)
-    steered(model, source)
+    steered(model, source, preserve_mass=False)
     own, said = logits(model, inputs), generate(model, inputs)
     assert (own - plain)[inputs["attention_mask"].bool()].abs().max() > 1e-3
     # a gradient is rounded by two passes, and a z-score magnifies that
@@ -130,7 +130,8 @@ def test_the_model_is_steered_by_what_is_previewed(family, implementation, sourc
     torch.testing.assert_close(said[1][:, 0], own[:, -1], **close)
     with disable_steering(model):
         assert torch.equal(logits(model, inputs), plain)
-    attention = AttentionConfig(heads={1: "all"}, strength=2.0, saliency=SaliencyConfig(source=None, normalize="none"))
+    as_said = SaliencyConfig(source=None, normalize="none")
+    attention = AttentionConfig(heads={1: "all"}, strength=2.0, saliency=as_said, queries="all")
     patch_model(unpatch_model(model), SteerConfig(attention=attention))
     with hf_steer.use_saliency(model, found.saliency()):
         torch.testing.assert_close(logits(model, inputs), own, **close)

@@ -18,7 +18,7 @@ from hf_steer.analysis.prompts import messages_for
 from hf_steer.errors import FileError, SaliencyError
 from hf_steer.ground.arguments import Given, named
 from hf_steer.ground.decoders import reads_encoder
-from hf_steer.ground.settings import setting
+from hf_steer.ground.settings import generation_settings, setting
 from hf_steer.saliency import Saliency, open_upright
 
 
@@ -248,7 +248,7 @@ def features_of(path: Any, reader: Reader) -> tuple[dict[str, Tensor], float]:
 
 def first_tokens(reader: Reader, language: str | None) -> list[int]:
     """What such a decoder is begun with: its start token, and the language and task where it knows several."""
-    settings = reader.model.generation_config
+    settings = generation_settings(reader.model)
     ids = [int(setting(settings, "start_token"))]
     find = getattr(reader.processor, "get_decoder_prompt_ids", None)
     if find is None:

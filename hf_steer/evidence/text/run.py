@@ -135,7 +135,7 @@ class TextPointing:
 
     def _batches(self, texts: Sequence[str], title: str) -> Iterator[list[int]]:
         """Numbers of the cases, the long ones together, under a progress bar."""
-        lengths = [len(own) for own in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        lengths = [len(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         order = sorted(range(len(texts)), key=lengths.__getitem__)
         batches: list[list[int]] = [[]]
         for number in order:
@@ -170,7 +170,7 @@ class TextPointing:
     def _surprise(self, given: Given, said: Tensor) -> Tensor:
         """`(rows,)` mean nats per token of what was said, to the same model unsteered; the end is a token, what follows is not."""
         ids = torch.cat([given.ids, said], 1)
-        last = said == self.tokenizer.eos_token_id
+        last = said == self.tokenizer.convert_tokens_to_ids(self.tokenizer.eos_token)
         counted = (last.cumsum(1) - last.long()) == 0
         mask = torch.cat([given.mask, counted.to(given.mask.dtype)], 1)
         with disable_steering(self.model) if get_steer_status(self.model).patched else nullcontext():

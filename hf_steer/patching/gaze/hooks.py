@@ -56,7 +56,9 @@ class Gaze(nn.Module):
         self.by_keyword, self.crosses = anatomy.carried == "keyword", anatomy.attends == "cross"
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
-        self.opens = () if self.paces else tuple(kind for kind in MANNERS if self.attention.phases(kind)[0] != 1.0)
+        generates = bool(getattr(anatomy.root, "can_generate", bool)())  # elsewhere no token comes out of a query
+        open_kinds = MANNERS if self.attention.queries == AUTO and generates else ()
+        self.opens = tuple(kind for kind in open_kinds if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
         self.open = self.attention.strength == AUTO and self.attention.share is None  # what is said decides how hard
 
@@ -176,7 +178,7 @@ class Gaze(nn.Module):
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
                 training=module.training and torch.is_grad_enabled(), tokens=current.tokens, prompt=current.prompt,
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
-                kind=current.state.kind,
+                kind=current.state.kind if current.state.kind in self.opens else "source",
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
         if not self.by_keyword:

@@ -450,10 +450,10 @@ def test_gates_that_make_no_sense_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"queries": "thoughts"}, "attention.queries must be one of 'all', 'generated', 'thinking', 'answer'"),
+        ({"queries": "thoughts"}, "attention.queries must be one of 'auto', 'all', 'generated', 'thinking', 'answer'"),
         ({"schedule": {"end": 1.0}}, "must map some of prompt, thinking, answer to factors"),
         ({"schedule": {"prompt": float("nan")}}, "attention.schedule of prompt must be a finite number"),
-        ({"schedule": {"prompt": 0.0}, "queries": "answer"}, "leave queries at 'all'"),
+        ({"schedule": {"prompt": 0.0}, "queries": "answer"}, "leave queries out"),
         ({"gate": 0.5}, "attention.gate must be a GateConfig or None"),
         ({"think_tags": ("<think>",)}, "must be two different strings"),
     ],

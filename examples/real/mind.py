@@ -140,7 +140,8 @@ class Bench:
         start_projector(model, word_ids(processor, self.names), Painter(self.pictures, 1000), count=self.preset.started_from)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         losses = train(model, processor, self.names, Painter(self.pictures, 2000 + seed), steps=self.preset.steps)
-        model.to(torch.bfloat16)
+        for parameter in trained:  # not model.to(...), which would round the rotary frequencies, too
+            parameter.data = parameter.data.to(torch.bfloat16)
         if kind == REPORTED and seed == 0:
             for part in (model, processor):
                 part.save_pretrained(self.folder / "joined")

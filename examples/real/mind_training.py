@@ -14,7 +14,7 @@ import torch
 from mind_scenes import SIDE_PX, Painter, Scene
 from mind_tower import names_of_patches, pixels_of
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_steer
 from hf_steer import AlignerConfig, AttentionConfig, Saliency, SaliencyConfig
@@ -45,11 +45,12 @@ WORD_SHARE = 0.7
 def join(tower: Path, mind: Path, kind: str, *, strength: float) -> tuple[Any, Any]:
     """One model in bfloat16, with every head within reach of a gaze; what is trained is in float32."""
     decoder = AutoModelForCausalLM.from_pretrained(mind, **LOADED)
+    seeing = AutoModel.from_pretrained(tower, **LOADED)  # eager, too, as the whole will be loaded: SDPA rounds otherwise
     saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=True)
     attention = AttentionConfig(heads="all", strength=strength, saliency=saliency)
     aligner = AlignerConfig(modality="image", placement="output", **KINDS[kind]) if KINDS[kind] else None
     model, processor = hf_steer.compose(
-        tower, decoder, tokenizer=AutoTokenizer.from_pretrained(mind), feature_extractor=processor_in(tower), aligner=aligner,
+        seeing, decoder, tokenizer=AutoTokenizer.from_pretrained(mind), feature_extractor=processor_in(tower), aligner=aligner,
         attention=attention,
     )  # fmt: skip
     for parameter in model.parameters():

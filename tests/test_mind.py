@@ -36,7 +36,7 @@ def test_the_whole_of_it_runs_on_stand_ins_goes_on_where_it_was_and_writes_its_t
     assert {row["table"] for row in rows} == {"tower", "choosing", "pointing", "text", "saved", "aligners"}
     kept = {row["table"]: float(row["right"]) for row in rows if row["table"] in ("text", "saved")}
     assert kept["text"] == 1
-    assert kept["saved"] > 0.9  # of models that know nothing, two words lie within what bfloat16 rounds
+    assert kept["saved"] == 1
     names = " ".join(row["condition"] for row in rows if row["table"] == "pointing")
     assert all(control in names for control in ("unsteered", "other", "shuffled", "uniform", "same layers", "anywhere", "unseen"))
     kinds = {row["condition"].partition(":")[0] for row in rows if row["table"] == "aligners"}

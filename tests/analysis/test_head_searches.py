@@ -163,7 +163,8 @@ def test_calls_that_cannot_be_answered_say_why():
     "attention",
     [
         None,
-        AttentionConfig(heads={1: "all"}, saliency=SaliencyConfig(source=None)),
+        AttentionConfig(heads={1: "all"}, saliency=SaliencyConfig(source=None), queries="all"),
+        AttentionConfig(heads="all", saliency=SaliencyConfig(source=None)),
         AttentionConfig(heads="all", saliency=SaliencyConfig(source="vision_attention")),
         AttentionConfig(heads="all", strength=0.0, saliency=SaliencyConfig(source=None)),
         AttentionConfig(heads="all", queries="generated", saliency=SaliencyConfig(source=None)),

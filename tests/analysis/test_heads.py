@@ -131,7 +131,7 @@ def test_the_effect_of_a_head_is_that_of_a_model_patched_with_it(family, impleme
     saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=family in SEEING)
 
     def steered(heads, examples):
-        config = SteerConfig(attention=AttentionConfig(heads=heads, strength=3.0, saliency=saliency))
+        config = SteerConfig(attention=AttentionConfig(heads=heads, strength=3.0, saliency=saliency, queries="all"))
         found = []
         for example in examples:
             statement = Saliency.from_tokens(example.span.float())
@@ -154,7 +154,7 @@ def test_a_model_that_the_caller_patched_gives_the_same_and_stays_patched(pictur
     model, examples = make_model("qwen2_vl"), make_examples("qwen2_vl", 40, pictures=pictures)
     own = find_grounding_heads(model, examples, null_sets=2, count=2)
     saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=True)
-    attention = AttentionConfig(heads="all", strength=0.5, saliency=saliency)
+    attention = AttentionConfig(heads="all", strength=0.5, saliency=saliency, queries="all")
     patch_model(model, SteerConfig(attention=attention))
     status = get_steer_status(model)
     assert find_grounding_heads(model, examples, null_sets=2, count=2) == own

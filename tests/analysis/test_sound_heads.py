@@ -72,7 +72,8 @@ def with_bools(example, model):
 def test_sweeps_and_strengths_of_seconds(heard):
     model, processor, path = heard
     pairs = [(own.inputs, own.said) for own in read_asked(path, processor, model=model)[:2]]
-    patch_model(model, AttentionConfig(heads={1: "all"}, strength=1.0, saliency=SaliencyConfig(source=None, normalize="none")))
+    plain = SaliencyConfig(source=None, normalize="none")
+    patch_model(model, AttentionConfig(heads={1: "all"}, strength=1.0, saliency=plain, queries="all"))
     try:
         nothing, steered = sweep_strength(model, pairs, (0.0, 4.0), new_tokens=3, decode=processor.batch_decode).rows
         found = calibrate_strength(model, pairs, 0.01, new_tokens=3)

@@ -81,7 +81,7 @@ def test_the_effect_of_a_head_in_texts_is_that_of_a_model_patched_with_it(family
     result = find_grounding_heads(model, examples, report=report, rule="effect", count=2, null_sets=2, batch_size=6)
     assert result.strength == 4.0
     assert (result.provenance.normalize, result.provenance.preserve_mass) == ("none", False)
-    config = AttentionConfig(heads={1: (1,)}, strength=4.0, saliency=PLAIN)
+    config = AttentionConfig(heads={1: (1,)}, strength=4.0, saliency=PLAIN, queries="all")
     said = [Saliency.from_tokens(example.span.float()) for example in examples]
     own = [log_p_of(model, example, config, each) - plain_of(model, example) for example, each in zip(examples, said, strict=True)]
     assert result.scores["effect"][1][1] == pytest.approx(np.mean(own), rel=1e-3, abs=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from kit.asking import cache_name, prompt
@@ -9,7 +11,10 @@ from kit.documents import ROOT
 from kit.tiny import make_model, make_prompt
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_strength
+from hf_steer.attention import say_once
 from hf_steer.config.manners import MANNERS
+
+pytestmark = pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
 
 
 def logits(model, inputs, **said):
@@ -112,3 +117,23 @@ def test_the_page_says_what_is_left_open():
         assert float(cells[3]) == manner.strength
         assert cells[2].startswith("yes") == manner.preserve_mass
         assert ("generated" in cells[4]) == (manner.queries == "generated")
+
+
+def test_a_pass_of_its_own_that_steers_one_query_says_so_once_and_what_is_said_outright_does_not():
+    inputs = prompt(tokens=12)
+    said = span(inputs, 3, 5)
+    model = patch_model(make_model("qwen2"), AttentionConfig(saliency=SaliencyConfig(source=None)))
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="only the last token of each row is steered.*queries='all'"):
+        logits(model, inputs, saliency=said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, inputs, saliency=said)  # said already
+        say_once.cache_clear()
+        logits(model, inputs)  # nothing is asked for
+        logits(model, inputs, saliency=said, logits_to_keep=1)
+        logits(model, inputs, saliency=said, labels=inputs["input_ids"])
+        model.generate(**inputs, saliency=said, max_new_tokens=2)
+        for queries in ("all", "generated"):
+            patch_model(unpatch_model(model), AttentionConfig(saliency=SaliencyConfig(source=None), queries=queries))
+            logits(model, inputs, saliency=said)

@@ -55,7 +55,7 @@ def written_shares():
     heard = [row for row in rows_of(FIGURES / "listen.csv") if row["split"] == "report"]
     for name in ("right", "recall", "share", "wer", "wer_more"):
         yield from (tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high")) for row in heard if row[name])
-    for row in rows_of(FIGURES / "pointing_text.csv"):
+    for row in (*rows_of(FIGURES / "pointing_text.csv"), *rows_of(FIGURES / "pointing_text_choose.csv")):
         yield tuple(f"{float(row[name]):.2f}" for name in ("right", "low", "high"))
     for path in (FIGURES / "heads.json", *LISTS.glob("*.json")):
         report = json.loads(path.read_text())["report"]

@@ -87,7 +87,7 @@ def test_a_patched_model_is_verified_with_the_patch_that_it_has(family, dtype):
 def test_what_a_patch_has_learned_stays_and_is_saved_and_loaded():
     model, inputs = case_of("llava")
     aligner = AlignerConfig(modality="image", placement="output", num_experts=2)
-    attention = AttentionConfig(heads={1: (0, 3)}, strength="trainable", saliency=SaliencyConfig(source=None))
+    attention = AttentionConfig(heads={1: (0, 3)}, strength="trainable", saliency=SaliencyConfig(source=None), queries="all")
     patch_model(model, SteerConfig(attention=attention, aligners=(aligner,)))
     steering = steering_of(model)
     generator = torch.Generator().manual_seed(1)

@@ -61,7 +61,8 @@ def steerable(model: Any, saliency: SaliencyConfig, attends: Attends) -> Iterato
         refuse_narrow_patch(model)
         yield
         return
-    patch_model(model, SteerConfig(attention=AttentionConfig(heads="all", strength=1.0, saliency=saliency, attends=attends)))
+    attention = AttentionConfig(heads="all", strength=1.0, saliency=saliency, attends=attends, queries="all")
+    patch_model(model, SteerConfig(attention=attention))
     try:
         yield
     finally:
@@ -76,7 +77,7 @@ def refuse_narrow_patch(model: Any) -> None:
     attention = None if status.config is None else status.config.attention
     layers = len(anatomy_of(model).layers)
     reached = attention is not None and attention.saliency.source is None and len(status.heads or ()) == layers
-    if attention is None or not reached or attention.gate is not None or attention.phase_factors != (1.0, 1.0, 1.0):
+    if attention is None or not reached or attention.gate is not None or attention.phases("tokens") != (1.0, 1.0, 1.0):
         raise PatchError(
             f"this model is patched, but not so that all its {layers} layers are always steered towards given spans. Unpatch it, "
             "which leaves the patching to this call, or patch it with AttentionConfig(heads=\"all\", "

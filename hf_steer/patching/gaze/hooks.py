@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_steer.attention import say_once
 from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import AUTO, MANNERS
 from hf_steer.errors import PatchError
@@ -173,6 +174,8 @@ class Gaze(nn.Module):
             return
         current.pace = ALWAYS
         opens = current.state.kind in self.opens and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
+        if opens and current.prompt_end is None and not current.scope.listeners:
+            _warn_of_one_query(current, queries, training=module.training)
         if self.paces or traced or opens:
             facts = PassFacts(
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
@@ -265,3 +268,16 @@ class Gaze(nn.Module):
 def _in_prompt(current: Pass, past: int | Tensor) -> bool:
     """Whether a single token may be a piece of a prompt; a static cache keeps its length on the device, which is not asked."""
     return current.prompt_end is not None and (not isinstance(past, int) or past < current.prompt_end - 1)
+
+
+def _warn_of_one_query(current: Pass, queries: int, *, training: bool) -> None:
+    """Once: whoever reads all logits of a pass may think that all of them were steered."""
+    prompt, given = current.prompt, current.given
+    one = given is not None and given.logits_kept == 1
+    if torch.compiler.is_compiling() or training or one or queries == 1 or prompt is None or prompt.labelled is not None:
+        return
+    say_once(
+        "this forward pass is none of generate's and has no labels, so where text is pointed at only the last token of each row is "
+        "steered in it, as in generate. If all its tokens are to be, patch with queries='all'; queries='generated' says that this "
+        "is meant."
+    )

@@ -206,7 +206,8 @@ def test_boxes_on_a_resized_picture_point_at_the_same_place():
 
 def test_char_spans_of_a_padded_batch_mark_the_words_they_name():
     """Offsets of the real tokenizer, on the text side of a model that can also see."""
-    config = SteerConfig(attention=AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None, normalize="minmax")))
+    saliency = SaliencyConfig(source=None, normalize="minmax")
+    config = SteerConfig(attention=AttentionConfig(queries="all", strength=2.0, saliency=saliency))
     model = hf_steer.from_pretrained(FOLDER, steer_config=config).eval()
     tokenizer = AutoProcessor.from_pretrained(FOLDER).tokenizer
     prompts = ["Which digit is at the top left?", "Read the digit."]

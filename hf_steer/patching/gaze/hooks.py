@@ -175,7 +175,7 @@ class Gaze(nn.Module):
         current.pace = ALWAYS
         opens = current.state.kind in self.opens and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
         if opens and current.prompt_end is None and not current.scope.listeners:
-            _warn_of_one_query(current, queries, training=module.training)
+            _warn_of_one_query(current, queries)
         if self.paces or traced or opens:
             facts = PassFacts(
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
@@ -270,14 +270,14 @@ def _in_prompt(current: Pass, past: int | Tensor) -> bool:
     return current.prompt_end is not None and (not isinstance(past, int) or past < current.prompt_end - 1)
 
 
-def _warn_of_one_query(current: Pass, queries: int, *, training: bool) -> None:
+def _warn_of_one_query(current: Pass, queries: int) -> None:
     """Once: whoever reads all logits of a pass may think that all of them were steered."""
     prompt, given = current.prompt, current.given
     one = given is not None and given.logits_kept == 1
-    if torch.compiler.is_compiling() or training or one or queries == 1 or prompt is None or prompt.labelled is not None:
+    if torch.compiler.is_compiling() or one or queries == 1 or prompt is None or prompt.labelled is not None:
         return
     say_once(
-        "this forward pass is none of generate's and has no labels, so where text is pointed at only the last token of each row is "
-        "steered in it, as in generate. If all its tokens are to be, patch with queries='all'; queries='generated' says that this "
-        "is meant."
+        "this forward pass is none of generate's and no labels reached it (PEFT and label smoothing take them out on the way), so "
+        "where text is pointed at only the last token of each row is steered in it, as in generate. If all its tokens are to be, "
+        "patch with queries='all'; queries='generated' says that this is meant."
     )

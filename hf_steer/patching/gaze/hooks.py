@@ -173,7 +173,8 @@ class Gaze(nn.Module):
         if not current.state.speaks:
             return
         current.pace = ALWAYS
-        opens = current.state.kind in self.opens and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
+        waits = bool(self.opens) and (current.state.kind in self.opens or current.state.scores.waits is not None)
+        opens = waits and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
         if opens and current.prompt_end is None and not current.scope.listeners:
             _warn_of_one_query(current, queries)
         if self.paces or traced or opens:
@@ -181,7 +182,7 @@ class Gaze(nn.Module):
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
                 training=module.training and torch.is_grad_enabled(), tokens=current.tokens, prompt=current.prompt,
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
-                kind=current.state.kind if current.state.kind in self.opens else "source",
+                kind=self.opens[0] if waits else "source",
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
         if not self.by_keyword:
@@ -196,7 +197,7 @@ class Gaze(nn.Module):
             state = state.as_usual(self.plan.manners[state.kind].strength)
         current.bias_of = BiasMaker(
             state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
-            share=self.attention.share,
+            soon=current.pace.gate if opens else current.pace.factor, share=self.attention.share,
         )  # fmt: skip
         current.biases = current.bias_of.every()
         current.settled = True

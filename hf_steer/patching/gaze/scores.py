@@ -62,7 +62,10 @@ def resolve_state(
     current.raw = scores
     scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
     if adds and old is not None:
-        scores = join_scores(_filled_in(old, plan), scores)
+        before, waits = _filled_in(old, plan), _waits(kind, plan)
+        if old.speaks and (before.waits is not None or _waits(old.kind, plan) != waits):  # each turn keeps its own rule
+            before, scores = _with_rule(before, _waits(old.kind, plan)), _with_rule(scores, waits)
+        scores = join_scores(before, scores)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())  # a compiled graph cannot ask
     unseen = None if old is None else old.unseen
     state = CacheState(scores, spans, current.statement, speaks, kind, unseen=unseen)
@@ -75,6 +78,18 @@ def _filled_in(old: CacheState, plan: Plan) -> TokenScores:
     if scores.usual is not None:
         return scores
     return dataclasses.replace(scores, usual=torch.full_like(scores.values, plan.manners[old.kind].strength))
+
+
+def _waits(kind: str, plan: Plan) -> bool:
+    """Whether only queries out of which a token is generated look at what is said of this kind."""
+    return plan.config.attention.phases(kind)[0] != 1.0  # type: ignore[union-attr]
+
+
+def _with_rule(scores: TokenScores, waits: bool) -> TokenScores:
+    """With the rule of their kind for every key, unless each has its own already."""
+    if scores.waits is not None:
+        return scores
+    return dataclasses.replace(scores, waits=torch.full_like(scores.values, waits, dtype=torch.bool))
 
 
 def _kind_of(current: Pass, prompt: Prompt, plan: Plan, old: CacheState | None) -> str:

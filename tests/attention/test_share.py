@@ -7,7 +7,7 @@ import torch
 from kit.asking import prompt
 from kit.tiny import make_model
 
-from hf_steer import AttentionConfig, Saliency, SaliencyConfig, patch_model, unpatch_model, use_strength
+from hf_steer import AttentionConfig, GateConfig, Saliency, SaliencyConfig, patch_model, unpatch_model, use_strength
 from hf_steer.errors import ConfigError, PatchError
 
 SHARE = 0.6
@@ -107,7 +107,29 @@ def test_gradients_are_those_of_the_formula_in_float64():
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("how", "prompt_share"),
+    [
+        ({"schedule": {"prompt": 0.5}}, 0.5 * SHARE), ({"schedule": {"prompt": 0.0}}, 0.0),
+        ({"gate": GateConfig("entropy", initial=0.25)}, 0.25 * SHARE), ({"gate": GateConfig("entropy", initial=1.0)}, SHARE),
+    ],
+)  # fmt: skip
+def test_a_schedule_and_a_gate_say_how_much_of_the_share_is_kept(how, prompt_share):
+    model, inputs = make_model("qwen2", "eager"), prompt(tokens=12, rows=2)
+    with torch.no_grad():
+        before = shares(model(**inputs, output_attentions=True).attentions[1])[:, :, SPAN[0] : -1]
+        patch_model(model, sharing(heads={1: "all"}, **{**({"queries": "auto"} if "schedule" in how else {}), **how}))
+        after = shares(model(**inputs, output_attentions=True, saliency=span(inputs)).attentions[1])
+    assert (before < prompt_share).any() or not prompt_share
+    sees_more = slice(SPAN[0], -1)
+    torch.testing.assert_close(after[:, :, sees_more], before.clamp(min=prompt_share), rtol=1e-4, atol=1e-5)
+    if "schedule" in how:
+        assert (after[:, :, -1] > SHARE - 1e-4).all()
+
+
 def test_what_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"from 0 to 1; got \{'prompt': 2.0\}"):
+        sharing(schedule={"prompt": 2.0})
     with pytest.raises(ConfigError, match="above 0 and below 1; got 1.0"):
         AttentionConfig(share=1.0)
     with pytest.raises(ConfigError, match="both say how hard"):

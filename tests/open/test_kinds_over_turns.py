@@ -48,7 +48,7 @@ def odds(steered, plain, inside, beside) -> torch.Tensor:
     return moved[..., inside] - moved[..., beside]
 
 
-@pytest.mark.parametrize("how", [{}, {"gate": GateConfig("entropy", initial=1.0)}])
+@pytest.mark.parametrize("how", [{}, {"share": 0.5}, {"gate": GateConfig("entropy", initial=1.0)}])
 def test_text_after_a_box_waits_for_the_answer_and_the_box_does_not(how):
     boxed, both = (weights(box(), said, **how) for said in (None, text(7)))
     torch.testing.assert_close(both[:, :-1], boxed[:, :-1])  # the second prompt looks at the box, and nowhere else

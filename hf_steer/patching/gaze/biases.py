@@ -78,6 +78,7 @@ class BiasMaker:
             self.windows[place] = self.state.window(offset, length), {}
         scores, key_forms = self.windows[place]
         strength, shift = self.state.strength(values)
+        shift = shift if self.share is None else None  # it says how much goes to the span, so nothing keeps its own
         bias = head_bias(scores, strength, shift, self.gate, key_forms, soon=self.soon)
         self.made[same] = bias if self.share is None else replace(bias, share=self.share)
         return self.made[same]

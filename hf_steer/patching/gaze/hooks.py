@@ -58,7 +58,8 @@ class Gaze(nn.Module):
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         generates = bool(getattr(anatomy.root, "can_generate", bool)())  # elsewhere no token comes out of a query
-        open_kinds = MANNERS if self.attention.queries == AUTO and generates else ()
+        left_open = self.attention.queries == AUTO and self.attention.schedule is None
+        open_kinds = MANNERS if left_open and generates else ()
         self.opens = tuple(kind for kind in open_kinds if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
         self.open = self.attention.strength == AUTO and self.attention.share is None  # what is said decides how hard

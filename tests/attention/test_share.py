@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from kit.asking import prompt
+from kit.calls import call_of
 from kit.tiny import make_model
 
 from hf_steer import AttentionConfig, GateConfig, Saliency, SaliencyConfig, patch_model, unpatch_model, use_strength
+from hf_steer.attention import bias_for_share, chunks_of, logits_in_chunks
 from hf_steer.errors import ConfigError, PatchError
+from hf_steer.values import HeadBias
 
 SHARE = 0.6
 SPAN = (2, 5)
@@ -139,3 +144,46 @@ def test_what_cannot_be_is_refused():
     model = patch_model(make_model("qwen2"), sharing())
     with pytest.raises(PatchError, match="no strength says how hard"):
         use_strength(model, 2.0)
+
+
+def noted(kept: list[int], own: torch.Tensor) -> torch.Tensor:
+    kept.append(own.numel())
+    return own
+
+
+def test_gradients_hold_no_logits(monkeypatch):
+    """What autograd keeps for backward is no tensor of queries × keys, and the gradients are the same however it is cut."""
+    keys = 40
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, keys, 8, generator=generator, requires_grad=True) for heads in (4, 2))
+    inside = torch.zeros(1, keys, 1)
+    inside[:, slice(*SPAN)] = 1
+    bias = HeadBias(torch.ones(1, 4, 1, 1), inside, share=SHARE)
+    mask = torch.ones(keys, keys, dtype=torch.bool).tril()[None, None]
+    call = call_of(torch.nn.Identity(), query, key, key, mask, bias, kwargs={"scaling": 0.3})
+    found = []
+    for most in (1 << 22, 4 * keys * 7):
+        monkeypatch.setattr(chunks_of, "__defaults__", (slice(None), most))
+        monkeypatch.setattr(logits_in_chunks, "__kwdefaults__", {"queries": slice(None), "scores_per_chunk": most})
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(noted, kept), lambda own: own):
+            needed = bias_for_share(call, bias).query
+        assert max(kept, default=0) < keys * keys
+        found.append(torch.autograd.grad(needed.square().sum(), (query, key)))
+        assert found[-1][0].abs().max() > 0.1
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_run_again_in_backward_give_the_same_gradients(reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model, inputs = make_model("qwen2").train(), prompt(tokens=9)
+        patch_model(model, sharing(), freeze_base=False)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**inputs, saliency=span(inputs), use_cache=False).logits.square().mean().backward()
+        found.append(model.model.layers[1].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*found)

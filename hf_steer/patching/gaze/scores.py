@@ -86,7 +86,8 @@ def in_effect(scores: TokenScores, plan: Plan, kind: str, *, told: bool) -> Toke
         )
         say_once(
             f"what is pointed at covers a whole picture, video, sound or prompt evenly, which changes nothing there: {why}. Point "
-            "at a part of it; or, to draw attention to all of it, patch with SaliencyConfig(normalize='maxabs', preserve_mass=False)."
+            "at a part of it; or, to draw attention to all of it, patch with "
+            "SaliencyConfig(normalize='maxabs', preserve_mass=False)."
         )
     return put_into_effect(scores, plan.config.attention, manner, kind)  # type: ignore[arg-type]
 

@@ -2,7 +2,7 @@
 
 from hf_steer.attention.backends import choose_backend, say_once
 from hf_steer.attention.bias import head_bias, mass_shift, on_device
-from hf_steer.attention.chunks import READABLE, logits_in_chunks
+from hf_steer.attention.chunks import READABLE, chunks_of, logits_in_chunks
 from hf_steer.attention.masked import add_to_mask
 from hf_steer.attention.share import bias_for_share
 from hf_steer.attention.steered import (
@@ -31,6 +31,7 @@ __all__ = [
     "bias_for_share",
     "bias_over",
     "choose_backend",
+    "chunks_of",
     "head_bias",
     "logits_in_chunks",
     "mass_shift",

@@ -28,6 +28,7 @@ class BiasMaker:
         cache: as the decoder gets it; None without one, and for attention to other keys than those in it.
         queries: tokens of this pass.
         gate: `(rows, queries)`, None for 1 everywhere.
+        soon: the same for keys that do not wait for a token to be generated, where the scores tell keys apart.
         share: of attention that what is pointed at shall have; None where strengths say how hard.
     """
 
@@ -40,10 +41,11 @@ class BiasMaker:
         cache: Any,
         queries: int,
         gate: Tensor | None,
+        soon: Tensor | None = None,
         share: float | None = None,
     ) -> None:
         self.state, self.strengths, self.cache, self.queries = state, strengths, cache, queries
-        self.gate, self.places, self.share = gate, places, share
+        self.gate, self.soon, self.places, self.share = gate, soon, places, share
         self.windows: dict[Place, tuple[TokenScores, dict[Any, Any]]] = {}
         self.made: dict[tuple[Place, tuple[float, ...] | int], HeadBias] = {}
 
@@ -76,6 +78,7 @@ class BiasMaker:
             self.windows[place] = self.state.window(offset, length), {}
         scores, key_forms = self.windows[place]
         strength, shift = self.state.strength(values)
-        bias = head_bias(scores, strength, shift, self.gate, key_forms)
+        shift = shift if self.share is None else None  # it says how much goes to the span, so nothing keeps its own
+        bias = head_bias(scores, strength, shift, self.gate, key_forms, soon=self.soon)
         self.made[same] = bias if self.share is None else replace(bias, share=self.share)
         return self.made[same]

@@ -139,6 +139,7 @@ class CacheState:
             F.pad(self.scores.values, (0, missing))[:, keys],
             F.pad(self.scores.group, (0, missing), value=-1)[:, keys],
             self.scores.groups,
+            waits=None if self.scores.waits is None else F.pad(self.scores.waits, (0, missing))[:, keys],
         )
 
     def as_usual(self, otherwise: float) -> CacheState:
@@ -267,6 +268,7 @@ def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
         torch.cat([old.group, moved[:, length:]], 1),
         None if new.groups is None else first_group + new.groups,
         None if old.usual is None or new.usual is None else torch.cat([old.usual, new.usual[:, length:]], 1),
+        None if old.waits is None or new.waits is None else torch.cat([old.waits, new.waits[:, length:]], 1),
     )
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
 from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, shown_keys, stamp_of, watch_rows
@@ -131,16 +129,6 @@ class CacheState:
             self, scores=scores, spans=tuple(spans), tensors=tensors, gates=gates, marks=marks, derived=[]
         )
 
-    def window(self, offset: int, length: int) -> TokenScores:
-        """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
-        missing = max(0, offset + length - self.length)
-        keys = slice(offset, offset + length)
-        return TokenScores(
-            F.pad(self.scores.values, (0, missing))[:, keys],
-            F.pad(self.scores.group, (0, missing), value=-1)[:, keys],
-            self.scores.groups,
-        )
-
     def as_usual(self, otherwise: float) -> CacheState:
         """With scores times the usual λ of what was said, for strengths that are left open.
 
@@ -155,20 +143,6 @@ class CacheState:
         if not torch.compiler.is_compiling():  # a graph cannot hand out what was made in it
             self.derived.append(derived)
         return derived
-
-    def strength(self, values: tuple[float, ...] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.
-
-        The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold. Learned strengths
-        change, so nothing is kept of them.
-        """
-        kept = self.scores.groups != 0
-        if isinstance(values, Tensor):
-            return values, mass_shift(self.scores, values) if kept else None
-        if values not in self.tensors:
-            strength = torch.tensor(values, dtype=torch.float32, device=self.scores.values.device)
-            self.tensors[values] = (strength, mass_shift(self.scores, strength) if kept else None)
-        return self.tensors[values]
 
 
 def read_state(cache: Any) -> CacheState | None:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, shown_keys, stamp_of, watch_rows
+from hf_steer.ground.caches import (
+    ROW_MOVES,
+    begins_with_first,
+    caches_after,
+    first_keys,
+    past_of,
+    shown_keys,
+    stamp_of,
+    watch_rows,
+)
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
@@ -161,16 +170,26 @@ def read_state(cache: Any) -> CacheState | None:
     return state
 
 
-def write_state(cache: Any, state: CacheState) -> CacheState:
-    """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
-    if not torch.compiler.is_compiling():
-        length = state.scores.values.shape[1]
-        keys, stamp, shown = shown_keys(cache, length if state.marks is None and state.speaks else None)
-        if shown and keys is not None:
-            state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
-        setattr(cache, _SEEN, stamp)
-    setattr(cache, _ATTRIBUTE, state)
-    watch_rows(cache, follow_rows)
+def write_state(state: CacheState, given: Any, output: Any) -> CacheState:
+    """Put a state on the caches of a pass, which take its rows along from now on whenever their own rows move.
+
+    Args:
+        state: of the pass.
+        given: the cache that it was called with; None without one.
+        output: what it gives back, and with it perhaps other caches.
+
+    Returns:
+        The state, marked.
+    """
+    for cache in caches_after(given, output):
+        if not torch.compiler.is_compiling():
+            length = state.scores.values.shape[1]
+            keys, stamp, shown = shown_keys(cache, length if state.marks is None and state.speaks else None)
+            if shown and keys is not None:
+                state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
+            setattr(cache, _SEEN, stamp)
+        setattr(cache, _ATTRIBUTE, state)
+        watch_rows(cache, follow_rows)
     return state
 
 

@@ -5,8 +5,8 @@ A query gives a span the share ψ. A bias of λ on the logits of every key in th
 `log(τ/ψ)` falls short, since it leaves out that the rest loses what the span gains.
 
 Of several queries the mean share is no function of the mean log-odds, and a layer after a steered one sees other inputs than those
-that were measured; and tokens that a box covers in part get a part of λ. So what comes out is measured, and each head's λ is moved on by what its mean share lacks, by Newton's method:
-the mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
+that were measured; and tokens that a box covers in part get a part of λ. So what comes out is measured, and each head's λ is moved
+on by what its mean share lacks, by Newton's method: the mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def strength_for_mass(
 ) -> MassStrength:
     """λ per steered head with which the span's mean share of attention is `target_mass`.
 
-    The span are the tokens that score at least half as high as any in their row: those that a box covers by half, or more. λ comes from the closed form, and is mended by what is measured until the head
-    that misses most misses by 1 %, or for as many passes as layers are steered and at least 24. `steered_mass` says what comes out
-    with all heads steered, `missed_share` how near that is: a box in a picture that keeps its mass gets no more than the picture has.
+    The span are the tokens that score at least half as high as any in their row: those that a box covers by half, or more. λ comes
+    from the closed form, and is mended by what is measured until the head that misses most misses by 1 %, or for as many passes as
+    layers are steered and at least 24. `steered_mass` says what comes out with all heads steered, `missed_share` how near that is:
+    a box in a picture that keeps its mass gets no more than the picture has.
 
     Args:
         model: patched so that scores lie between 0 and 1, as what is said does unless the configuration says otherwise

@@ -57,6 +57,7 @@ def test_each_head_and_query_gives_the_span_its_share_and_no_more():
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_all_implementations_give_what_eager_gives(implementation, padded):
+    torch.compiler.reset()  # with more than ten sizes left open, FlexAttention on CPUs does not compile (torch 2.14)
     inputs = prompt(tokens=12, rows=2)
     if padded:
         inputs["attention_mask"][0, :2] = 0

@@ -17,7 +17,7 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.decoders import checkpoints, skips_layers
-from hf_steer.ground.outputs import caches_in, logits_in, put_record
+from hf_steer.ground.outputs import logits_in, put_record
 from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
 from hf_steer.patching.gaze.begin import begin_gaze
@@ -235,11 +235,7 @@ class Gaze(nn.Module):
             refuse_unsigned(missing, module, self.plan.anatomy.root, self.places)
         if not current.watched and current.pace is not None and current.pace.before is not None:  # the root's hooks do not run
             current.state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, None))
-        if current.cache is not None:
-            current.state = write_state(current.cache, current.state)
-        for cache in caches_in(output):
-            if cache is not current.cache:
-                current.state = write_state(cache, current.state)
+        current.state = write_state(current.state, current.cache, output)
 
     def after_model(self, current: Pass, output: Any) -> None:
         """Root: its logits are known; the gates of the next step come from them."""
@@ -253,8 +249,7 @@ class Gaze(nn.Module):
             )
         logits = logits_in(output)
         state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, logits))
-        for cache in caches_in(output):
-            write_state(cache, state)
+        write_state(state, None, output)
         for listener in listeners:
             listener.generated(current, logits, self._effective(current, logits.device))
 

@@ -6,7 +6,8 @@ A query gives a span the share ψ. A bias of λ on the logits of every key in th
 
 Of several queries the mean share is no function of the mean log-odds, and a layer after a steered one sees other inputs than those
 that were measured; and tokens that a box covers in part get a part of λ. So what comes out is measured, and each head's λ is moved
-on by what its mean share lacks, by Newton's method: the mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
+on by what its mean share lacks, by Newton's method: the mean share grows with λ by the mean of ψ(1-ψ). A layer
+depends on those before it alone, so one after the other they settle.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ from hf_steer.attention import say_once
 from hf_steer.config.manners import MANNERS
 from hf_steer.errors import SaliencyError
 
-pytestmark = pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
-
 
 def logits(model, inputs, **said):
     with torch.no_grad():

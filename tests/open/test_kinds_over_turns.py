@@ -10,7 +10,6 @@ from kit.tiny import make_model, make_prompt
 from hf_steer import AttentionConfig, GateConfig, Saliency, SaliencyConfig, patch_model
 from hf_steer.config.manners import MANNERS
 
-pytestmark = pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
 FIRST, SECOND = [[3, ("image", 4, 3), 4]], [[2, ("image", 2, 3), 5]]
 TEXT = slice(-4, -2)
 """Of a turn: the tokens that are pointed at."""

@@ -128,7 +128,6 @@ def test_video_features_that_the_caller_computed_keep_their_saliency():
 
 
 @each
-@pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
 def test_token_scores_of_the_user_need_no_place_in_the_picture(variant):
     """Also where the caller encoded the pictures while the model's own eyes were watched."""
     model = patch_model(make_model(variant), steer())

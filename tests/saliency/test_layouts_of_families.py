@@ -230,7 +230,6 @@ def test_tiles_are_arranged_as_processors_arrange_them_for_hundreds_of_shapes():
             assert (canvas.rows, canvas.columns) == chosen, (height, width)
 
 
-@pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
 def test_a_family_whose_layout_is_not_known_takes_scores_of_tokens_and_refuses_boxes():
     """Idefics2's picture tokens are what a resampler made of the whole picture, and lie nowhere in it."""
     model = make_model_without_places()

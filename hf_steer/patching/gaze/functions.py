@@ -16,7 +16,7 @@ from hf_steer.ground.attention_call import called_by_name, declared_unknown, ste
 from hf_steer.ground.implementations import (
     SWITCH,
     function_of,
-    implementations_of,
+    implementation_of,
     is_ours,
     register_function,
     rename_function,
@@ -58,10 +58,10 @@ class Functions:
         if self.unfit:
             self.names, self.eyes = dict.fromkeys(kinds, decoder), tower
 
-    def running(self) -> tuple[str | None, str | None]:
+    def running(self) -> tuple[str, str | None]:
         """The implementations that decoder and tower run; None for a tower that is not there."""
-        decoder, tower = implementations_of((self.plan.anatomy.decoder, self.plan.anatomy.tower))
-        return decoder, tower
+        decoder, tower = self.plan.anatomy.decoder, self.plan.anatomy.tower
+        return implementation_of(decoder.config), None if tower is None else implementation_of(tower.config)
 
     def _why_unfit(self) -> str:
         """Of a model that was steerable when it was patched: why it is not now, and what to do; empty where it is."""

@@ -33,7 +33,7 @@ from hf_steer.patching.gaze.when import ALWAYS, PassFacts, gates_after, pace
 from hf_steer.patching.passes import Pass, pass_of
 from hf_steer.patching.planned import Plan, Strengths
 from hf_steer.patching.scopes import STEERING, scope_of, take_statement
-from hf_steer.patching.unchanged import place_of
+from hf_steer.patching.unchanged import place_of, refuse_replaced
 from hf_steer.saliency import EyeRecorder, record_with
 
 
@@ -159,6 +159,8 @@ class Gaze(nn.Module):
             prompt, start = current.prompt, int(past)
 
             def look() -> Tensor:
+                if self.plan.readers and not torch.compiler.is_compiling():  # the receipt is of steered layers alone
+                    refuse_replaced(self.places)
                 return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=current.prompt_end)
 
             current.state = resolve_state(current, prompt, self.plan, rows=rows, past=start, device=device, look=look)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import Given
-from hf_steer.ground.caches import past_of
 from hf_steer.ground.implementations import IMPLEMENTATION
 from hf_steer.patching.blocks import held_elsewhere
 from hf_steer.patching.gaze.apart import follow_source, refuse_regrown, unexpanded, with_own_labels
@@ -92,8 +91,7 @@ def _begin_across(steering: Any, current: Pass, given: Given, said: Saliency | N
         warn_of_others(steering)
     follow_source(current, given)
     if current.steers and (not current.decided or given.count_tokens() > 1):
-        past = 0 if given.cache is None else int(past_of(given.cache))
-        prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=past, whole=False)
+        prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=int(given.past), whole=False)
         current.prompt = with_own_labels(prompt, current) if steering.pairs else prompt
     if current.steers and steering.gaze.functions.unfit:
         raise PatchError(steering.gaze.functions.unfit)
@@ -125,7 +123,7 @@ def _pass_over(scope: Scope, given: Given) -> None:
 def _begin_alone(steering: Any, current: Pass, given: Given) -> None:
     """A pass by itself: of a loop of the caller's own, in training, or one that was asked for by itself."""
     plan, state = steering.plan, current.state
-    past: int | Tensor = 0 if given.cache is None else past_of(given.cache)
+    past = given.past
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
     if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):

@@ -15,7 +15,6 @@ from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import AUTO, MANNERS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
-from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.decoders import checkpoints, skips_layers
 from hf_steer.ground.outputs import logits_in, put_record
 from hf_steer.ground.pictures import window_of
@@ -148,8 +147,8 @@ class Gaze(nn.Module):
         given = read_call(module, args, kwargs)
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        matters = cache is not None and (current.prompt is not None or self.paces or traced or bool(self.opens))
-        current.cache, past = cache, past_of(cache) if matters else 0
+        matters = current.prompt is not None or self.paces or traced or bool(self.opens)
+        current.cache, past = cache, given.past if matters else 0
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
@@ -192,7 +191,7 @@ class Gaze(nn.Module):
         if self.crosses:
             places = [(current.state.length, 0)] * len(strengths)
         else:
-            places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
+            places = given.keys_seen(tuple(map(self.slots.__getitem__, strengths)))
         state = current.state
         if self.open and current.scope.strengths is None:
             state = state.as_usual(self.plan.manners[state.kind].strength)

@@ -115,6 +115,11 @@ class SteeredLM(HFLM):
                     scored[context] = said.tokens[0].tolist()  # type: ignore[index]
                 read = slice(-(self.max_length + 1), None)
                 row, marks = (ids + continuation)[read], (scored[context] + [0.0] * len(continuation))[read][:-1]
+                if not any(marks):
+                    raise ConfigError(
+                        f"what is pointed at lies before the last {len(row)} tokens, which are all that is read of a prompt that "
+                        f"begins {context[:60]!r}. Give the model a larger max_length, or shorter prompts."
+                    )
                 known = marks, max(0, len(row) - len(continuation))
                 if self.marks.setdefault(tuple(row[:-1]), known) != known:
                     raise ConfigError(f"two contexts read the same in tokens and point at different stretches: {context!r}.")

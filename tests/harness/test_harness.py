@@ -121,6 +121,9 @@ def test_a_look_that_is_not_in_the_prompt_and_trial_batches_are_errors(harness, 
         lm.loglikelihood([Instance("loglikelihood", {"look": "nowhere"}, ("some text", " end"), 0)], disable_tqdm=True)
     with pytest.raises(ConfigError, match="batch_size must be a number; got 'auto'"):
         harness.SteeredLM(str(folders[0]), str(folders[1]), gguf_file=FILE, batch_size="auto")
+    long = Instance("loglikelihood", {"look": "start"}, ("start" + " and on" * lm.max_length, " end"), 0)
+    with pytest.raises(ConfigError, match="what is pointed at lies before the last .* larger max_length"):
+        lm.loglikelihood([long], disable_tqdm=True)
 
 
 def test_our_tasks_run_steered_and_plain_under_the_registered_name(lm, tmp_path):

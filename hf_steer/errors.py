@@ -1,7 +1,9 @@
-"""Every error that hf_steer raises on purpose; each is also the built-in that a caller would expect."""
+"""Every error that hf_steer raises on purpose; each is also the built-in that a caller would expect. And what is said but once."""
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 _LONGEST = 120
@@ -46,3 +48,9 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
         return f"a {type(value).__name__} too large to print"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+@cache
+def say_once(message: str) -> None:
+    """Warn, once per message and process; `say_once.cache_clear()` lets all be said anew."""
+    warnings.warn(message, stacklevel=2)

@@ -1,6 +1,6 @@
 """Pure functions that attend with a bias; one file per way to carry it."""
 
-from hf_steer.attention.backends import attend_for, choose_backend, say_once
+from hf_steer.attention.backends import attend_for, choose_backend
 from hf_steer.attention.bias import head_bias, mass_shift, on_device
 from hf_steer.attention.chunks import READABLE, chunks_of, logits_in_chunks
 from hf_steer.attention.masked import add_to_mask
@@ -39,5 +39,4 @@ __all__ = [
     "on_device",
     "recording_attention",
     "registered_name",
-    "say_once",
 ]

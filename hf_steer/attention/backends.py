@@ -7,9 +7,7 @@ it is taken where it is asked for by name.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from hf_steer.attention.folded import attend_folded, refuse_folded
 from hf_steer.attention.fused import attend_fused, refuse_fused
 from hf_steer.attention.masked import attend_masked
 from hf_steer.config.attention import AUTO
-from hf_steer.errors import SteerError
+from hf_steer.errors import SteerError, say_once
 from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.ground.implementations import FLASH
 from hf_steer.registry import BACKENDS, Backend
@@ -93,9 +91,3 @@ def refuse(name: str, call: AttentionCall) -> str | None:
     if backend.instead and not call.plain:
         return f"it would pass over the function that is registered as {call.implementation!r} in place of transformers' own"
     return None if backend.refuse is None else backend.refuse(call)
-
-
-@cache
-def say_once(message: str) -> None:
-    """Warn, once per message and process; `say_once.cache_clear()` lets all be said anew."""
-    warnings.warn(message, stacklevel=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,6 +117,28 @@ class Given:
         """Tokens per row."""
         tokens: int = 0 if self.source is None else self.source.shape[1]
         return tokens
+
+    @property
+    def past(self) -> int | Tensor:
+        """Keys in its cache now: a number, or a tensor for a static cache; 0 without one."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
+
+    def keys_seen(self, slots: Sequence[int | None]) -> list[tuple[int, int]]:
+        """How many keys layers will attend to in this call, and the position of the first.
+
+        Args:
+            slots: where the cache, which is not updated yet, holds each layer's keys; None for all keys so far.
+        """
+        queries = self.count_tokens()
+        return [(queries, 0) if self.cache is None else self._keys_in(slot, queries) for slot in slots]
+
+    def _keys_in(self, slot: int | None, queries: int) -> tuple[int, int]:
+        if slot is not None:
+            try:
+                return self.cache.get_mask_sizes(queries, slot)  # type: ignore[no-any-return]
+            except ValueError:  # a layer that has no keys of its own there, but shares those of another (Gemma 3n)
+                pass
+        return int(self.past) + queries, 0
 
     def with_mask(self, mask: Tensor | None) -> Given:
         """The same arguments with a mask."""

@@ -1,11 +1,11 @@
-"""Key-value caches of transformers: where a pass leaves them, how long they are, what layers will see, what moves their rows."""
+"""Key-value caches of transformers: where a pass leaves them, how long they are, what their rows are known by, what moves rows."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,28 +57,6 @@ def caches_after(given: Any, output: Any) -> list[Any]:
 def past_of(cache: Any) -> int | Tensor:
     """Keys in a cache: a number, or a tensor for a static cache; 0 without one."""
     return 0 if cache is None else cache.get_seq_length()
-
-
-def keys_seen(cache: Any, queries: int, slots: Sequence[int | None]) -> list[tuple[int, int]]:
-    """How many keys layers will attend to in a pass of so many queries, and the position of the first.
-
-    Args:
-        cache: before it is updated; None without one.
-        queries: of the pass.
-        slots: where the cache holds each layer's keys; None for all keys so far.
-    """
-    if cache is None:
-        return [(queries, 0)] * len(slots)
-    return [_sizes(cache, queries, slot) for slot in slots]
-
-
-def _sizes(cache: Any, queries: int, slot: int | None) -> tuple[int, int]:
-    if slot is not None:
-        try:
-            return cache.get_mask_sizes(queries, slot)  # type: ignore[no-any-return]
-        except ValueError:  # a layer that has no keys of its own there, but shares those of another (Gemma 3n)
-            pass
-    return int(past_of(cache)) + queries, 0
 
 
 def whole_keys(cache: Any) -> Tensor | None:

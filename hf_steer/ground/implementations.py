@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +17,8 @@ LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 """The table of attention functions, by the name that modules look them up under."""
 _THEIR_BASE = "transformers.modeling_utils"
 FLASH = ("flash_attention_2", "flash_attention_3")
+IMPLEMENTATION = "_attn_implementation"
+"""Where the config of a (sub-)model, or of one module, says which implementation it runs; None for eager."""
 _NAME = "_attn_implementation_internal"
 ORIGINAL = "hf_steer_original"
 """Where a steered module's config keeps the one that it is a copy of."""
@@ -32,12 +34,7 @@ SWITCH = "model.set_attn_implementation"
 
 def implementation_of(config: Any) -> str:
     """The attention implementation that a (sub-)model, or one steered module, runs."""
-    return config._attn_implementation or "eager"
-
-
-def implementations_of(parts: Iterable[Any]) -> list[str | None]:
-    """The same of several; None for a part that is not there."""
-    return [None if part is None else part.config._attn_implementation or "eager" for part in parts]
+    return getattr(config, IMPLEMENTATION) or "eager"
 
 
 def use_implementation(model: Any, name: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from hf_steer.attention import say_once
 from hf_steer.config import AttentionConfig
 from hf_steer.config.attention import AUTO
-from hf_steer.errors import PatchError
+from hf_steer.errors import PatchError, say_once
 from hf_steer.ground.implementations import implementation_of
 from hf_steer.ground.parts import Anatomy
 

@@ -14,7 +14,6 @@ from torch import nn
 from hf_steer.attention import CURRENT_PASS
 from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import Given, inferred_mask, own_spellings, read_call, read_generate
-from hf_steer.ground.caches import past_of
 from hf_steer.ground.decoders import reads_encoder
 from hf_steer.ground.longform import SEGMENT, goes_by_stretches, rows_in, seconds_of, source_in, stretch_in
 from hf_steer.patching.aligning.hooks import Aligners
@@ -28,7 +27,6 @@ from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass, live_pass, pass_of
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import CALL, SAID, SOURCE, STEERING, STRETCH, Scope, Source, Stretch, scope_of, take_statement
-from hf_steer.saliency import Saliency
 
 
 class Root(nn.Module):
@@ -132,22 +130,10 @@ class Root(nn.Module):
         `saliency=` says where to look in this call, whatever thread or pool it runs in.
         """
         original = self.original("generate")
-        said, kwargs = take_statement(self, kwargs)
-        scope = scope_of(self)
-        if not (self.plan.strengths or self.prompted):
-            return original(*args, **kwargs)
-        if self.pairs or self.gaze.crosses:  # what its decoder begins with is not known yet; each pass of it says what it is
-            return self._generate_apart(original, args, kwargs, said)
-        given = read_generate(args, kwargs)
-        if given.mask is None:
-            given = given.with_mask(inferred_mask(given, self.plan.anatomy.root))
-        call = Generation(ids=given.ids, mask=given.mask)
-        if self.plan.strengths and not scope.off:
-            if scope.call is not None and scope.call.drafts:
-                call.steers = True
-            else:
-                self._read_call(call, given, scope, said)
-        if not (call.steers or (self.prompted and given.ids is not None)):
+        if (self.pairs or self.gaze.crosses) and (self.plan.strengths or self.prompted):
+            return self._generate_apart(original, args, kwargs)
+        call, kwargs = self._open(args, kwargs)
+        if call is None:
             return original(*args, **kwargs)
         with Block(self, CALL, call, follows=False):
             result = original(*args, **kwargs)
@@ -159,8 +145,43 @@ class Root(nn.Module):
         call.close()
         return result
 
-    def _generate_apart(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], said: Saliency | None) -> Any:
-        """A `generate` whose passes each begin by themselves, with what is said around them."""
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Generation | None, dict[str, Any]]:
+        """A `generate` before it runs, and its other arguments; None where its passes need not know of it."""
+        said, kwargs = take_statement(self, kwargs)
+        scope, root, gazes = scope_of(self), self.plan.anatomy.root, bool(self.plan.strengths)
+        if not (gazes or self.prompted):
+            return None, kwargs
+        given = read_generate(args, kwargs)
+        if given.mask is None:
+            given = given.with_mask(inferred_mask(given, root))
+        call = Generation(ids=given.ids, mask=given.mask)
+        known = call if self.prompted and given.ids is not None else None
+        if not gazes or scope.off:
+            return known, kwargs
+        if scope.call is not None and scope.call.drafts:
+            call.steers = True
+            return call, kwargs
+        call.past, guided, drafts = int(given.past), given.guides(root), given.drafts_for(root)
+        call.block = scope.saliency
+        call.statement = statement = call.block if said is None else said
+        if statement is None:
+            warn_of_others(self)
+        call.prompt = prompt = read_prompt(given, self.plan, statement, past=call.past, whole=True)
+        if prompt is None:
+            return known, kwargs
+        state = None if given.cache is None else read_state(given.cache)
+        if unseen := call.past if state is None else state.unseen_among(call.past):
+            seen = None if prompt.ids is None or prompt.first_position else prompt.ids[:, : call.past]
+            refuse_unseen(self.plan, statement, unseen, seen)
+        sees = self.gaze.sees and (prompt.ids is None or bool(prompt.spans))
+        call.asks = statement is not None or sees or (state is not None and state.speaks)
+        call.steers, call.guided, call.drafts = True, guided, drafts
+        return call, kwargs
+
+    def _generate_apart(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A `generate` whose passes each begin by themselves, with what is said around them: what its decoder begins with is not
+        known yet, and each pass says what it is."""
+        said, kwargs = take_statement(self, kwargs)
         with ExitStack() as blocks:
             if said is not None:
                 blocks.enter_context(Block(self, SAID, said, follows=False))
@@ -181,25 +202,6 @@ class Root(nn.Module):
         anew = Source(source.rows, source.seconds)  # each stretch has a prompt of its own
         with Block(self, STRETCH, stretch, follows=False), Block(self, SOURCE, anew, follows=False):
             return original(**kwargs)
-
-    def _read_call(self, call: Generation, given: Given, scope: Scope, said: Saliency | None) -> None:
-        """The gaze's part of a `generate` that is not a draft."""
-        call.block = scope.saliency
-        call.statement = statement = call.block if said is None else said
-        if statement is None:
-            warn_of_others(self)
-        call.past = past = int(past_of(given.cache))
-        call.prompt = prompt = read_prompt(given, self.plan, statement, past=past, whole=True)
-        if prompt is None:
-            return
-        state = read_state(given.cache)
-        if unseen := past if state is None else state.unseen_among(past):
-            known = None if prompt.ids is None or prompt.first_position else prompt.ids[:, :past]
-            refuse_unseen(self.plan, statement, unseen, known)
-        root = self.plan.anatomy.root
-        sees = self.gaze.sees and (prompt.ids is None or bool(prompt.spans))
-        call.asks = statement is not None or sees or (state is not None and state.speaks)
-        call.steers, call.guided, call.drafts = True, given.guides(root), given.drafts_for(root)
 
     def original(self, name: str) -> Any:
         """A method of the root model as it was before patching."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_steer.errors import PatchError
-from hf_steer.ground.implementations import PREFIX, implementations_of
+from hf_steer.ground.implementations import implementation_of, is_ours
 from hf_steer.ground.parts import Site
 
 AGAIN = "Take the steering back first, change the model, and patch it again: hf_steer.unpatch_model(model), then patch_model."
@@ -40,31 +39,15 @@ def place_of(root: nn.Module, site: Site) -> Place:
     return Place(site, root.get_submodule(parent), child)
 
 
-def refuse_changed(gaze: Any, *, asked: bool) -> None:
-    """Let a model's steered modules go with it to another attention implementation, and see that they are still those.
-
-    Args:
-        gaze: of the model.
-        asked: whether something is to be steered now.
-
-    Raises:
-        PatchError: something is asked, and the implementation cannot be steered, or steered parts were replaced.
-    """
-    places: Sequence[Place] = gaze.places if asked and not torch.compiler.is_compiling() else ()
-    own = [place.site for place in places]  # those with a hook instead of a function sign the receipt, or miss it
-    anatomy, modules = gaze.plan.anatomy, [site.module if site.takes is None else None for site in own]
-    decoder, tower, *names = implementations_of((anatomy.decoder, anatomy.tower, *modules))
-    if (decoder, tower) != gaze.functions.implementations:
-        gaze.functions.follow()
-        names = implementations_of(modules)
-    if asked and gaze.functions.unfit:
-        raise PatchError(gaze.functions.unfit)
-    for place, name in zip(places, names, strict=True):
+def refuse_replaced(places: Iterable[Place]) -> None:
+    """PatchError where a module, or its config, is no longer the one that was patched."""
+    for place in places:
         there: Any = place.parent._modules.get(place.child)
         if there is not None and there is not place.site.module:
             kind = type(there).__name__
             raise PatchError(f"{place.site.name} was replaced by a {kind} after patching, which is not steered. {AGAIN}")
-        if place.site.takes is None and not str(name).startswith(PREFIX):
+        # those with a hook instead of a function sign the receipt, or miss it
+        if place.site.takes is None and not is_ours(name := implementation_of(place.site.module.config)):
             raise PatchError(
                 f"the config of {place.site.name} was replaced after patching, or its attention implementation was set: it names "
                 f"{name!r} and no longer hf_steer's function. {AGAIN}"

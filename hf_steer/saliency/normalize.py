@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import AUTO, Manner
-from hf_steer.errors import SaliencyError
+from hf_steer.errors import SaliencyError, say_once
 from hf_steer.values import TokenScores
 
 _FLAT = 1e-6
@@ -82,8 +82,23 @@ def normalize(scores: TokenScores, method: str, clip: float, *, winsorize: bool 
     return TokenScores(values, scores.group, scores.groups)
 
 
-def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Manner, kind: str) -> TokenScores:
-    """Raw scores in the manner of their kind, a key of `MANNERS`; groups that need not keep their mass are none."""
+def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Manner, kind: str, *, told: bool) -> TokenScores:
+    """Raw scores in the manner of their kind, a key of `MANNERS`; groups that need not keep their mass are none.
+
+    Where what the user `told` changes nothing, it is said once.
+
+    Raises:
+        SaliencyError: a share is to be kept on what is only looked away from.
+    """
+    if told and _is_lost(scores, manner):
+        why = "attention moves within a picture, video or sound and not towards it" if manner.preserve_mass else (
+            f"normalize={manner.normalize!r} makes equal scores zero"
+        )
+        say_once(
+            f"what is pointed at covers a whole picture, video, sound or prompt evenly, which changes nothing there: {why}. Point "
+            "at a part of it; or, to draw attention to all of it, patch with "
+            "SaliencyConfig(normalize='maxabs', preserve_mass=False)."
+        )
     winsorize = kind in ("tokens", "source")  # regions that a user draws mean their peaks
     scores = normalize(scores, manner.normalize, attention.saliency.clip, winsorize=winsorize)
     group, groups = (scores.group, scores.groups) if manner.preserve_mass else (torch.full_like(scores.group, -1), 0)
@@ -95,7 +110,7 @@ def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Man
     return TokenScores(scores.values, group, groups, usual)
 
 
-def is_lost(scores: TokenScores, manner: Manner) -> bool:
+def _is_lost(scores: TokenScores, manner: Manner) -> bool:
     """Whether raw scores say the same of all tokens of a group, and the manner leaves nothing of that: they move nothing there."""
     if torch.compiler.is_compiling() or not (manner.preserve_mass or manner.normalize in NORMALIZERS):
         return False

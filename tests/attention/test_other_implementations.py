@@ -85,7 +85,7 @@ def test_flash_attention_is_steered_like_sdpa(family, backend, version, flash):
 
 
 def test_a_mask_cannot_go_into_flash_so_the_channels_do_and_that_is_said(flash):
-    from hf_steer.attention.backends import say_once
+    from hf_steer.errors import say_once
 
     say_once.cache_clear()
     model, inputs = running(make_model("qwen2"), "flash_attention_2"), prompt_for("qwen2")

@@ -11,9 +11,8 @@ from kit.documents import ROOT
 from kit.tiny import make_model, make_prompt
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_strength
-from hf_steer.attention import say_once
 from hf_steer.config.manners import MANNERS
-from hf_steer.errors import SaliencyError
+from hf_steer.errors import SaliencyError, say_once
 
 
 def logits(model, inputs, **said):

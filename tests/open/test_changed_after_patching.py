@@ -11,7 +11,7 @@ from kit.asking import generate, logits, look, plain_logits, prompt, right_or_re
 from kit.tiny import make_model
 from transformers import StoppingCriteria
 
-from hf_steer import PatchError, get_steer_status, patch_model, unpatch_model
+from hf_steer import AttentionConfig, PatchError, SaliencyConfig, get_steer_status, patch_model, unpatch_model
 
 REMEDY = "unpatch_model|patch_model|[Pp]atch"
 families = pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
@@ -83,6 +83,34 @@ def test_a_statement_per_call_is_heeded_or_refused_by_a_changed_model(change):
     expected = logits(model, inputs, said)
     change(model)
     right_or_refused(lambda: logits(model, {**inputs, "saliency": said}), expected, REMEDY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_attention, r"layers.1.self_attn was replaced by a Qwen2Attention after patching"),
+        (replace_attention_config, r"the config of model.layers.1.self_attn was replaced after patching.*names 'sdpa'"),
+        (replace_layer, r"layers.1.self_attn is not the module that was patched; its layer was replaced"),
+    ],
+    ids=lambda own: getattr(own, "__name__", ""),
+)
+def test_the_refusal_says_what_was_replaced(change, message):
+    model, inputs = steered(), prompt()
+    change(model)
+    with pytest.raises(PatchError, match=message):
+        logits(model, inputs, look(inputs))
+
+
+@pytest.mark.parametrize("change", [replace_attention, replace_attention_config], ids=lambda change: change.__name__)
+def test_a_layer_whose_attention_is_read_and_not_steered_is_missed_when_it_was_replaced(change):
+    """It signs no receipt; the first pass would read the other layers alone."""
+    read = SaliencyConfig(source="decoder_attention", source_heads={0: (0,), 1: (0, 2)})
+    model, inputs = make_model("qwen2_vl"), prompt("qwen2_vl")
+    patch_model(model, AttentionConfig(heads={2: "all"}, strength=3.0, saliency=read))
+    logits(model, inputs)
+    change(model)
+    with pytest.raises(PatchError, match="layers.1.self_attn was replaced"):
+        logits(model, inputs)
 
 
 @families

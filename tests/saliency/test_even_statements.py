@@ -10,7 +10,7 @@ from kit.asking import logits, plain_logits
 from kit.tiny import make_model, make_prompt
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, patch_model
-from hf_steer.attention import say_once
+from hf_steer.errors import say_once
 
 SIZE = (42, 56)
 WHOLE = {

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import IGNORED_LABEL, Given
-from hf_steer.ground.caches import past_of
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.scopes import Source
@@ -25,7 +24,7 @@ def follow_source(current: Pass, given: Given) -> None:
     source = current.scope.source
     if source is None or given.source is None or torch.compiler.is_compiling():
         return
-    end = int(past_of(given.cache)) + given.count_tokens()
+    end = int(given.past) + given.count_tokens()
     if source.prompt_end is None:
         source.prompt, source.prompt_end = given.ids, end
     elif current.state is None and current.statement is not None and not _begins_alike(source, given.ids):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import Given
-from hf_steer.ground.caches import past_of
+from hf_steer.ground.implementations import IMPLEMENTATION
 from hf_steer.patching.blocks import held_elsewhere
 from hf_steer.patching.gaze.apart import follow_source, refuse_regrown, unexpanded, with_own_labels
 from hf_steer.patching.gaze.crossing import begin_crossing
@@ -20,7 +20,6 @@ from hf_steer.patching.gaze.prompt import read_prompt
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import SAID, Scope
-from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.saliency import Saliency
 
 UNSEEN = (
@@ -39,13 +38,13 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         said: what the call itself says.
 
     Raises:
-        PatchError: a pass inside `generate` that belongs to nobody; steered parts that were replaced.
+        PatchError: a pass inside `generate` that belongs to nobody; an implementation that cannot be steered.
         SaliencyError: keys in the cache that hf_steer has not seen; what is said does not fit.
     """
     plan, scope, sees, compiling = steering.plan, current.scope, steering.gaze.sees, torch.compiler.is_compiling()
     current.decided, current.tokens, current.source = given.source is not None, given.ids, given.source
+    follow_implementation(steering.gaze)
     if scope.off:
-        refuse_changed(steering.gaze, asked=False)
         _pass_over(scope, given)
         return
     current.backend = plan.config.attention.backend
@@ -70,9 +69,19 @@ def begin_gaze(steering: Any, current: Pass, given: Given, said: Saliency | None
         if scope.source is not None:
             follow_source(current, given)
         _begin_alone(steering, current, given)
-    refuse_changed(steering.gaze, asked=asked)
+    if asked and steering.gaze.functions.unfit:
+        raise PatchError(steering.gaze.functions.unfit)
     if compiling:
         _settle_compiled(steering, current, asked=asked)
+
+
+def follow_implementation(gaze: Any) -> None:
+    """Let a model's steered modules go with it to another attention implementation, which may be set at any time."""
+    anatomy, functions = gaze.plan.anatomy, gaze.functions
+    decoder, tower = functions.implementations
+    changed = (getattr(anatomy.decoder.config, IMPLEMENTATION) or "eager") != decoder
+    if changed or (tower is not None and (getattr(anatomy.tower.config, IMPLEMENTATION) or "eager") != tower):
+        functions.follow()
 
 
 def _begin_across(steering: Any, current: Pass, given: Given, said: Saliency | None) -> None:
@@ -82,10 +91,10 @@ def _begin_across(steering: Any, current: Pass, given: Given, said: Saliency | N
         warn_of_others(steering)
     follow_source(current, given)
     if current.steers and (not current.decided or given.count_tokens() > 1):
-        past = 0 if given.cache is None else int(past_of(given.cache))
-        prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=past, whole=False)
+        prompt = read_prompt(unexpanded(given, current.scope.source), steering.plan, None, past=int(given.past), whole=False)
         current.prompt = with_own_labels(prompt, current) if steering.pairs else prompt
-    refuse_changed(steering.gaze, asked=current.steers)
+    if current.steers and steering.gaze.functions.unfit:
+        raise PatchError(steering.gaze.functions.unfit)
     _settle_compiled(steering, current, asked=current.steers)
 
 
@@ -114,7 +123,7 @@ def _pass_over(scope: Scope, given: Given) -> None:
 def _begin_alone(steering: Any, current: Pass, given: Given) -> None:
     """A pass by itself: of a loop of the caller's own, in training, or one that was asked for by itself."""
     plan, state = steering.plan, current.state
-    past: int | Tensor = 0 if given.cache is None else past_of(given.cache)
+    past = given.past
     if isinstance(past, Tensor) and given.count_tokens() > 1 and not torch.compiler.is_compiling():
         past = int(past)
     if state is not None and state.unseen is not None and (unseen := state.unseen_among(int(past))):

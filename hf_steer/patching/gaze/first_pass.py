@@ -15,7 +15,7 @@ from hf_steer.attention import AttentionCall, SteeredCall, logits_in_chunks
 from hf_steer.config.options import own_options
 from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given, with_changes
-from hf_steer.ground.caches import copy_of, past_of
+from hf_steer.ground.caches import copy_of
 from hf_steer.patching.gaze.prompt import Prompt
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import STEERING, Enough
@@ -161,7 +161,7 @@ def slope_first(
 def _without_cache(decoder: nn.Module, given: Given) -> dict[str, Any]:
     """The decoder's arguments, for a pass that leaves no trace: without a cache, or on a copy of one that holds something."""
     own = Given({name: value for name, value in given.named.items() if name != STEERING}, given.own)
-    if not int(past_of(own.cache)):
+    if not int(own.past):
         mask = _cut(own.mask, own.count_tokens())
         return with_changes(decoder, own, cache=None, keeps_cache=False, mask=mask)
     return with_changes(decoder, own, cache=copy_of(own.cache), keeps_cache=True)

@@ -16,7 +16,7 @@ from hf_steer.ground.attention_call import called_by_name, declared_unknown, ste
 from hf_steer.ground.implementations import (
     SWITCH,
     function_of,
-    implementations_of,
+    implementation_of,
     is_ours,
     register_function,
     rename_function,
@@ -58,21 +58,22 @@ class Functions:
         if self.unfit:
             self.names, self.eyes = dict.fromkeys(kinds, decoder), tower
 
-    def running(self) -> tuple[str | None, str | None]:
+    def running(self) -> tuple[str, str | None]:
         """The implementations that decoder and tower run; None for a tower that is not there."""
-        decoder, tower = implementations_of((self.plan.anatomy.decoder, self.plan.anatomy.tower))
-        return decoder, tower
+        decoder, tower = self.plan.anatomy.decoder, self.plan.anatomy.tower
+        return implementation_of(decoder.config), None if tower is None else implementation_of(tower.config)
 
     def _why_unfit(self) -> str:
         """Of a model that was steerable when it was patched: why it is not now, and what to do; empty where it is."""
-        (decoder, tower), (was, saw) = self.implementations, self.first
+        (decoder, tower), (decided, saw) = self.implementations, self.first
+        part, now, was = "decoder", decoder, str(decided)
         eyes = {type(site.module) for site in self.plan.eyes}
-        if self.plan.anatomy.carried == "mask" and decoder != was:
-            part, now, fault = "decoder", decoder, f"it gets its bias with its mask, as {was!r} takes it"
-        elif self.names and not _can_wrap(decoder, self.names):
-            part, now, fault = "decoder", decoder, f"hf_steer can steer {', '.join(STEERABLE)}"
+        if self.plan.anatomy.carried == "mask" and now != was:
+            fault = f"it gets its bias with its mask, as {was!r} takes it"
+        elif self.names and not _can_wrap(now, self.names):
+            fault = f"hf_steer can steer {', '.join(STEERABLE)}"
         elif eyes and not _can_wrap(tower, eyes):
-            part, now, was, fault = "vision tower", tower, saw, f"hf_steer can watch {', '.join(STEERABLE)}"
+            part, now, was, fault = "vision tower", str(tower), str(saw), f"hf_steer can watch {', '.join(STEERABLE)}"
         else:
             return ""
         return (

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention import say_once
 from hf_steer.config import AttentionConfig
 from hf_steer.config.manners import AUTO, MANNERS
-from hf_steer.errors import PatchError
+from hf_steer.errors import PatchError, say_once
 from hf_steer.ground.arguments import read_call
-from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.decoders import checkpoints, skips_layers
 from hf_steer.ground.outputs import logits_in, put_record
 from hf_steer.ground.pictures import window_of
@@ -33,7 +31,7 @@ from hf_steer.patching.gaze.when import ALWAYS, PassFacts, gates_after, pace
 from hf_steer.patching.passes import Pass, pass_of
 from hf_steer.patching.planned import Plan, Strengths
 from hf_steer.patching.scopes import STEERING, scope_of, take_statement
-from hf_steer.patching.unchanged import place_of
+from hf_steer.patching.unchanged import place_of, refuse_replaced
 from hf_steer.saliency import EyeRecorder, record_with
 
 
@@ -149,8 +147,8 @@ class Gaze(nn.Module):
         given = read_call(module, args, kwargs)
         tokens: Tensor = given.source if given.embeds is None else given.embeds
         (rows, queries), device, cache = tokens.shape[:2], tokens.device, given.cache
-        matters = cache is not None and (current.prompt is not None or self.paces or traced or bool(self.opens))
-        current.cache, past = cache, past_of(cache) if matters else 0
+        matters = current.prompt is not None or self.paces or traced or bool(self.opens)
+        current.cache, past = cache, given.past if matters else 0
         gates = None  # what they remember of this cache, before a prompt makes a new state for it
         if (self.paces or traced) and current.state is not None and (current.prompt is None or int(past)):
             gates = current.state.for_rows(rows).gates
@@ -160,6 +158,8 @@ class Gaze(nn.Module):
             prompt, start = current.prompt, int(past)
 
             def look() -> Tensor:
+                if self.plan.readers and not torch.compiler.is_compiling():  # the receipt is of steered layers alone
+                    refuse_replaced(self.places)
                 return look_at_prompt(self.plan, prompt, given, rows=rows, past=start, prompt_end=current.prompt_end)
 
             current.state = resolve_state(current, prompt, self.plan, rows=rows, past=start, device=device, look=look)
@@ -192,7 +192,7 @@ class Gaze(nn.Module):
         if self.crosses:
             places = [(current.state.length, 0)] * len(strengths)
         else:
-            places = keys_seen(cache, queries, tuple(map(self.slots.__getitem__, strengths)))
+            places = given.keys_seen(tuple(map(self.slots.__getitem__, strengths)))
         state = current.state
         if self.open and current.scope.strengths is None:
             state = state.as_usual(self.plan.manners[state.kind].strength)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hf_steer.errors import PatchError, SaliencyError
 from hf_steer.ground.arguments import Given
-from hf_steer.ground.caches import past_of
 from hf_steer.patching.gaze.memory import CacheState
 from hf_steer.patching.gaze.prompt import Prompt, begins_prompt
 from hf_steer.saliency import EyeRecord, Saliency
@@ -104,7 +103,7 @@ class Generation:
                 return None
             if given.cache is None and self.state is not None and begins_prompt(given, prompt):
                 state = self.state
-            elif not compiling and int(past_of(given.cache)) == self.past and begins_prompt(given, prompt):
+            elif not compiling and int(given.past) == self.past and begins_prompt(given, prompt):
                 new = prompt
             elif self.guided or not self.asks:
                 self.unconditional += not compiling
@@ -140,14 +139,14 @@ class Generation:
     def _refuse_foreign(self, given: Given) -> None:
         raise PatchError(
             "a forward pass inside generate is not one of generate's own, or came on a cache that has lost its saliency: it "
-            f"brings {given.count_tokens()} tokens on a cache of {int(past_of(given.cache))} keys, and neither begins with the "
+            f"brings {given.count_tokens()} tokens on a cache of {int(given.past)} keys, and neither begins with the "
             "prompt nor goes on after it. Where a logits processor or stopping criterion calls the model, do it inside "
             "disable_steering(model), or say where that call looks: model(..., saliency=...)."
         )
 
     def _refuse_virtual(self, given: Given, prompt: Prompt) -> None:
         """Prompt tuning puts tokens before the prompt after `generate` was called: scores would land on them."""
-        past, tokens = int(past_of(given.cache)), given.source
+        past, tokens = int(given.past), given.source
         more = past - self.past
         if more == 0 and tokens is not None and tokens.ndim == 3 and prompt.ids is not None and given.ids is None:
             more = tokens.shape[1] - (prompt.first_position + prompt.shape[1] - past)

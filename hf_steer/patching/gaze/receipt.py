@@ -14,11 +14,11 @@ from hf_steer.ground.implementations import sees_by_itself
 from hf_steer.patching.blocks import steerings_with
 from hf_steer.patching.passes import Pass, live_pass
 from hf_steer.patching.scopes import OFF, SAID, STATEMENT, scope_of
-from hf_steer.patching.unchanged import Place, still_there
+from hf_steer.patching.unchanged import Place, refuse_replaced, still_there
 
 
 def refuse_unsigned(missing: list[int], decoder: nn.Module, root: nn.Module, places: tuple[Place, ...]) -> None:
-    """PatchError for layers that were to be steered in a pass and were not, unless the model no longer has them.
+    """PatchError for layers that were to be steered in a pass and were not, and why, unless the model no longer has them.
 
     Args:
         missing: layers that have not signed.
@@ -28,6 +28,7 @@ def refuse_unsigned(missing: list[int], decoder: nn.Module, root: nn.Module, pla
     """
     there = missing
     if not torch.compiler.is_compiling():
+        refuse_replaced(place for place in places if place.site.index in missing)
         there = [place.site.index for place in still_there(decoder, root, places) if place.site.index in missing]
     if there:
         raise PatchError(

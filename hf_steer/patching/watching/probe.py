@@ -18,10 +18,10 @@ from hf_steer.ground.implementations import function_of, implementation_of, regi
 from hf_steer.ground.parts import Anatomy, Site
 from hf_steer.patching.by_mask import refuse_unread
 from hf_steer.patching.edits import SetAttentionFunction
+from hf_steer.patching.gaze.begin import follow_implementation
 from hf_steer.patching.gaze.receipt import pass_around
 from hf_steer.patching.plan import refuse_implementation
 from hf_steer.patching.scopes import STEERING, find_steering
-from hf_steer.patching.unchanged import refuse_changed
 from hf_steer.values import HeadBias
 
 Witness = Callable[[AttentionCall], Callable[[Any], None] | None]
@@ -66,7 +66,7 @@ def probe_attention(
     refuse_unread(anatomy)
     steering = find_steering(model)
     if steering is not None and steering.plan.strengths:
-        refuse_changed(steering.gaze, asked=False)  # it goes with the model to another implementation before the probe lies over it
+        follow_implementation(steering.gaze)  # before the probe lies over it
     every = tuple(anatomy.layers if sites is None else sites)
     chosen = {site.index for site in every} if layers is None else set(layers)
     token = _READERS.set({**_READERS.get(), id(anatomy.decoder): read})

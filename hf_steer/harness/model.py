@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +10,14 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn import functional
 
-from hf_steer.config.manners import AUTO
 from hf_steer.errors import ConfigError
-from hf_steer.ground.arguments import named
+from hf_steer.ground.arguments import IGNORED_LABEL, named
 from hf_steer.ground.outputs import logits_in
 from hf_steer.harness.looks import look_of, runs_of
 from hf_steer.io import from_pretrained
-from hf_steer.patching import disable_steering, get_steer_status, patch_model, unpatch_model, use_saliency
+from hf_steer.patching import disable_steering, unpatch_model, use_saliency
 from hf_steer.saliency import Saliency
 
 _PADDING = 0
@@ -63,14 +62,14 @@ class SteeredLM(HFLM):
             raise ConfigError(f"batch_size must be a number; got {batch_size!r}, whose trial passes belong to no document.")
         if not device or (str(device).startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"  # the harness says "cuda" by itself, and its own model type comes here, too
-        model = _in_one_pass(from_pretrained(pretrained, steer_config, gguf_file=gguf_file, dtype=dtype).to(device).eval())
+        model = from_pretrained(pretrained, steer_config, gguf_file=gguf_file, dtype=dtype).to(device).eval()
         if tokenizer is None:
             file = {} if gguf_file is None else {"gguf_file": gguf_file}
             tokenizer = AutoTokenizer.from_pretrained(pretrained, **file)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=int(batch_size or 1), backend="causal", **kwargs)
         self.steers = steers
         self.looks: Mapping[str, tuple[str, ...]] | None = None
-        self.marks: dict[tuple[int, ...], list[float]] = {}
+        self.marks: dict[tuple[int, ...], tuple[list[float], int]] = {}  # row -> its scores, and where its answer begins
         self.texts: Sequence[str] = ()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -115,26 +114,37 @@ class SteeredLM(HFLM):
                     said = Saliency.from_text([self.looks[context]], self.tokenizer, torch.tensor([ids]))
                     scored[context] = said.tokens[0].tolist()  # type: ignore[index]
                 read = slice(-(self.max_length + 1), None)
-                row, marks = (ids + continuation)[read][:-1], (scored[context] + [0.0] * len(continuation))[read][:-1]
-                if self.marks.setdefault(tuple(row), marks) != marks:
+                row, marks = (ids + continuation)[read], (scored[context] + [0.0] * len(continuation))[read][:-1]
+                if not any(marks):
+                    raise ConfigError(
+                        f"what is pointed at lies before the last {len(row)} tokens, which are all that is read of a prompt that "
+                        f"begins {context[:60]!r}. Give the model a larger max_length, or shorter prompts."
+                    )
+                known = marks, max(0, len(row) - len(continuation))
+                if self.marks.setdefault(tuple(row[:-1]), known) != known:
                     raise ConfigError(f"two contexts read the same in tokens and point at different stretches: {context!r}.")
         answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
         return answers
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Theirs for plain documents; with the marks of each row for the others."""
+        """Theirs for plain documents; with the marks of each row for the others.
+
+        Labels say which queries generate an answer, for steerings of those alone. The last token of an answer is not read, so a
+        column that is masked stands for it.
+        """
         if self.looks is None:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
-        marks = [self._marks_of(row) for row in inps.tolist()]
-        scores, real = torch.zeros(inps.shape), torch.zeros_like(inps)
-        for row, own in enumerate(marks):
-            scores[row, : len(own)], real[row, : len(own)] = torch.tensor(own), 1
+        ids = functional.pad(inps, (0, 1))
+        scores, real, answers = torch.zeros(ids.shape), torch.zeros_like(ids), torch.full_like(ids, IGNORED_LABEL)
+        for row, (own, start) in enumerate(map(self._known, inps.tolist())):
+            scores[row, : len(own)], real[row, : len(own)], answers[row, start : len(own) + 1] = torch.tensor(own), 1, 0
         kind, mixed = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(device_type=kind, dtype=mixed, enabled=mixed is not None):
-            return logits_in(self.model(**named(ids=inps, mask=real), saliency=Saliency.from_tokens(scores)))
+            said = Saliency.from_tokens(scores)
+            return logits_in(self.model(**named(ids=ids, mask=real, labels=answers), saliency=said))[:, :-1]
 
-    def _marks_of(self, row: list[int]) -> list[float]:
+    def _known(self, row: list[int]) -> tuple[list[float], int]:
         end = len(row)
         while tuple(row[:end]) not in self.marks:
             if not end or row[end - 1] != _PADDING:
@@ -163,18 +173,3 @@ def unpatched(lm: SteeredLM) -> HFLM:
 
     plain = unpatch_model(copy.deepcopy(lm.model))
     return HFLM(pretrained=plain, tokenizer=lm.tokenizer, batch_size=lm.batch_size, backend="causal")
-
-
-def _in_one_pass(model: Any) -> Any:
-    """Steered in all queries where the configuration leaves them open: answers are scored with their prompt, in one pass.
-
-    Raises:
-        ConfigError: it leaves them open, and has parts with weights, which a patch made anew would lose.
-    """
-    config = get_steer_status(model).config
-    if config is None or config.attention is None or config.attention.queries != AUTO:
-        return model
-    if config.has_weights:
-        raise ConfigError("the steering leaves attention.queries open, and answers are scored in one pass; save it with 'all'.")
-    attention = dataclasses.replace(config.attention, queries="all")
-    return patch_model(unpatch_model(model), dataclasses.replace(config, attention=attention))

@@ -158,6 +158,15 @@ def test_what_is_no_sound_is_refused(tmp_path):
         read_wav(tmp_path / "empty.wav", 16000)
 
 
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_a_sound_that_is_cut_off_is_refused(lost, tmp_path):
+    """Of a whole sample more or less: seconds would fall on silence, or on nothing."""
+    whole = tone(tmp_path / "tone.wav").read_bytes()
+    (tmp_path / "tone.wav").write_bytes(whole[:-lost])
+    with pytest.raises(FileError, match="is cut off: it says that it has 4000 samples, and 3.*Copy it again"):
+        read_wav(tmp_path / "tone.wav", 16000)
+
+
 def test_a_sound_for_a_decoder_that_reads_across_brings_its_first_tokens(tokenizer, tmp_path):
     tone(tmp_path / "tone.wav")
     model = make_crossing_model("whisper")

@@ -25,7 +25,10 @@ from kit.tiny import HEADS, LAYERS, PAD, SEEING, make_model
 
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, get_steer_status, patch_model
 from hf_steer.analysis import HeadExample, find_grounding_heads
-from hf_steer.analysis.heads.scores import PER_EXAMPLE, elbow, localisation, spatial_entropy
+from hf_steer.analysis.heads.batches import batches_of
+from hf_steer.analysis.heads.examples import resolve_examples
+from hf_steer.analysis.heads.scores import PER_EXAMPLE, elbow, localisation, look, spatial_entropy
+from hf_steer.patching import anatomy_of
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,18 @@ def test_prompts_with_padding_and_a_query_before_the_end_are_measured_where_they
     own, padded = (find_grounding_heads(model, each, report=report, rule="mass", null_sets=2) for each in (plain, moved))
     for name in own.scores:
         torch.testing.assert_close(np.array(own.scores[name]), np.array(padded.scores[name]), **TOLERANCE)
+
+
+def test_a_mask_counts_though_another_prompt_of_the_batch_has_none():
+    model, ids = make_model("qwen2"), torch.arange(5, 17)[None]
+    span = torch.zeros(12, dtype=torch.bool)
+    span[7:9] = True
+    masked = {"input_ids": ids, "attention_mask": (torch.arange(12) >= 4).long()[None]}
+    rows = resolve_examples([HeadExample({"input_ids": ids}, span), HeadExample(masked, span)], anatomy_of(model))
+    sites = anatomy_of(model).layers
+    together, alone = ([own for _, _, own in look(model, batches_of(rows, size), "", sites=sites)] for size in (2, 1))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_boxes_and_their_tokens_are_one_span():

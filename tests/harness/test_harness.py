@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 import torch
 from kit.gguf_files import FILE, write_gguf
 
-from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SteerConfig, get_steer_status
+from hf_steer import AttentionConfig, ConfigError, SaliencyConfig, SteerConfig, patch_model, unpatch_model
 from hf_steer.harness.compare import TASKS, Score, compare, write_scores
 from hf_steer.harness.looks import Together, look_of, runs_of
 from hf_steer.saliency import Saliency
@@ -74,8 +75,9 @@ def alone(lm, context, continuation, look):
     if look:
         scores = Saliency.from_text([[look] if isinstance(look, str) else look], lm.tokenizer, torch.tensor([ids])).tokens
         said = {"saliency": Saliency.from_tokens(torch.cat([scores, torch.zeros(1, len(end))], 1))}
+    labels = torch.tensor([[-100] * len(ids) + end])
     with torch.no_grad():
-        logits = torch.log_softmax(lm.model(row, **said).logits[0, len(ids) - 1 : -1], -1)
+        logits = torch.log_softmax(lm.model(row, labels=labels, **said).logits[0, len(ids) - 1 : -1], -1)
     return logits.gather(1, torch.tensor(end)[:, None]).sum().item()
 
 
@@ -119,6 +121,9 @@ def test_a_look_that_is_not_in_the_prompt_and_trial_batches_are_errors(harness, 
         lm.loglikelihood([Instance("loglikelihood", {"look": "nowhere"}, ("some text", " end"), 0)], disable_tqdm=True)
     with pytest.raises(ConfigError, match="batch_size must be a number; got 'auto'"):
         harness.SteeredLM(str(folders[0]), str(folders[1]), gguf_file=FILE, batch_size="auto")
+    long = Instance("loglikelihood", {"look": "start"}, ("start" + " and on" * lm.max_length, " end"), 0)
+    with pytest.raises(ConfigError, match="what is pointed at lies before the last .* larger max_length"):
+        lm.loglikelihood([long], disable_tqdm=True)
 
 
 def test_our_tasks_run_steered_and_plain_under_the_registered_name(lm, tmp_path):
@@ -147,6 +152,12 @@ def test_the_tasks_are_whole():
     assert Score("task", True, 0.5, 0.1, 4).steered
 
 
-def test_answers_are_scored_with_all_their_queries_steered_where_the_configuration_leaves_it_open(lm):
-    assert GAZE.queries == "auto"
-    assert get_steer_status(lm.model).config.attention.queries == "all"
+@pytest.mark.parametrize("queries", ["all", "generated", "auto"])
+def test_answers_are_scored_with_the_queries_steered_that_the_configuration_says(lm, queries):
+    patch_model(unpatch_model(lm.model), dataclasses.replace(GAZE, queries=queries))
+    found = [value for value, _ in lm.loglikelihood(list(requests()), disable_tqdm=True)]
+    assert found == pytest.approx([alone(lm, *request.args, request.doc["look"]) for request in requests()], abs=1e-4)
+    patch_model(unpatch_model(lm.model), dataclasses.replace(GAZE, queries="all" if queries != "all" else "generated"))
+    other = [value for value, _ in lm.loglikelihood(list(requests()), disable_tqdm=True)]
+    assert [abs(one - another) > 1e-3 for one, another in zip(found, other, strict=True)] == [True] * 4 + [False, True]
+    patch_model(unpatch_model(lm.model), GAZE)

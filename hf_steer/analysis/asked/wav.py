@@ -40,7 +40,13 @@ def read_wav(path: str | os.PathLike[str], rate: int) -> np.ndarray[Any, Any]:
                     f"{str(source)!r} has {count} samples of {8 * width} bits; sounds are WAV files of 8, 16 or 32 bits and at "
                     f"most {_MOST_SECONDS} seconds. Convert it: ffmpeg -i {source.name} -c:a pcm_s16le sound.wav"
                 )
-            raw = np.frombuffer(file.readframes(count), _TYPES[width]).astype(np.float64)
+            content = file.readframes(count)
+            if len(content) != count * channels * width:
+                raise FileError(
+                    f"{str(source)!r} is cut off: it says that it has {count} samples, and {len(content) // (channels * width)} "
+                    "are there. Copy it again."
+                )
+            raw = np.frombuffer(content, _TYPES[width]).astype(np.float64)
     except (OSError, EOFError, wave.Error) as error:
         if isinstance(error, FileError):
             raise

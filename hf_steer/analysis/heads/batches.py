@@ -82,7 +82,7 @@ def _batch(numbers: Sequence[int], rows: Sequence[Row]) -> Batch:
 def _together(rows: Sequence[Row]) -> dict[str, Tensor]:
     """The rows' inputs as one batch. Where lengths differ, padding is token 0, which the mask leaves out."""
     longest = max(row.length for row in rows)
-    if all(row.length == longest for row in rows):
+    if all(row.length == longest and row.inputs.keys() == rows[0].inputs.keys() for row in rows):
         return {name: torch.cat([row.inputs[name] for row in rows]) for name in rows[0].inputs}
     tokens, mask = rows[0].padded
     columns: dict[str, list[Tensor]] = {}

@@ -93,11 +93,17 @@ class Writer:
         }
         return given, torch.tensor([[IGNORED] * (last - len(own)) + own for own in said])
 
+    def round(self) -> None:
+        """What was trained, to the precision of the rest; not the whole model, whose rotary frequencies would be rounded, too."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
     def losses(self, sounds: Sequence[Sound], answers: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each answer: the sum over its tokens of minus their log probability, and how many tokens it has."""
         given, labels = self.inputs(sounds, answers)
         logits = self.model(**given, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits
-        logits = logits.unflatten(0, labels.shape[:1] + (-1,)) if logits.ndim == 2 else logits
+        logits = logits.unflatten(0, (*labels.shape[:1], -1)) if logits.ndim == 2 else logits
         own = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -167,12 +173,12 @@ def train(writer: Writer, sounds: Sequence[Sound], *, steps: int, seed: int) -> 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    patched = any(name.endswith("steering_vectors") for name, _ in model.named_parameters())
+    routed = hf_steer.get_steer_status(model).aligners
     flat = model.lm_head.register_forward_pre_hook(side_by_side)
     model.train()
     losses = []
     for _, own in zip(bar := tqdm(range(steps), desc="between", leave=False), batches(sounds, steps, seed), strict=False):
-        watch = collect_balance(model) if patched else nullcontext()
+        watch = collect_balance(model) if routed else nullcontext()
         with torch.autocast("cpu", torch.bfloat16), watch as balance:
             wrong, tokens = writer.losses(own, [one.text for one in own])
         loss = wrong.sum() / tokens.sum()
@@ -186,6 +192,13 @@ def train(writer: Writer, sounds: Sequence[Sound], *, steps: int, seed: int) -> 
     flat.remove()
     model.eval()
     return losses
+
+
+@torch.no_grad()
+def mean_loss(writer: Writer, sounds: Sequence[Sound]) -> float:
+    """Of the transcripts' tokens."""
+    wrong, tokens = writer.losses(sounds, [one.text for one in sounds])
+    return float(wrong.sum() / tokens.sum())
 
 
 @torch.no_grad()

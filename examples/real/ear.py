@@ -179,12 +179,16 @@ def whisper(bench: Bench) -> dict[str, Any]:
 
 
 def work(bench: Bench, kind: str, seed: int) -> tuple[str, int]:
-    """One training, in a process of its own."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
+    """One training."""
     kept(bench.folder, name_of(kind, seed), lambda: run(bench, kind, seed))
     return kind, seed
+
+
+def quietly() -> None:
+    """In every process: one core, and no bars but ours."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def name_of(kind: str, seed: int) -> str:
@@ -197,7 +201,7 @@ def trials_of(bench: Bench, workers: int) -> dict[tuple[str, int], dict[str, Any
     missing = [one for one in wanted if not (bench.folder / f"{name_of(*one)}.json").is_file()]
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="trainings") as bar:
         if workers > 1 and missing:
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quietly) as pool:
                 for future in [pool.submit(work, bench, *one) for one in missing]:
                     future.result()
                     bar.update()
@@ -286,8 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one core each")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for ear.csv and ear.png")
     given = parser.parse_args(arguments)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quietly()
     started, real = time.perf_counter(), given.preset == "full"
     bench = make_bench(PRESETS[given.preset], given.cache, given.pieces if real else None)
     sounds = bench.sounds()

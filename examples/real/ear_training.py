@@ -22,8 +22,9 @@ from hf_steer.training import collect_balance
 
 BEFORE, AFTER, END = "<|im_start|>user\n", "\nRepeat it.<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 BATCH, RATE = 16, 5e-4
-ROUNDS, RIDGE = 6, 3e-2
-"""Of the fit in which the projection starts, and its ridge as a share of the states' mean square."""
+ROUNDS, LOOSE_RIDGE, RIDGE = 6, 0.3, 1e-3
+"""Of the fit in which the projection starts: rounds that find out what is spoken where, their ridge as a share of the states'
+mean square (a tight fit would believe whatever it was told at first), and that of the fit in the end."""
 WORD_SHARE = 0.7
 """Of a token's embedding, the rest is the mean of all: what the projection starts out to say where that token is spoken."""
 ALIKE = 4
@@ -119,18 +120,22 @@ def start_projector(writer: Writer, sounds: Sequence[Sound]) -> None:
     """
     projector, table = writer.model.model.multi_modal_projector, writer.model.get_input_embeddings().weight
     stacks = [one.states.reshape(one.tokens, -1).float() for one in sounds]
-    ids = [writer.ids(f" {one.text}") for one in sounds]
-    middle = table[torch.tensor(sorted({token for own in ids for token in own}))].float().mean(0)
-    targets = [middle + WORD_SHARE * (table[torch.tensor(own)].float() - middle) for own in ids]
+    ids = [torch.tensor(writer.ids(f" {one.text}")) for one in sounds]
+    middle = table[torch.cat(ids).unique()].float().mean(0)
+    targets = [WORD_SHARE * (table[own].float() - middle) for own in ids]
+    places = [torch.arange(len(stack)) * len(own) // len(stack) for stack, own in zip(stacks, ids, strict=True)]
     inputs = torch.cat(stacks)
     products = inputs.T @ inputs
-    products.diagonal().add_(RIDGE * len(inputs) * inputs.square().mean())
-    places = [torch.arange(len(stack)) * len(own) // len(stack) for stack, own in zip(stacks, ids, strict=True)]
+    unit = len(inputs) * inputs.square().mean() * torch.eye(len(products))
+
+    def fitted(offset: torch.Tensor, ridge: float) -> torch.Tensor:
+        due = torch.cat([own[place] for own, place in zip(targets, places, strict=True)]) + offset
+        return torch.linalg.solve(products + ridge * unit, inputs.T @ due)
+
     for _ in range(ROUNDS):
-        due = torch.cat([own[place] for own, place in zip(targets, places, strict=True)])
-        weight = torch.linalg.solve(products, inputs.T @ due)
+        weight = fitted(torch.zeros(()), LOOSE_RIDGE)
         places = [in_order(torch.cdist(stack @ weight, own).square()) for stack, own in zip(stacks, targets, strict=True)]
-    projector.linear_1.weight.copy_(weight.T)
+    projector.linear_1.weight.copy_(fitted(middle, RIDGE).T)
     projector.linear_2.weight.copy_(torch.eye(len(middle)))
 
 

@@ -11,7 +11,7 @@ from recordings import RATE_HZ, write_recordings
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 WORDS = ("cat", "dog", "key", "bell", "ship", "star", "lemon", "rocket")
-PROMPT = ("user", "assistant", "Repeat", "it", ".")
+PROMPT = ("Sound", "Text", ":")
 WINDOW_SECONDS, WORD_SECONDS = 4, 0.2
 
 

@@ -20,12 +20,14 @@ import hf_steer
 from hf_steer import AlignerConfig, SteerConfig
 from hf_steer.training import collect_balance
 
-BEFORE, AFTER, END = "<|im_start|>user\n", "\nRepeat it.<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-BATCH, RATE = 16, 5e-4
+BEFORE = "Sound: to to call call call me me press press press three\nText: to call me press three\nSound:"
+AFTER, END = "\nText:", "\n"
+"""Around a sound, and after its transcript. One example tells a frozen decoder what is wanted; turns of a chat help less."""
+BATCH, RATE = 8, 5e-4
 ROUNDS, LOOSE_RIDGE, RIDGE = 6, 0.3, 1e-3
 """Of the fit in which the projection starts: rounds that find out what is spoken where, their ridge as a share of the states'
 mean square (a tight fit would believe whatever it was told at first), and that of the fit in the end."""
-WORD_SHARE = 0.7
+WORD_SHARE = 1.0
 """Of a token's embedding, the rest is the mean of all: what the projection starts out to say where that token is spoken."""
 ALIKE = 4
 """Batches' worth of sounds that are sorted by length together, so that little of a batch is padding."""
@@ -77,14 +79,14 @@ class Writer:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.tokenizer = model, processor.tokenizer
         self.placeholder = self.tokenizer.convert_tokens_to_ids(processor.audio_token)
-        self.before, self.after = self.ids(BEFORE), self.ids(AFTER)
+        self.before, self.after, self.ends = self.ids(BEFORE), self.ids(AFTER), [*self.ids(END), self.tokenizer.eos_token_id]
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def inputs(self, sounds: Sequence[Sound], answers: Sequence[str] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
         """Left-padded prompts, with answers or without, and labels for as many tokens as the longest answer has."""
-        said = [[] if answers is None else self.ids(answers[row] + END) for row in range(len(sounds))]
+        said = [[] if answers is None else self.ids(f" {answers[row]}{END}") for row in range(len(sounds))]
         rows = [[*self.before, *[self.placeholder] * one.tokens, *self.after, *own] for one, own in zip(sounds, said, strict=True)]
         longest, last = max(map(len, rows)), max(map(len, said))
         given = {
@@ -215,9 +217,10 @@ def transcribe(writer: Writer, sounds: Sequence[Sound], *, batch: int = 16) -> l
         places = order[start : start + batch]
         given, _ = writer.inputs([sounds[place] for place in places])
         most = most_tokens(max(sounds[place].tokens for place in places))
-        out = writer.model.generate(**given, max_new_tokens=most, do_sample=False)[:, given["input_ids"].shape[1] :]
-        for place, text in zip(places, writer.tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
-            written[place] = text
+        out = writer.model.generate(**given, max_new_tokens=most, do_sample=False, eos_token_id=writer.ends)
+        said = writer.tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        for place, text in zip(places, said, strict=True):
+            written[place] = text.strip()
     return written
 
 

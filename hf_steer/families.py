@@ -14,36 +14,23 @@ from typing import Any
 
 from hf_steer.ground.anatomy import model_type_of, resolve_row
 from hf_steer.ground.parts import Anatomy
-from hf_steer.registry import FAMILIES, EncoderRow, Family
+from hf_steer.registry import FAMILIES, Family
 from hf_steer.values import MODALITIES
 
-
-def _eye(**row: Any) -> Mapping[str, EncoderRow]:
-    return MappingProxyType({"image": EncoderRow(**row)})
-
-
-def _ear(**row: Any) -> Mapping[str, EncoderRow]:
-    return MappingProxyType({"audio": EncoderRow(**row)})
-
-
-_QWEN_EYE = _eye(layers="blocks", projector="visual.merger")
-_LLAVA_EYE = _eye()
-_CTC = Family(counts_items=False, encoders=_ear(outlet="output", projector=None, tower="encoder", mask="mask"))
+_CTC = Family(counts_items=False)
 
 OURS: Mapping[str, Family] = MappingProxyType(
     {
-        "qwen2_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen", encoders=_QWEN_EYE),
-        "qwen2_5_vl": Family(
-            blocks="blocks", placeholders=MODALITIES, layout="qwen", windowed=True, encoders=_QWEN_EYE
-        ),
-        "qwen3_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen", encoders=_QWEN_EYE),
+        "qwen2_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen"),
+        "qwen2_5_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen", windowed=True),
+        "qwen3_vl": Family(blocks="blocks", placeholders=MODALITIES, layout="qwen"),
         "llava": Family(
             blocks="encoder.layers", block_attention="self_attn", placeholders=("image",),
-            layout="llava", arrangement="whole", encoders=_LLAVA_EYE,
+            layout="llava", arrangement="whole",
         ),
         "llava_onevision": Family(
             blocks="encoder.layers", block_attention="self_attn", placeholders=MODALITIES, layout="llava_onevision",
-            arrangement="anyres", encoders=_LLAVA_EYE,
+            arrangement="anyres",
         ),
         **dict.fromkeys(
             ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
@@ -61,11 +48,9 @@ OURS: Mapping[str, Family] = MappingProxyType(
         "llama4": Family(placeholders=("image",), layout="llama4"),
         **dict.fromkeys(("idefics3", "smolvlm"), Family(placeholders=("image",), layout="idefics3")),
         "mllama": Family(layout="mllama"),
-        "qwen2_audio": Family(
-            placeholders=("audio",), layout="qwen2_audio", counts_items=False, encoders=_ear(mask="mel_mask")
-        ),
-        "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3", encoders=_ear(mask="mel_mask")),
-        "voxtral": Family(placeholders=("audio",), layout="voxtral", encoders=_ear(outlet="output")),
+        "qwen2_audio": Family(placeholders=("audio",), layout="qwen2_audio", counts_items=False),
+        "audioflamingo3": Family(placeholders=("audio",), layout="audioflamingo3"),
+        "voxtral": Family(placeholders=("audio",), layout="voxtral"),
         "qwen3_asr": Family(placeholders=("audio",), layout="qwen3_omni"),
         **dict.fromkeys(("granite_speech", "granite_speech_plus"), Family(placeholders=("audio",), layout="granite_speech")),
         "qwen2_5_omni_thinker": Family(placeholders=(*MODALITIES, "audio"), layout=("qwen", "qwen2_5_omni")),
@@ -81,7 +66,7 @@ OURS: Mapping[str, Family] = MappingProxyType(
             name: Family(placeholders=("audio",), layout=name)
             for name in ("glmasr", "musicflamingo", "moss_transcribe_diarize", "fun_asr_nano", "phi4_multimodal", "vibevoice_asr")
         },
-        "whisper": Family(frame_seconds=0.02, counts_items=False, encoders=_ear(outlet="output", projector=None, mask="mask")),
+        "whisper": Family(frame_seconds=0.02, counts_items=False),
         "wav2vec2": _CTC,
         "hubert": _CTC,
         **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "deepseek_v3", "gpt_oss"), Family(composes=True)),

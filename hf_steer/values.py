@@ -84,17 +84,24 @@ class TokenScores:
         group: `(batch, keys)` int64, -1 where nothing is said.
         groups: how many there are at most, where that is known without asking the device.
         usual: `(batch, keys)`: λ where the configuration leaves it open; None where it does not.
+        waits: `(batch, keys)` bool, where turns of a conversation said things of several kinds: True where only queries out of
+            which a token is generated look there. None where the kind that was said last decides for all.
     """
 
     values: Tensor
     group: Tensor
     groups: int | None = None
     usual: Tensor | None = None
+    waits: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenScores:
         """With other rows or fewer keys: the same done to all that it holds."""
-        usual = None if self.usual is None else change(self.usual)
-        return TokenScores(change(self.values), change(self.group), self.groups, usual)
+        usual, waits = (None if own is None else change(own) for own in (self.usual, self.waits))
+        return TokenScores(change(self.values), change(self.group), self.groups, usual, waits)
+
+    def only(self, where: Tensor) -> TokenScores:
+        """Of some keys, `(batch, keys)` bool: nothing is said of the others."""
+        return replace(self, values=self.values * where, group=self.group.masked_fill(~where, -1), waits=None)
 
     def count_groups(self) -> int:
         """How many groups there are."""

@@ -47,7 +47,7 @@ def join(tower: Path, mind: Path, kind: str, *, strength: float) -> tuple[Any, A
     decoder = AutoModelForCausalLM.from_pretrained(mind, **LOADED)
     seeing = AutoModel.from_pretrained(tower, **LOADED)  # eager, too, as the whole will be loaded: SDPA rounds otherwise
     saliency = SaliencyConfig(source=None, normalize="none", preserve_mass=True)
-    attention = AttentionConfig(heads="all", strength=strength, saliency=saliency)
+    attention = AttentionConfig(heads="all", strength=strength, saliency=saliency, queries="all")
     aligner = AlignerConfig(modality="image", placement="output", **KINDS[kind]) if KINDS[kind] else None
     model, processor = hf_steer.compose(
         seeing, decoder, tokenizer=AutoTokenizer.from_pretrained(mind), feature_extractor=processor_in(tower), aligner=aligner,

@@ -31,9 +31,14 @@ def pointed_at(model: Any, batch: Batch, layer: int) -> Span:
     if (scope_of(steering_of(model)).saliency if batch.saliency is None else batch.saliency) is None:
         return _placeholders(model, batch)
     scores = scores_in_force(model, batch, layer)
-    highest = scores.amax(1, keepdim=True)
-    marked: Tensor = (scores > 0) & (scores >= COVERED * highest)
+    marked = covered(scores)
     return marked if marked.any() else None
+
+
+def covered(scores: Tensor) -> Tensor:
+    """`(batch, tokens)` bool: what scores above 0, and at least half as high as any in its row."""
+    marked: Tensor = (scores > 0) & (scores >= COVERED * scores.amax(1, keepdim=True))
+    return marked
 
 
 def scores_in_force(model: Any, batch: Batch, layer: int) -> Tensor:

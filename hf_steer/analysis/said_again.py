@@ -19,8 +19,9 @@ from hf_steer.analysis.distributions import kl_nats
 from hf_steer.analysis.prompts import Batch
 from hf_steer.analysis.retention import Continuation, Retention, divergence, summed_up
 from hf_steer.ground.arguments import Given, named, spelling_in, with_changes
+from hf_steer.ground.caches import made_caches
 from hf_steer.ground.decoders import reads_encoder
-from hf_steer.ground.outputs import logits_in, made_caches
+from hf_steer.ground.outputs import logits_in
 from hf_steer.patching import anatomy_of, disable_steering, get_steer_status
 from hf_steer.patching.gaze.prompt import real_tokens
 from hf_steer.patching.scopes import scope_of, steering_of

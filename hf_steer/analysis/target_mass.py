@@ -5,8 +5,9 @@ A query gives a span the share ψ. A bias of λ on the logits of every key in th
 `log(τ/ψ)` falls short, since it leaves out that the rest loses what the span gains.
 
 Of several queries the mean share is no function of the mean log-odds, and a layer after a steered one sees other inputs than those
-that were measured. So what comes out is measured, and each head's λ is moved on by what its mean share lacks, by Newton's method:
-the mean share grows with λ by the mean of ψ(1-ψ). A layer depends on those before it alone, so one after the other they settle.
+that were measured; and tokens that a box covers in part get a part of λ. So what comes out is measured, and each head's λ is moved
+on by what its mean share lacks, by Newton's method: the mean share grows with λ by the mean of ψ(1-ψ). A layer
+depends on those before it alone, so one after the other they settle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from hf_steer.analysis.calibration import attention_with, rows_per_head
 from hf_steer.analysis.metrics import attention_metrics
 from hf_steer.analysis.metrics_table import AttentionMetrics
-from hf_steer.analysis.pointed import scores_in_force
+from hf_steer.analysis.pointed import covered, scores_in_force
 from hf_steer.analysis.prompts import Batch, Inputs, as_batches, last_queries, steered_heads
 from hf_steer.analysis.provenance import Provenance, provenance_of
 from hf_steer.analysis.tables import as_text
@@ -102,22 +103,24 @@ def strength_for_mass(
 ) -> MassStrength:
     """λ per steered head with which the span's mean share of attention is `target_mass`.
 
-    The span is where the saliency in force scores 1. λ comes from the closed form, and is mended by what is measured until the head
-    that misses most misses by 1 %, or for as many passes as layers are steered and at least 24. `steered_mass` says what comes out
-    with all heads steered, `missed_share` how near that is.
+    The span are the tokens that score at least half as high as any in their row: those that a box covers by half, or more. λ comes
+    from the closed form, and is mended by what is measured until the head that misses most misses by 1 %, or for as many passes as
+    layers are steered and at least 24. `steered_mass` says what comes out with all heads steered, `missed_share` how near that is:
+    a box in a picture that keeps its mass gets no more than the picture has.
 
     Args:
-        model: patched with `normalize="none"` (or `"minmax"`) and `preserve_mass=False`, in eval mode.
+        model: patched so that scores lie between 0 and 1, as what is said does unless the configuration says otherwise
+            (`normalize` `"auto"`, `"maxabs"`, `"minmax"` or `"none"`), in eval mode.
         inputs: of a forward pass; or a list of pairs (inputs, Saliency or None).
         target_mass: share of attention, in (0, 1).
-        saliency: what is said about a single batch: 1 for the tokens of the span, 0 elsewhere, as from `Saliency.from_tokens`.
+        saliency: what is said about a single batch: a box, or 1 for the tokens of the span and 0 elsewhere.
         queries: `(batch, tokens)` bool, of several batches a list: which to take the mean over. None for all that can attend
             to the span and to something else; unless the configuration says `queries="all"`, the last token of each prompt.
 
     Raises:
         ConfigError: a target outside (0, 1), no prompts, or a configuration that keeps the mass where it is.
         PatchError: the model is not patched, or its configuration steers no head.
-        SaliencyError: a saliency of other values than 0 and 1, or a span that no query sees.
+        SaliencyError: scores below 0 or above 1, or a span that no query sees.
     """
     heads = steered_heads(model)
     attention = attention_with(model, 1.0)
@@ -190,18 +193,19 @@ def _spread(part: AttentionMetrics) -> AttentionMetrics:
 
 
 def marked_tokens(model: Any, batch: Batch, layer: int) -> Tensor:
-    """`(batch, tokens)` bool: where the saliency in force scores 1 and not 0; arguments as for `scores_in_force`.
+    """`(batch, tokens)` bool: what the saliency in force scores at least half as high as any; arguments as for `scores_in_force`.
 
     Raises:
-        SaliencyError: it scores something else, or nothing.
+        SaliencyError: scores below 0 or above 1, or nothing that is scored.
     """
     scores = scores_in_force(model, batch, layer)
-    if not scores.any() or not ((scores == 0) | (scores == 1)).all():
+    if not scores.any() or not ((scores >= 0) & (scores <= 1)).all():
         raise SaliencyError(
-            f"a target mass needs a saliency of 1 on the span and 0 elsewhere; in force are scores from {scores.min():g} to "
-            f"{scores.max():g}. Patch with SaliencyConfig(normalize='none') and give Saliency.from_tokens(...) of zeros and ones."
+            f"a target mass needs a saliency from 0 to 1, and above 0 on the span; in force are scores from {scores.min():g} to "
+            f"{scores.max():g}. Leave SaliencyConfig.normalize at 'auto' and say where the span is, by a box, "
+            "Saliency.from_text(...) or Saliency.from_tokens(...) of zeros and ones."
         )
-    return scores == 1
+    return covered(scores)
 
 
 def _check(target_mass: float, attention: AttentionConfig) -> None:

@@ -8,10 +8,12 @@ it is taken where it is asked for by name.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_steer.attention.cpu_flash import attend_on_cpu, refuse_cpu_flash
 from hf_steer.attention.flex import attend_flex, refuse_flex
@@ -23,6 +25,7 @@ from hf_steer.errors import SteerError
 from hf_steer.ground.attention_call import AttentionCall
 from hf_steer.ground.implementations import FLASH
 from hf_steer.registry import BACKENDS, Backend
+from hf_steer.values import HeadBias
 
 OURS: Mapping[str, Backend] = {
     "folded": Backend(attend_folded, refuse_folded, ("eager", "sdpa", "flex_attention", *FLASH)),
@@ -39,6 +42,11 @@ PREFERRED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(FLASH, (("folded",), ("folded",))),
 }
 """Attention implementation -> what `"auto"` tries in turn for a prompt, and for a single query; see `hf-steer bench` for why."""
+
+
+def attend_for(wanted: str, call: AttentionCall) -> Callable[[AttentionCall, HeadBias], tuple[Tensor, Any]]:
+    """What attends with this call's bias; see `choose_backend`."""
+    return BACKENDS.rows[choose_backend(wanted, call)].attend
 
 
 def choose_backend(wanted: str, call: AttentionCall) -> str:
@@ -84,7 +92,7 @@ def refuse(name: str, call: AttentionCall) -> str | None:
         return f"it does not know the masks of {call.implementation!r}"
     if backend.instead and not call.plain:
         return f"it would pass over the function that is registered as {call.implementation!r} in place of transformers' own"
-    return backend.refuse(call)
+    return None if backend.refuse is None else backend.refuse(call)
 
 
 @cache

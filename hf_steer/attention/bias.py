@@ -41,6 +41,8 @@ def head_bias(
     shift: Tensor | None,
     gate: Tensor | None,
     key_forms: dict[Hashable, Tensor] | None = None,
+    *,
+    soon: Tensor | None = None,
 ) -> HeadBias:
     """The bias of one layer, `g_q · (λ_h · s_k - c_hg)`.
 
@@ -52,7 +54,15 @@ def head_bias(
         shift: c, `(batch, heads, groups)`, from `mass_shift`; None for 0.
         gate: `(batch, queries)` in [0, 1]; None for 1 everywhere.
         key_forms: shared by the layers that attend to these keys; see `HeadBias`.
+        soon: the gate for keys that do not wait, where `scores` say which those are.
     """
+    key_forms = {} if key_forms is None else key_forms
+    if scores.waits is not None:
+        own = (scores.only(scores.waits), gate), (scores.only(~scores.waits), soon)
+        parts = tuple(head_bias(said, strength, shift, opened) for said, opened in own)
+        rows, queries = (max(part.query.shape[at] for part in parts) for at in (0, 2))
+        query = torch.cat([part.query.expand(rows, -1, queries, -1) for part in parts], dim=-1)
+        return HeadBias(query, torch.cat([part.key for part in parts], dim=-1), key_forms=key_forms)
     query = strength[None, :, None, None]
     key = scores.values[..., None]
     if shift is not None:
@@ -60,7 +70,7 @@ def head_bias(
         query = torch.cat([query.expand(len(shift), -1, -1, -1), -shift[:, :, None, :]], dim=-1)
     if gate is not None:
         query = query * gate[:, None, :, None]
-    return HeadBias(query, key, key_forms={} if key_forms is None else key_forms)
+    return HeadBias(query, key, key_forms=key_forms)
 
 
 def mass_shift(scores: TokenScores, strength: Tensor) -> Tensor:

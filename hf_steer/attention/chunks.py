@@ -43,13 +43,9 @@ def logits_in_chunks(
         )
     if call.sinks:
         raise SteerError("attention cannot be read in heads with sinks (gpt-oss): a part of it goes to no token.")
-    batch, heads, count, _ = call.query.shape
-    keys = call.key.shape[2]
+    heads, count, keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
     key = call.key.float().repeat_interleave(heads // call.key.shape[1], dim=1).transpose(2, 3)
-    first, last, _ = queries.indices(count)
-    step = max(1, scores_per_chunk // (batch * heads * keys))
-    for start in range(first, last, step):
-        chunk = slice(start, min(start + step, last))
+    for chunk in chunks_of(call, queries, scores_per_chunk):
         raw = call.query[:, :, chunk].float() @ key * call.scale
         if call.cap is not None:
             raw = call.cap * torch.tanh(raw / call.cap)
@@ -58,6 +54,16 @@ def logits_in_chunks(
         logits = merge_mask(raw, _mask_of(call, chunk, count, keys), causal_queries=None)
         bias = call.bias  # one that keeps a share is made out of these logits
         yield chunk, logits, None if bias is None or bias.share is not None else dense_bias(_cut(bias, chunk), torch.float32)
+
+
+def chunks_of(
+    call: AttentionCall, queries: slice = slice(None), scores_per_chunk: int = _SCORES_PER_CHUNK
+) -> Iterator[slice]:
+    """The queries, as many at once as the bound on their logits allows."""
+    batch, heads, count, _ = call.query.shape
+    first, last, _ = queries.indices(count)
+    step = max(1, scores_per_chunk // (batch * heads * call.key.shape[2]))
+    return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
 def _mask_of(call: AttentionCall, chunk: slice, count: int, keys: int) -> Tensor | None:

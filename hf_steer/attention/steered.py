@@ -1,4 +1,4 @@
-"""What rides through a forward pass, and what steered attention modules do with it; unsteered calls never come here."""
+"""What rides through a forward pass, and how a layer's bias is made to fit the call that it comes to."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_steer.attention.backends import PREFERRED, choose_backend
+from hf_steer.attention.backends import PREFERRED
 from hf_steer.attention.bias import on_device
 from hf_steer.attention.share import bias_for_share
 from hf_steer.errors import SteerError
 from hf_steer.ground.attention_call import AttentionCall, segments_of
-from hf_steer.registry import BACKENDS
 from hf_steer.saliency import current_recorder
 from hf_steer.values import HeadBias
 
@@ -49,33 +47,15 @@ class SteeredCall:
         return None
 
 
-def attend_steered(call: AttentionCall, passing: SteeredCall) -> Any:
-    """Attention of a decoder layer with its heads' bias; without one, the function underneath, once the call was read.
+def fit_bias(call: AttentionCall, passing: SteeredCall) -> HeadBias:
+    """The bias of a layer over the keys that it attends to, where they are; of a share, as much of it as this call needs.
 
     Raises:
-        SteerError: no backend can carry the bias, or the layer sees other keys than the saliency covers.
+        SteerError: the layer sees other keys than the saliency covers.
     """
-    bias = call.bias
-    if passing.read is not None:
-        passing.read(call)
-    if bias is None:
-        return call.inner(call.module, call.query, call.key, call.value, call.mask, **call.options)
-    layer = getattr(getattr(call.module, "config", None), "hf_steer_layer", None)
-    if layer is None:  # a call that no patched model made
-        layer = call.layer
-    if bias.key.shape[1] != call.key.shape[2]:
-        bias = call.bias = bias_over(passing, layer, bias, call.key.shape[2])
-    if bias.key.device != call.key.device:
-        bias = call.bias = on_device(bias, call.key.device)
-    if bias.share is not None:
-        bias = call.bias = bias_for_share(call, bias)
-    attend = passing.chosen.get(alike := _kind_of(call))
-    if attend is None:
-        name = choose_backend(passing.backend, call)
-        attend = passing.chosen[alike] = BACKENDS.rows[name].attend
-    passing.signed.add(layer)
-    output, weights = attend(call, bias)
-    return (output if output.is_contiguous() else output.contiguous()), weights  # some modules look at it through .view()
+    assert call.bias is not None
+    bias = on_device(bias_over(passing, call.layer, call.bias, call.key.shape[2]), call.key.device)
+    return bias if bias.share is None else bias_for_share(call, bias)
 
 
 def bias_over(passing: SteeredCall, layer: int, bias: HeadBias, keys: int) -> HeadBias:
@@ -93,17 +73,6 @@ def bias_over(passing: SteeredCall, layer: int, bias: HeadBias, keys: int) -> He
             "of cache is not known to hf_steer. Use a dynamic, static or sliding cache of transformers."
         )
     return fitting
-
-
-def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
-    """In which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with.
-
-    Numbers among the options count unless they are 0, all others by being there.
-    """
-    options = call.options.items()
-    used = tuple(name for name, value in options if value is not None and not (isinstance(value, (int, float)) and not value))
-    learns = call.bias is not None and call.bias.query.requires_grad
-    return call.mask is None, call.causal, call.key.device, torch.is_grad_enabled(), learns, used
 
 
 CURRENT_PASS: ContextVar[Any] = ContextVar("hf_steer_pass", default=None)

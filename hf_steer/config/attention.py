@@ -139,8 +139,9 @@ class AttentionConfig:
         gate: steer only while the row is uncertain; the kind of a gate alone is taken, too. None steers always.
         think_tags: what opens and closes the thinking text, in the prompt or in what is generated; the last one counts.
         share: of attention, in (0, 1), that what is pointed at shall have in each steered head and query, instead of a strength:
-            where it has less, its logits are raised by just what is missing, and where it has as much nothing is done. What is
-            pointed at are the tokens with more than half of the largest score. Costs a second look at the keys; `eager`, `sdpa`
+            where it has less, its logits are raised by just what is missing, and where it has as much nothing is done. A schedule's
+            factor and a gate, both from 0 to 1, multiply the share: half open keeps half of it. What is pointed at are the tokens
+            with more than half of the largest score. Costs a second look at the keys; `eager`, `sdpa`
             and `flex_attention` have it.
         attends: what the biased attention looks at: `"self"`, the prompt and what was generated; `"cross"`, what an encoder hands
             on, in decoders that read it by cross-attention (Whisper, BART, T5): scores are then of its positions, and seconds
@@ -217,6 +218,12 @@ class AttentionConfig:
             raise ConfigError(f"attention.share and strength={shown(self.strength)} both say how hard; leave strength out.")
         if self.saliency.preserve_mass:
             raise ConfigError("attention.share moves attention to a span, which preserve_mass=True forbids; leave it out.")
+        beyond = {phase: factor for phase, factor in (self.schedule or {}).items() if not 0 <= factor <= 1}
+        if beyond:
+            raise ConfigError(
+                f"with attention.share a schedule says which part of the share each phase keeps, from 0 to 1; got {shown(beyond)}. "
+                "Set the largest as share."
+            )
         return share
 
     @property

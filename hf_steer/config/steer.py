@@ -110,8 +110,8 @@ class SteerConfig:
         version = values.get("schema_version")
         if version is None:
             raise ConfigError(f"schema_version is missing; this hf_steer writes {SCHEMA_VERSION}.")
-        if isinstance(version, int) and version > SCHEMA_VERSION:  # before the keys: a newer file has newer ones
-            cls(schema_version=version)
+        if isinstance(version, bool) or not isinstance(version, int) or version > SCHEMA_VERSION:
+            cls(schema_version=version)  # raises, before the keys: a newer file has newer ones
         refuse_missing(values.get(PLUGINS, {}))
         own = {key: value for key, value in values.items() if key not in (RECORD, PLUGINS)}
         own = _from_first(own) if version == 1 else own

@@ -7,47 +7,44 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_steer.evidence.text.cases import Case, four_reports
+from hf_steer.evidence.text.words import Template
+
 ASK = {"choose": "Reply briefly.", "report": "Answer in a few words."}
-SENTENCES: Mapping[str, Mapping[str, tuple[str, str]]] = {
+_NURSE = ("The nurse", "The miller", "The guard", "The tailor", "The pilot", "The judge")
+_SOFIA = ("Sofia", "Marek", "Yuki", "Carlos", "Ingrid", "Tariq", "Olga", "Pierre")
+SENTENCES: Mapping[str, Mapping[str, Template]] = {
     "choose": {
-        "meal": ("{who} thinks that the guest ordered the {value}.", "What did the guest order?"),
-        "instrument": ("According to {who} the child plays the {value}.", "Which instrument does the child play?"),
+        "meal": Template(
+            "{person} thinks that the guest ordered the {value}.", "What did the guest order?", people=_NURSE,
+            values=("soup", "salad", "steak", "pasta", "omelette", "curry"),
+        ),
+        "instrument": Template(
+            "According to {person} the child plays the {value}.", "Which instrument does the child play?", people=_NURSE,
+            values=("violin", "trumpet", "piano", "guitar", "drum", "harp"),
+        ),
     },
     "report": {
-        "fruit": ("{who} saw a {value} in the basket.", "What was in the basket?"),
-        "vehicle": ("{who} says the visitor came by {value}.", "How did the visitor come?"),
-        "month": ("{who} claims the wedding is in {value}.", "When is the wedding?"),
+        "fruit": Template(
+            "{person} saw a {value} in the basket.", "What was in the basket?", people=_SOFIA,
+            values=("lemon", "banana", "peach", "melon", "cherry", "pear"),
+        ),
+        "vehicle": Template(
+            "{person} says the visitor came by {value}.", "How did the visitor come?", people=_SOFIA,
+            values=("train", "bus", "taxi", "ferry", "tram", "plane"),
+        ),
+        "month": Template(
+            "{person} claims the wedding is in {value}.", "When is the wedding?", people=_SOFIA,
+            values=("March", "June", "August", "October", "January", "December"),
+        ),
     },
-}
-"""Split -> kind -> what is said, and what is asked."""
-VALUES: Mapping[str, tuple[str, ...]] = {
-    "meal": ("soup", "salad", "steak", "pasta", "omelette", "curry"),
-    "instrument": ("violin", "trumpet", "piano", "guitar", "drum", "harp"),
-    "fruit": ("lemon", "banana", "peach", "melon", "cherry", "pear"),
-    "vehicle": ("train", "bus", "taxi", "ferry", "tram", "plane"),
-    "month": ("March", "June", "August", "October", "January", "December"),
-}
-PEOPLE: Mapping[str, tuple[str, ...]] = {
-    "choose": ("The nurse", "The miller", "The guard", "The tailor", "The pilot", "The judge"),
-    "report": ("Sofia", "Marek", "Yuki", "Carlos", "Ingrid", "Tariq", "Olga", "Pierre"),
-}
+}  # fmt: skip
+"""Split -> kind -> what is said and asked, by whom, and of what."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """One prompt.
-
-    Attributes:
-        text: what the user says.
-        spans: its reports, each there once.
-        meant: which of them is pointed at.
-        answers: the word that each is known by.
-    """
-
-    text: str
-    spans: tuple[str, ...]
-    meant: int
-    answers: tuple[str, ...]
+class Report(Case):
+    """A case that is judged more strictly: an answer that has several of the words follows none of the reports."""
 
     @property
     def before_word(self) -> str:
@@ -58,10 +55,6 @@ class Report:
         """Whose word an answer has: the one report that it follows; None for an answer that has none of them, or several."""
         named = [number for number, word in enumerate(self.answers) if re.search(rf"\b{word}s?\b", said, re.IGNORECASE)]
         return named[0] if len(named) == 1 else None
-
-    def is_right(self, said: str) -> bool:
-        """Whether it follows the report that is pointed at, and no other."""
-        return self.names(said) == self.meant
 
 
 def make_reports(split: str, count: int, *, seed: int = 0) -> Sequence[Report]:
@@ -76,8 +69,6 @@ def make_reports(split: str, count: int, *, seed: int = 0) -> Sequence[Report]:
     made = []
     for _ in range(count):
         kind = rng.choice(sorted(SENTENCES[split]))
-        sentence, question = SENTENCES[split][kind]
-        people, values = rng.sample(PEOPLE[split], 4), rng.sample(VALUES[kind], 4)
-        spans = tuple(sentence.format(who=who, value=value) for who, value in zip(people, values, strict=True))
-        made.append(Report("\n".join((*spans, f"{question} {ASK[split]}")), spans, rng.randrange(4), tuple(values)))
+        spans, question, meant, values = four_reports(SENTENCES[split][kind], rng)
+        made.append(Report("reports", kind, "\n".join((*spans, f"{question} {ASK[split]}")), spans, meant, values))
     return tuple(made)

@@ -1,11 +1,7 @@
 """Prompts in which heads are looked for: lists with four entries of one kind, and a question that does not say which is meant.
 
 They choose heads, and nothing else: what the heads are good for is reported on other prompts, which share neither template nor word
-of an answer with these. Words that are used up here: recipe cards and herbs (basil, mint, thyme, parsley, sage, oregano, dill,
-rosemary); the pages of a club and its sports (tennis, golf, rugby, hockey, rowing, boxing, fencing, judo); inventories of soap and
-number words; notices of a museum and its hours; phone lists and extensions of two digits; logs of a tank and liquids (water, milk,
-oil, juice, vinegar, syrup, wine, petrol); programmes, a soloist and instruments (flute, harp, piano, trumpet, guitar, cello, organ,
-oboe); registers of a tenant and trades (nurse, lawyer, pilot, tailor, porter, chemist, dentist, butcher).
+of an answer with these.
 """
 
 from __future__ import annotations
@@ -98,17 +94,14 @@ def _line(rng: random.Random) -> dict[str, Any]:
     name, *rest = rng.sample(sorted(KINDS), 1 + OTHERS)
     kind, sources = KINDS[name], rng.sample(_SOURCES, ENTRIES + OTHERS)
     values = rng.sample(kind.values, ENTRIES)
-    entries = [kind.entry.format(source=source, value=value) for source, value in zip(sources, values, strict=False)]
     meant = rng.randrange(ENTRIES)
-    others = [
-        KINDS[other].entry.format(source=source, value=rng.choice(KINDS[other].values))
-        for other, source in zip(rest, sources[ENTRIES:], strict=True)
-    ]
-    lines = [*entries, *others]
+    told = [*((kind, value) for value in values), *((KINDS[other], rng.choice(KINDS[other].values)) for other in rest)]
+    lines = [own.entry.format(source=source, value=value) for source, (own, value) in zip(sources, told, strict=True)]
+    look = lines[meant]
     rng.shuffle(lines)
     return {
         "prompt": "\n".join([*lines, kind.question]),
-        "look": entries[meant],
+        "look": look,
         "thought": kind.reply,
         "answer": f" {values[meant]}",
     }

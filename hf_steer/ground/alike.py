@@ -15,7 +15,12 @@ from hf_steer.ground.parts import Encoder
 
 
 def shape_of(model: Any, names: Mapping[nn.Module, str]) -> Hashable:
-    """Class, configuration and parts of a model: equal for those that are alike, whatever their weights and device."""
+    """Class, configuration and parts of a model: equal for those that are alike, whatever their weights and device.
+
+    None where a part does by itself what its class does otherwise (a `forward` that was set on it): such a model is like no other.
+    """
+    if any(_is_own(module) for module in names):
+        return None
     return repr(model.config.to_dict()), tuple([(name, type(module), *_sizes(module)) for module, name in names.items()])
 
 
@@ -29,6 +34,12 @@ def exchanged(encoder: Encoder, by: Mapping[Any, Any]) -> Encoder:
         projector=None if encoder.projector is None else by[encoder.projector],
         projectors=tuple(by[own] for own in encoder.projectors),
     )
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a method of its class was replaced on the module itself."""
+    kind = type(module)
+    return any(callable(own) and callable(getattr(kind, name, None)) for name, own in vars(module).items())
 
 
 def _sizes(module: nn.Module) -> list[Any]:

@@ -190,6 +190,13 @@ def spelling_in(module: nn.Module, word: str) -> str | None:
     return found or own_spellings(type(module)).get(word)
 
 
+def unknown_masks(module: nn.Module) -> list[str]:
+    """Arguments of a module's forward that are masks, as far as their names tell, and none that are known."""
+    names = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    own = set(own_spellings(type(module)).values())
+    return [name for name in names if name.endswith(("mask", "masks")) and name not in _WORDS and name not in own]
+
+
 def name_of(word: str) -> str:
     """How users know an argument, for messages: the newest spelling, older ones behind it in brackets."""
     newest, *older = ARGUMENTS[word]

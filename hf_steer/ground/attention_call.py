@@ -1,4 +1,4 @@
-"""One call of an attention function of transformers, by our words: what comes in, and how to call what lies underneath."""
+"""One call of an attention function of transformers, by our words: what comes in, its bias, and how to call what is underneath."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from types import CodeType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_steer.ground.implementations import LAYER, is_their_own
@@ -30,7 +31,10 @@ class Passing(Protocol):
     """What rides through a forward pass as the keyword `hf_steer`, as far as a call looks at it."""
 
     biases: Mapping[int, HeadBias]
+    backend: str
     read: Callable[[Any], None] | None
+    signed: set[int]
+    chosen: dict[Any, Callable[..., Any]]
 
 
 @dataclass(eq=False)
@@ -100,6 +104,17 @@ class AttentionCall:
         """Its number."""
         return layer_of(self.module)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """In which the layers of one pass may differ; reentrant checkpointing runs them first without gradients, then with.
+
+        Numbers among the options count unless they are 0, all others by being there.
+        """
+        options = self.options.items()
+        used = tuple(name for name, value in options if value is not None and not (isinstance(value, (int, float)) and not value))
+        learns = self.bias is not None and self.bias.query.requires_grad
+        return self.mask is None, self.causal, self.key.device, torch.is_grad_enabled(), learns, used
+
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scale: float | None = None, causal: bool | None = None
     ) -> tuple[Tensor, Any]:
@@ -121,7 +136,8 @@ def layer_of(module: Any) -> int:
 
 
 def steered_function(
-    attend: Callable[[AttentionCall, Any], Any],
+    choose: Callable[[str, AttentionCall], Callable[..., Any]],
+    fit: Callable[[AttentionCall, Any], HeadBias],
     unheard: Callable[[Any, Mapping[str, Any]], Passing | None],
     *,
     inner: Callable[..., Any],
@@ -130,13 +146,15 @@ def steered_function(
     """What steered attention modules call in place of the function that they had.
 
     Args:
-        attend: gets the calls of layers that are steered in this pass, or read, and what rides through the pass.
+        choose: from the wanted backend's name and a call to what attends with its bias; holds for all calls of a pass that are
+            alike.
+        fit: the bias of a call whose keys or device are others than it was made for, or that depends on the call.
         unheard: judges a module that is called without the keyword, and its options; what rides through the pass all the same,
             or None.
-        inner: the function that the modules had; all other calls reach it unchanged.
+        inner: the function that the modules had; calls of layers that are not steered reach it unchanged.
         implementation: its name.
     """
-    return partial(_steer, attend=attend, unheard=unheard, inner=inner, implementation=implementation)
+    return partial(_steer, choose=choose, fit=fit, unheard=unheard, inner=inner, implementation=implementation)
 
 
 def _steer(
@@ -146,7 +164,8 @@ def _steer(
     value: Tensor,
     attention_mask: Any = None,
     *,
-    attend: Callable[[AttentionCall, Any], Any],
+    choose: Callable[[str, AttentionCall], Callable[..., Any]],
+    fit: Callable[[AttentionCall, Any], HeadBias],
     unheard: Callable[[Any, Mapping[str, Any]], Passing | None],
     inner: Callable[..., Any],
     implementation: str,
@@ -156,12 +175,25 @@ def _steer(
     """Some families name the mask when they call, so our parameter has to be called as theirs is."""
     if hf_steer is None:
         hf_steer = unheard(module, options)
-        if hf_steer is None:
-            return inner(module, query, key, value, attention_mask, **options)
-    bias = hf_steer.biases.get(layer_of(module))
+    if hf_steer is None:
+        return inner(module, query, key, value, attention_mask, **options)
+    layer = layer_of(module)
+    bias = hf_steer.biases.get(layer)
     if bias is None and hf_steer.read is None:
         return inner(module, query, key, value, attention_mask, **options)
-    return attend(AttentionCall(module, inner, implementation, query, key, value, attention_mask, bias, options), hf_steer)
+    call = AttentionCall(module, inner, implementation, query, key, value, attention_mask, bias, options)
+    if hf_steer.read is not None:
+        hf_steer.read(call)
+    if bias is None:
+        return inner(module, query, key, value, attention_mask, **options)
+    if bias.key.shape[1] != key.shape[2] or bias.key.device != key.device or bias.share is not None:
+        call.bias = bias = fit(call, hf_steer)
+    attend = hf_steer.chosen.get(alike := call.kind)
+    if attend is None:
+        attend = hf_steer.chosen[alike] = choose(hf_steer.backend, call)
+    hf_steer.signed.add(layer)
+    output, weights = attend(call, bias)
+    return (output if output.is_contiguous() else output.contiguous()), weights  # some modules look at it through .view()
 
 
 def called_by_name(function: Callable[..., Any]) -> Callable[..., Any]:

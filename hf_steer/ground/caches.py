@@ -1,4 +1,4 @@
-"""Key-value caches of transformers: how long they are, what each layer will see, and which of their methods move rows."""
+"""Key-value caches of transformers: where a pass leaves them, how long they are, what layers will see, what moves their rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
+from transformers.utils.generic import ModelOutput
 
 from hf_steer.errors import PatchError
 
@@ -34,6 +36,22 @@ ROWS_STAY = frozenset(
 
 SELF_PART = "self_attention_cache"
 """Where an encoder-decoder's pair of caches has the one that holds the keys of its own tokens."""
+
+
+def made_caches(output: Any) -> list[Any]:
+    """The caches that a model gives back, under whatever name, as they are."""
+    values = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, (tuple, list)) else ()
+    return [value for value in values if isinstance(value, Cache)]
+
+
+def caches_after(given: Any, output: Any) -> list[Any]:
+    """The caches that hold a model's own tokens after a pass: the one that it was given, or None, and others that it gives back."""
+    found = [] if given is None else [given]
+    for cache in made_caches(output):
+        own = getattr(cache, SELF_PART, cache)
+        if own is not given:
+            found.append(own)
+    return found
 
 
 def past_of(cache: Any) -> int | Tensor:

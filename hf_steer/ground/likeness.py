@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_steer.ground.arguments import Given, with_changes
+from hf_steer.ground.caches import made_caches
 from hf_steer.ground.implementations import implementation_of, with_implementation
-from hf_steer.ground.outputs import made_caches
 
 TOKENS, SOURCE = 2, 5
 """Of the prompt that is tried, and of what an encoder would hand on: told apart by their number."""

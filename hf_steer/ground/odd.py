@@ -9,6 +9,7 @@ from typing import Any
 _SOUND_CODES = (
     "what its decoder reads are codes of sound, several in one position, and no prompt of words; its words are read by an encoder"
 )
+_DRAFTS = "it drafts for a larger model, whose keys it reads and which calls it, and reads no prompt itself. Steer that model"
 _PATCHES = "Steer a model that keeps one key for each token"
 
 REASONS: Mapping[str, str] = MappingProxyType(
@@ -30,6 +31,8 @@ REASONS: Mapping[str, str] = MappingProxyType(
             "its decoder is told its masks by the model around it alone, and adds none in the steps of generate. Steer another "
             "translation model, such as Marian or M2M100"
         ),
+        "gemma4_assistant": _DRAFTS,
+        "gemma4_unified_assistant": _DRAFTS,
         "idefics": "its forward demands a picture in every call. Steer Idefics2 or Idefics3 instead",
         "kyutai_speech_to_text": "its prompt is sound: each position holds a token and the codes of a stretch of sound together",
         "musicgen_decoder": _SOUND_CODES,
@@ -46,13 +49,15 @@ REASONS: Mapping[str, str] = MappingProxyType(
             "its layers attend to their own tokens and to what the encoder hands on at once, over keys of both. Steer T5Gemma "
             "instead, which keeps the two apart"
         ),
+        "vibevoice": "what it writes is speech, which a diffusion of its own makes in generate. To listen, steer VibeVoice ASR",
         "xlm": "its attention blots out by a mask of ones and zeros that all heads share, and adds nothing to its logits",
         "xlnet": "it has no cache of keys, and its attention reads its mask by two streams. Steer GPT-2 or Llama instead",
     }
 )
-"""Model type of the decoder -> what, why, and what works instead."""
+"""Model type of the model or its decoder -> what, why, and what works instead."""
 
 
-def why_odd(decoder: Any) -> str | None:
-    """Why a decoder's attention cannot be steered, where that is known of its type."""
-    return REASONS.get(str(getattr(decoder.config, "model_type", "")))
+def why_odd(*modules: Any) -> str | None:
+    """Why attention cannot be steered, where that is known of the type of a model or of its decoder."""
+    types = (str(getattr(module.config, "model_type", "")) for module in modules)
+    return next((REASONS[own] for own in types if own in REASONS), None)

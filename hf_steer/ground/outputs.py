@@ -6,24 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
 from transformers.utils.generic import ModelOutput
-
-from hf_steer.ground.caches import SELF_PART
 
 RECORD = "hf_steer"
 """Where a tower's output carries what was recorded of it."""
-
-
-def caches_in(output: Any) -> list[Any]:
-    """The caches of a model's own tokens that it gives back, under whatever name."""
-    return [getattr(cache, SELF_PART, cache) for cache in made_caches(output)]
-
-
-def made_caches(output: Any) -> list[Any]:
-    """The caches that a model gives back, as they are."""
-    values = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, (tuple, list)) else ()
-    return [value for value in values if isinstance(value, Cache)]
 
 
 def logits_in(output: Any) -> Tensor:

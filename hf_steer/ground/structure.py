@@ -66,7 +66,7 @@ def find_attention(model: Any, names: Names, decoder: Any = None) -> Attention:
     speaker = _speaking_part(model)
     if speaker is not None:
         return Attention(None, reason=f"{kind} has no forward pass of its own; patch the part of it that speaks, model.{speaker}")
-    if odd := why_odd(decoder):
+    if odd := why_odd(model, decoder):
         return Attention(None, reason=odd)
     if spelling_in(decoder, "ids") is None:
         return Attention(None, reason=f"{kind}.forward takes no token numbers, so no language model reads a prompt here")

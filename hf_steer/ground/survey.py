@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hf_steer.errors import GroundError
-from hf_steer.ground.arguments import PERCEIVED, spelling_in
+from hf_steer.ground.arguments import PERCEIVED, name_of, spelling_in, unknown_masks
 from hf_steer.ground.attention_call import SEGMENTS
 from hf_steer.ground.caches import ROW_MOVES, unknown_moves
 from hf_steer.ground.decoders import reads_encoder
@@ -121,6 +121,16 @@ def _tells_pictures(plan: Planned) -> str | None:
     return f"flash attention takes no {SEGMENTS}"
 
 
+def _tells_frames(plan: Planned) -> str | None:
+    """A mask of sounds under a name that is not known would let padding pass for sound."""
+    ear, root = plan.anatomy.encoders.get("audio"), plan.anatomy.root
+    if ear is None or ear.mask is not None:
+        return None
+    unknown = unknown_masks(root)
+    known = name_of("mel_mask")
+    return f"{type(root).__name__}.forward takes no {known}, but {', '.join(unknown)}" if unknown else None
+
+
 def _perceives(plan: Planned) -> str | None:
     root = plan.anatomy.root
     if any(spelling_in(root, word) is not None for word in PERCEIVED):
@@ -144,6 +154,7 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
     Assumption("picture_segments", "flash attention is told where the pictures of a call begin in its one row", "eyes",
                _tells_pictures),
     Assumption("perceived_arguments", "pictures and sounds come under names that are known", "aligners", _perceives),
+    Assumption("sound_masks", "which frames of a sound are real comes under a name that is known", "aligners", _tells_frames),
 )  # fmt: skip
 """What patching relies on; `tests/ground/test_survey.py` holds each row on every version."""
 

@@ -51,7 +51,8 @@ class _Place:
 
 
 FOUND: dict[Hashable, Mapping[str, Encoder | str]] = {}
-"""Shape of a model and modality -> its encoder, with paths in place of modules, or why there is none."""
+"""Shape of a model and modality -> its encoder, with paths in place of modules, or why there is none; `MOST` of them at most."""
+MOST = 32
 
 
 def find_encoders(
@@ -68,12 +69,17 @@ def find_encoders(
         What was found, and for each other modality why nothing was, in words.
     """
     names = {module: name for name, module in model.named_modules()} if names is None else names
-    shape = shape_of(model, names), tuple(modalities)
-    if shape not in FOUND:
+    shape = shape_of(model, names)
+    known = None if shape is None else FOUND.get((shape, tuple(modalities)))
+    if known is None:
         new = {modality: _encoder(model, names, modality) for modality in modalities}
-        FOUND[shape] = {modality: own if isinstance(own, str) else exchanged(own, names) for modality, own in new.items()}
+        known = {modality: own if isinstance(own, str) else exchanged(own, names) for modality, own in new.items()}
+        if shape is not None:
+            FOUND[shape, tuple(modalities)] = known
+            for oldest in list(FOUND)[:-MOST]:
+                FOUND.pop(oldest, None)
     parts = {name: module for module, name in names.items()}
-    found = {modality: own if isinstance(own, str) else exchanged(own, parts) for modality, own in FOUND[shape].items()}
+    found = {modality: own if isinstance(own, str) else exchanged(own, parts) for modality, own in known.items()}
     return Found(
         {modality: own for modality, own in found.items() if isinstance(own, Encoder)},
         {modality: own for modality, own in found.items() if isinstance(own, str)},

@@ -136,10 +136,12 @@ def _owners(model: Any, modality: str) -> Iterator[tuple[Any, str]]:
 
 
 def _words(owner: Any) -> set[str]:
-    """Paths of the input embeddings."""
+    """Paths of the input embeddings; what Whisper's classifier calls by that name is the convolution that its ear begins with."""
     try:
         words = owner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
+        return set()
+    if isinstance(words, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         return set()
     return {path for path, module in owner.named_modules(remove_duplicate=False) if module is words}
 

@@ -13,6 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -70,49 +71,51 @@ class Block(contextlib.ContextDecorator):
         entry = Entry(self.steering, self.kind, self.value, frame, number, threading.get_ident())
         self.entries.append(entry)
         if frame is None:
-            _STACK.set((*_STACK.get(), entry))
-        OPEN[number] = weakref.ref(entry)
+            STACK.set((*STACK.get(), entry))
+        else:
+            PULLED[number] = weakref.ref(entry)
+        _OPEN[number] = weakref.ref(entry)
         return self.value
 
     def __exit__(self, *_: object) -> None:
         entry = self.entries.pop()
         entry.steering = entry.value = entry.frame = None
-        OPEN.pop(entry.number, None)
-        _STACK.set(tuple(own for own in _STACK.get() if own.steering is not None))
+        _OPEN.pop(entry.number, None)
+        PULLED.pop(entry.number, None)
+        STACK.set(tuple(own for own in STACK.get() if own.steering is not None))
 
 
-_STACK: ContextVar[tuple[Entry, ...]] = ContextVar("hf_steer_blocks", default=())
-OPEN: dict[int, weakref.ref[Entry]] = {}
-"""All stays of this process that are not over, in the order in which they began."""
+STACK: ContextVar[tuple[Entry, ...]] = ContextVar("hf_steer_blocks", default=())
+"""The stays in blocks, of any model, that this context is in, the outermost first; those that are over have no steering."""
+PULLED: dict[int, weakref.ref[Entry]] = {}
+"""The stays of this process that hold while a generator's code runs, in the order in which they began."""
+_OPEN: dict[int, weakref.ref[Entry]] = {}
+"""All stays of this process that are not over."""
 
 
-def entries_around(steering: object) -> list[Entry]:
-    """The stays in blocks of a model that this code is in, the outermost first."""
-    return [entry for entry in _around() if entry.steering is steering]
+def entries_around() -> tuple[Entry, ...]:
+    """The stays in blocks, of any model, that the code that runs now is in, the outermost first: of its context, which is all
+    of them while `PULLED` is empty, and of generators."""
+    stack = STACK.get()
+    if torch.compiler.is_compiling() or not PULLED:
+        return stack
+    generators = [entry for entry in _there(PULLED) if entry.frame is not None and is_running(entry.frame)]
+    return tuple(sorted((*stack, *generators), key=lambda entry: entry.number)) if generators else stack
 
 
 def held_elsewhere(steering: object, kind: str) -> bool:
     """Whether another thread is inside such a block now."""
     own = threading.get_ident()
-    return any(entry.steering is steering and entry.kind == kind and entry.thread != own for entry in _all_open())
+    return any(entry.steering is steering and entry.kind == kind and entry.thread != own for entry in _there(_OPEN))
 
 
 def steerings_with(*kinds: str) -> list[Any]:
     """The steerings of which this code is in a block of one of these kinds."""
-    return [entry.steering for entry in _around() if entry.kind in kinds and entry.steering is not None]
+    return [entry.steering for entry in entries_around() if entry.kind in kinds and entry.steering is not None]
 
 
-def _around() -> tuple[Entry, ...]:
-    """The blocks that the code that runs now is in, the outermost first."""
-    stack = _STACK.get()
-    if torch.compiler.is_compiling() or not OPEN:
-        return stack
-    generators = [entry for entry in _all_open() if entry.frame is not None and is_running(entry.frame)]
-    return tuple(sorted((*stack, *generators), key=lambda entry: entry.number)) if generators else stack
-
-
-def _all_open() -> list[Entry]:
-    found = (reference() for reference in list(OPEN.values()))
+def _there(entries: Mapping[int, weakref.ref[Entry]]) -> list[Entry]:
+    found = (reference() for reference in list(entries.values()))
     return [entry for entry in found if entry is not None and entry.steering is not None]
 
 

@@ -71,40 +71,44 @@ def patch_model(
     _refuse_nested(model)
     said = {"heads": heads, "strength": strength, "saliency": saliency, "queries": queries, "gate": gate, "share": share}
     plan = make_plan(model, whole_config(model, config, said), tokenizer)
-    trains = plan.trains
-    if freeze_base and not trains:
+    if freeze_base and not plan.trains:
         raise ConfigError(
             "freeze_base=True would leave nothing to train: the configuration has no aligners, no strength='trainable', and "
             "train_projector=False. Add an AlignerConfig, or leave freeze_base out."
         )
     present = model._modules.get(STEERING)  # type: ignore[attr-defined]
-    if present is not None:
-        if present.plan.config == plan.config:
-            return model
-        both = present.plan.config.with_gaze_of(plan.config)
-        if both is not None and freeze_base is None:
-            plan = make_plan(model, both, tokenizer)
-            refuse_running(plan.anatomy.root, "patch")
-            survey(plan)
-            present.add_gaze(plan)
-            return model
-        raise PatchError(
-            "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
-            "or hf_steer.get_steer_status(model) to see it."
-        )
+    if present is None:
+        _put_in(plan, freeze=freeze_base is not False)
+    elif present.plan.config != plan.config:
+        both = None if freeze_base is not None else present.plan.config.with_gaze_of(plan.config)
+        if both is None:
+            raise PatchError(
+                "this model is patched with another configuration; call hf_steer.unpatch_model(model) first, "
+                "or hf_steer.get_steer_status(model) to see it."
+            )
+        present.add_gaze(_surveyed(make_plan(model, both, tokenizer)))
+    return model
+
+
+def _surveyed(plan: Plan) -> Plan:
+    """The plan, where nothing runs the model meanwhile, and all that it relies on is there."""
     refuse_running(plan.anatomy.root, "patch")
     survey(plan)
-    _refuse_shared(plan)
+    return plan
+
+
+def _put_in(plan: Plan, *, freeze: bool) -> None:
+    """All changes of a plan, or none of them."""
+    _refuse_shared(_surveyed(plan))
     steering = Steering(plan)
     steering.gaze.functions.register()
     with ExitStack() as edits:
-        if trains:
-            edits.enter_context(SetTrainable(_trainable(plan, freeze=freeze_base is not False)))
+        if plan.trains:
+            edits.enter_context(SetTrainable(_trainable(plan, freeze=freeze)))
         for edit in steering.edits():
             edits.enter_context(edit)
         steering.undo = edits.pop_all()
     note_in_force(steering)
-    return model
 
 
 def unpatch_model(model: Model) -> Model:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.errors import PatchError, SaliencyError
-from hf_steer.patching.blocks import OPEN, Block, entries_around
+from hf_steer.patching.blocks import PULLED, STACK, Block, entries_around
 from hf_steer.patching.gaze.ledger import Generation
 from hf_steer.patching.planned import Strengths
 from hf_steer.saliency import Saliency
@@ -117,13 +117,11 @@ NOTHING = Scope()
 def scope_of(steering: object) -> Scope:
     """What holds here: of each kind the innermost block counts, and every listener."""
     compiling = torch.compiler.is_compiling()  # a graph must not depend on how many blocks are open
-    entries = entries_around(steering) if compiling or OPEN else ()
-    if not entries:
-        return NOTHING
     held: dict[str, Any] = {}
-    for entry in entries:
-        held[entry.kind] = (*held.get(LISTENER, ()), entry.value) if entry.kind == LISTENER else entry.value
-    return Scope(**held)
+    for entry in STACK.get() if compiling or not PULLED else entries_around():
+        if entry.steering is steering:
+            held[entry.kind] = (*held.get(LISTENER, ()), entry.value) if entry.kind == LISTENER else entry.value
+    return Scope(**held) if held else NOTHING
 
 
 def use_saliency(model: Any, saliency: Saliency) -> AbstractContextManager[Any]:

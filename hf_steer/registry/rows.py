@@ -82,13 +82,13 @@ class Backend:
     Attributes:
         attend: from an `attention.AttentionCall` and its `HeadBias` to what the function underneath would return:
             `(batch, queries, heads, value_dim)`, and weights or None.
-        refuse: why it cannot carry a call's bias, in a few words; None where it can.
+        refuse: why it cannot carry a call's bias, in a few words; None where it can. Without one it can carry any.
         over: the attention implementations whose masks it understands.
         instead: it runs a kernel of its own instead of the function underneath.
     """
 
     attend: Callable[[Any, HeadBias], tuple[Any, Any]]
-    refuse: Callable[[Any], str | None] = lambda call: None
+    refuse: Callable[[Any], str | None] | None = None
     over: tuple[str, ...] = ("eager", "sdpa")
     instead: bool = False
 

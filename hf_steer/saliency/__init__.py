@@ -7,7 +7,7 @@ from hf_steer.saliency.given import Saliency
 from hf_steer.saliency.layouts import read_layouts
 from hf_steer.saliency.llava import CUTS
 from hf_steer.saliency.maps import map_of
-from hf_steer.saliency.normalize import NORMALIZERS, normalize, put_into_effect
+from hf_steer.saliency.normalize import NORMALIZERS, is_lost, normalize, put_into_effect
 from hf_steer.saliency.picture_files import open_upright
 from hf_steer.saliency.sounds import frames_of
 from hf_steer.saliency.sources import Sight
@@ -30,6 +30,7 @@ __all__ = [
     "current_recorder",
     "find_spans",
     "frames_of",
+    "is_lost",
     "map_of",
     "normalize",
     "open_upright",

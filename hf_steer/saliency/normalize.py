@@ -95,6 +95,18 @@ def put_into_effect(scores: TokenScores, attention: AttentionConfig, manner: Man
     return TokenScores(scores.values, group, groups, usual)
 
 
+def is_lost(scores: TokenScores, manner: Manner) -> bool:
+    """Whether raw scores say the same of all tokens of a group, and the manner leaves nothing of that: they move nothing there."""
+    if torch.compiler.is_compiling() or not (manner.preserve_mass or manner.normalize in NORMALIZERS):
+        return False
+    for values, group in zip(scores.values, scores.group, strict=True):
+        for number in torch.unique(group[group >= 0]).tolist():
+            own = values[group == number]
+            if own.any() and own.max() - own.min() <= _FLAT * own.abs().max():
+                return True
+    return False
+
+
 def _refuse_turned_away(values: Tensor) -> None:
     """SaliencyError for a row that is only looked away from, which no share can say."""
     if not torch.compiler.is_compiling() and bool(((values < 0).any(1) & ~(values > 0).any(1)).any()):

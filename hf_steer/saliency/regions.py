@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_steer.errors import SaliencyError
 from hf_steer.saliency.films import Film
 from hf_steer.saliency.paint import Paint, Stretches
-from hf_steer.values import Layout
+from hf_steer.values import Layout, Span
 
 
 @dataclass(frozen=True)
@@ -80,44 +80,39 @@ def moved(term: Term, row: int) -> Term:
     return replace(term, left=left, right=right)
 
 
-def total(terms: Sequence[Term], painted: Mapping[int, Tensor]) -> Tensor | None:
-    """What the terms say together of one picture, video or sound.
+def said_of(span: Span, terms: Sequence[Term], temporal_patch_size: int) -> Tensor | None:
+    """What terms say together of one picture, video or sound.
 
     Args:
+        span: its tokens.
         terms: to be summed.
-        painted: `id` of a region that speaks of it -> its `(tokens,)` scores, before its weight.
+        temporal_patch_size: video frames per grid step.
 
     Returns:
         `(tokens,)` scores; None where nothing is said.
+
+    Raises:
+        SaliencyError: frames or seconds past the end, a size or length that the model's inputs contradict, or something that
+            lies where no token looks.
     """
     result: Tensor | None = None
     for term in terms:
-        value = painted.get(id(term)) if isinstance(term, Region) else _joint(term, painted)
+        value: Tensor | None = None
+        if isinstance(term, Joint):
+            left, right = (said_of(span, side, temporal_patch_size) for side in (term.left, term.right))
+            value = None if left is None or right is None else OPERATIONS[term.operation](left, right)
+        elif (term.row, term.modality, term.index) == (span.row, span.modality, span.index):
+            value = paint_region(term, span.layout, temporal_patch_size)
         if value is not None:
             value = value * term.weight
             result = value if result is None else result + value
     return result
 
 
-def _joint(term: Joint, painted: Mapping[int, Tensor]) -> Tensor | None:
-    left, right = total(term.left, painted), total(term.right, painted)
-    return None if left is None or right is None else OPERATIONS[term.operation](left, right)
-
-
 def paint_region(region: Region, layout: Layout, temporal_patch_size: int) -> Tensor:
-    """A region's scores on the tokens of its picture, video or sound, before its weight.
+    """A region's scores on the tokens of its picture, video or sound, before its weight: `(tokens,)` float32.
 
-    Args:
-        region: what is said.
-        layout: where the tokens lie.
-        temporal_patch_size: video frames per grid step.
-
-    Returns:
-        `(tokens,)` float32, 0 for tokens without a place.
-
-    Raises:
-        SaliencyError: frames or seconds past the end, a size or length that the model's inputs contradict, or something that
-            lies where no token looks.
+    Tokens without a place have 0. For arguments and errors see `said_of`.
     """
     if isinstance(region.paint, Stretches):
         return _on_sound(region, region.paint, layout)

@@ -12,7 +12,7 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import name_of
 from hf_steer.saliency.eyes import EyeRecord
 from hf_steer.saliency.given import Saliency
-from hf_steer.saliency.regions import Region, paint_region, total
+from hf_steer.saliency.regions import Region, said_of
 from hf_steer.values import Span, TokenScores
 
 
@@ -105,16 +105,14 @@ def scores_from_user(
     scores = _blank(batch, length, real.device)
     if saliency.tokens is not None:
         return _token_scores(saliency.tokens, scores, real, first_position)
-    painted: dict[int, tuple[Span, dict[int, Tensor]]] = {}
+    first: dict[tuple[int, str, int], tuple[Span, Region]] = {}  # the region that speaks of each span first
     for region in saliency.regions:
-        span = _find(region, spans, batch)
-        scored = paint_region(region, span.layout, temporal_patch_size)
-        fitted = span if span.layout.fit is None else replace(span, layout=span.layout.at(region.size))
-        painted.setdefault(id(span), (fitted, {}))[1][id(region)] = scored
-    for span, own in painted.values():
-        said = total(saliency.terms, own)
+        first.setdefault((region.row, region.modality, region.index), (_find(region, spans, batch), region))
+    for span, region in first.values():
+        said = said_of(span, saliency.terms, temporal_patch_size)
         if said is not None:
-            _lay(scores, span, said.to(real.device), groups=1)
+            fitted = span if span.layout.fit is None else replace(span, layout=span.layout.at(region.size))
+            _lay(scores, fitted, said.to(real.device), groups=1)
     return scores
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from hf_steer.config import SteerConfig
-from hf_steer.ground.outputs import caches_in
+from hf_steer.ground.caches import caches_after
 from hf_steer.io import load_steering, save_steering
 from hf_steer.patching import disable_steering, make_plan, unpatch_model, use_saliency
 from hf_steer.patching.handle import Steering
@@ -145,7 +145,7 @@ def freed(subject: Subject) -> Finding:
 
 def _is_freed(subject: Subject, said: Saliency | None) -> bool:
     out = subject.generate(said)
-    references = [weakref.ref(cache) for cache in caches_in(out)]
+    references = [weakref.ref(cache) for cache in caches_after(None, out)]
     if not references:
         raise CannotShow("generate gives no cache back")
     del out

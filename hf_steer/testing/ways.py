@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_steer.ground.arguments import named
-from hf_steer.ground.outputs import logits_in, made_caches
+from hf_steer.ground.caches import made_caches
+from hf_steer.ground.outputs import logits_in
 from hf_steer.testing.report import CannotShow
 from hf_steer.testing.zoo.inputs import TOKENS, Batch
 from hf_steer.testing.zoo.prompts import beginning, mask_of, next_word

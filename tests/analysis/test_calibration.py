@@ -11,9 +11,11 @@ from kit.gazing import EVERYTHING, gaze, logits, looking, prompt_for, steer
 from kit.tiny import HEADS, IMAGE, SEEING, make_model
 
 from hf_steer import (
+    AttentionConfig,
     ConfigError,
     PatchError,
     Saliency,
+    SaliencyConfig,
     SaliencyError,
     SteerConfig,
     disable_steering,
@@ -24,7 +26,8 @@ from hf_steer import (
 )
 from hf_steer.analysis import attention_metrics, calibrate_strength, measure_retention, strength_for_mass, target_mass
 from hf_steer.analysis.bracketing import search
-from hf_steer.analysis.prompts import last_queries
+from hf_steer.analysis.pointed import pointed_at
+from hf_steer.analysis.prompts import Batch, last_queries
 from hf_steer.testing.zoo import tiny_model
 
 STEERED = {1: (0, 3), 2: (0, 1, 2, 3)}
@@ -312,6 +315,26 @@ def test_many_steered_layers_reach_the_target_together(queries, target):
     assert json.loads(found.to_json())["strength"]["8"]["3"] == found.strength[8][3]
 
 
+@pytest.mark.parametrize("kept", [None, False])
+def test_a_box_that_covers_parts_of_tokens_gets_its_target_with_the_defaults(kept):
+    inputs, (height, width) = prompt_for("qwen2_vl", rows=[[3, ("image", 4, 3), 5]]), (112, 84)
+    saliency = SaliencyConfig(source=None, preserve_mass=kept)
+    model = patch_model(make_model("qwen2_vl"), AttentionConfig(heads={1: (0, 2), 2: "all"}, saliency=saliency))
+    box = Saliency.from_boxes((10, 20, 0.6 * width, 0.7 * height), (width, height))
+    image = attention_metrics(model, inputs, layers=(1, 2), queries=last_queries(inputs)).span_mass
+    target = 0.5 * float(image.min())  # a picture that keeps its mass can give no more than that
+    found = strength_for_mass(model, inputs, target, saliency=box)
+    assert found.missed_share <= 0.05, str(found)
+    patch_model(unpatch_model(model), found.attention)
+    with use_saliency(model, box):
+        span = pointed_at(model, Batch(inputs, None), 1)
+        assert 1 < span.sum() < 12
+        told = attention_metrics(model, inputs, layers=(1,), span=span, queries=last_queries(inputs)).steered_span_mass
+    assert told[0, [0, 2]].tolist() == pytest.approx([target] * 2, rel=0.05)
+    missed = strength_for_mass(model, inputs, 0.97, saliency=box).missed_share
+    assert missed < 0.05 or kept is None
+
+
 def test_a_target_that_is_missed_is_said_to_be(monkeypatch):
     monkeypatch.setattr(target_mass, "MOST", 1)
     monkeypatch.setattr(target_mass, "ENOUGH", 2.0)  # nothing is mended
@@ -351,7 +374,7 @@ def test_a_saliency_that_no_closed_form_fits_is_refused():
     patch_model(unpatch_model(model), steer("qwen2_vl"))
     plain = logits(model, inputs)
     for statement in (None, binary(inputs, marked)):  # its own eyes; z-scores
-        with pytest.raises(SaliencyError, match=r"needs a saliency of 1 on the span.*normalize='none'"):
+        with pytest.raises(SaliencyError, match=r"needs a saliency from 0 to 1.*normalize at 'auto'"):
             strength_for_mass(model, inputs, 0.5, saliency=statement)
     patch_model(unpatch_model(model), steer("qwen2_vl", normalize="none"))
     with pytest.raises(SaliencyError, match="in force are scores from 0 to 0"):

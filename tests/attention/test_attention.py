@@ -11,7 +11,7 @@ from kit.oracle import attend, rank_one
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_steer.attention import BACKENDS, SteeredCall, attend_steered, backends, choose_backend, head_bias, mass_shift
+from hf_steer.attention import BACKENDS, SteeredCall, attend_for, backends, choose_backend, fit_bias, head_bias, mass_shift
 from hf_steer.attention.backends import PREFERRED
 from hf_steer.attention.bias import on_device
 from hf_steer.attention.masked import merge_mask
@@ -399,7 +399,7 @@ def test_what_was_decided_for_one_layer_does_not_hold_for_a_layer_with_another_m
     for masks in ((None, allowed[:, None], None), (allowed[:, None],), (None,)):
         passing = SteeredCall(biases={0: bias})
         outputs.append([
-            steered_function(attend_steered, never, inner=INNER["sdpa"], implementation="sdpa")(
+            steered_function(attend_for, fit_bias, never, inner=INNER["sdpa"], implementation="sdpa")(
                 Module(), query, key, value, mask, hf_steer=passing
             )[0]
             for mask in masks
@@ -446,7 +446,8 @@ def test_layers_on_other_devices_get_the_bias_there_and_each_device_gets_it_once
 
     for device in ("meta", "cpu", "meta"):
         tensors = [torch.zeros(1, HEADS, count, 8, device=device) for count in (1, KEYS, KEYS)]
-        steered_function(attend_steered, never, inner=inner, implementation="sdpa")(Module(), *tensors, None, hf_steer=passing)
+        steered = steered_function(attend_for, fit_bias, never, inner=inner, implementation="sdpa")
+        steered(Module(), *tensors, None, hf_steer=passing)
     assert seen == [(device,) * 3 for device in ("meta", "cpu", "meta")]
     moved = on_device(bias, torch.device("meta"))
     assert on_device(bias, torch.device("meta")) is moved

@@ -186,7 +186,7 @@ def test_it_is_steered_like_any_other_model(kind, projector, expected, auto):
     model, processor = composed(kind, projector)
     inputs = perceive(kind, processor)
     plain = logits(model, inputs)
-    config = SteerConfig(attention=AttentionConfig(strength=3.0, saliency=SaliencyConfig(source=None)))
+    config = SteerConfig(attention=AttentionConfig(queries="all", strength=3.0, saliency=SaliencyConfig(source=None)))
     hf_steer.patch_model(model, config)
     with hf_steer.use_saliency(model, Saliency.from_tokens(torch.randn(inputs["input_ids"].shape))):
         assert (logits(model, inputs) - plain).abs().max() > 0.05
@@ -197,7 +197,7 @@ def test_it_is_steered_like_any_other_model(kind, projector, expected, auto):
 @each
 def test_compose_patches_with_an_aligner_and_a_gaze(kind, projector, expected, auto, tmp_path):
     ear = AlignerConfig(modality="audio" if kind.startswith("whisper") else "image", kind="progressive", num_experts=4)
-    gaze = AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None))
+    gaze = AttentionConfig(queries="all", strength=2.0, saliency=SaliencyConfig(source=None))
     model, processor = composed(kind, projector, aligner=ear, attention=gaze)
     inputs = perceive(kind, processor)
     said = Saliency.from_tokens(torch.randn(inputs["input_ids"].shape))

@@ -83,6 +83,9 @@ def test_a_configuration_is_frozen_to_its_depth():
         (lambda: SteerConfig(schema_version="1"), "positive integer"),
         (lambda: SteerConfig(base_model_type=3), "must be a string or None"),
         (lambda: SteerConfig.from_dict({}), "schema_version is missing"),
+        (lambda: SteerConfig.from_dict({"schema_version": True}), "schema_version must be a positive integer; got True"),
+        (lambda: SteerConfig.from_dict({"schema_version": 1.0}), "schema_version must be a positive integer; got 1.0"),
+        (lambda: SteerConfig.from_dict({"schema_version": 0}), "schema_version must be a positive integer; got 0"),
         (lambda: SteerConfig.from_dict({"schema_version": 3, "new": 1}), "Upgrade: pip install -U hf-steer"),
         (lambda: SteerConfig.from_dict({"schema_version": 1, "atention": None}), "did you mean 'attention'"),
         (

@@ -13,8 +13,7 @@ from kit.tiny import make_model, make_prompt
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, patch_model, unpatch_model, use_strength
 from hf_steer.attention import say_once
 from hf_steer.config.manners import MANNERS
-
-pytestmark = pytest.mark.filterwarnings("ignore:this forward pass is none of generate's")
+from hf_steer.errors import SaliencyError
 
 
 def logits(model, inputs, **said):
@@ -137,3 +136,18 @@ def test_a_pass_of_its_own_that_steers_one_query_says_so_once_and_what_is_said_o
         for queries in ("all", "generated"):
             patch_model(unpatch_model(model), AttentionConfig(saliency=SaliencyConfig(source=None), queries=queries))
             logits(model, inputs, saliency=said)
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_in_training_a_pass_without_labels_steers_what_it_does_in_evaluation_and_says_so(graded):
+    inputs = prompt(tokens=12)
+    said = span(inputs, 3, 5)
+    model = patch_model(make_model("qwen2"), AttentionConfig(saliency=SaliencyConfig(source=None)))
+    expected = logits(model, inputs, saliency=said)
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="no labels reached it.*only the last token"), torch.set_grad_enabled(graded):
+        found = model.train()(**inputs, saliency=said).logits
+    torch.testing.assert_close(found, expected)
+    patch_model(unpatch_model(model), AttentionConfig(saliency=SaliencyConfig(source=None), queries="generated"))
+    with pytest.raises(SaliencyError, match="no labels reached the patched model"):  # what is asked for outright
+        model(**inputs, saliency=said)

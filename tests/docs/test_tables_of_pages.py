@@ -6,15 +6,19 @@ import ast
 
 import pytest
 from kit.documents import PAGES, README, ROOT, table_under, words_of
+from kit.tiny_encoders import ENCODING, make_encoder_model
 
 import hf_steer
 from hf_steer.attention import BACKENDS
 from hf_steer.cli.main import COMMANDS
 from hf_steer.config.attention import NORMALIZATIONS, QUERIES
-from hf_steer.families import FAMILIES
+from hf_steer.families import FAMILIES, resolve
+from hf_steer.ground.towers import PLACEMENTS
 from hf_steer.registry import GATES, ROUTERS, SOURCES
 
 DOCS = ROOT / "docs"
+SHOWN = (*ENCODING, "audioflamingo3")
+"""Whose encoders the page names; others are found as well."""
 NAMED = {
     "kind of aligner": ROUTERS, "source": SOURCES, "normalization": NORMALIZATIONS,
     "queries": QUERIES, "gate": GATES, "backend": BACKENDS,
@@ -24,9 +28,10 @@ NAMED = {
 def row_of(model_type):
     """What the page says of a family after its name."""
     row = FAMILIES[model_type]
+    encoders = resolve(make_encoder_model(model_type)).encoders if model_type in SHOWN else {}
     places = [
-        f"{modality}: output, layers" + ", projector" * (encoder.projector is not None)
-        for modality, encoder in row.encoders.items()
+        f"{modality}: {', '.join(place for place in PLACEMENTS if place not in encoder.lacks)}"
+        for modality, encoder in encoders.items()
     ]
     return [
         f"`{model_type}`", ", ".join(row.placeholders), "yes" if row.blocks else "",

@@ -48,7 +48,7 @@ def test_the_prompts_that_choose_share_nothing_with_those_that_are_reported():
 
 
 def test_an_answer_is_right_when_it_names_the_pointed_at_word_and_no_other():
-    report = reports.Report("text", ("A saw a lemon.", "B saw a pear."), 1, ("lemon", "pear"))
+    report = reports.Report("reports", "fruit", "text", ("A saw a lemon.", "B saw a pear."), 1, ("lemon", "pear"))
     assert report.before_word == "B saw a"
     cases = {"A pear.": 1, "Pears!": 1, "the LEMON": 0, "a lemon or a pear": None, "peartree": None, "": None}
     for said, named in cases.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -14,7 +16,9 @@ from hf_steer.ground import gguf as ground_gguf
 
 pytest.importorskip("gguf")
 
-GAZE = AttentionConfig(heads={1: (0, 3)}, strength=3.0, saliency=SaliencyConfig(source=None, normalize="none"))
+GAZE = AttentionConfig(
+    queries="all", heads={1: (0, 3)}, strength=3.0, saliency=SaliencyConfig(source=None, normalize="none")
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def packed_model(folder):
     return model
 
 
-LEARNED = AttentionConfig(heads={1: (0, 3)}, strength="trainable", saliency=SaliencyConfig(source=None, normalize="none"))
+LEARNED = dataclasses.replace(GAZE, strength="trainable")
 
 
 @pytest.mark.parametrize(("gaze", "files"), [(GAZE, []), (LEARNED, ["hf_steer"])], ids=["given", "learned"])

@@ -27,7 +27,7 @@ from hf_steer import (
     use_saliency,
 )
 
-GAZE = AttentionConfig(heads={1: (0, 2)}, strength=3.0, saliency=SaliencyConfig(source=None))
+GAZE = AttentionConfig(queries="all", heads={1: (0, 2)}, strength=3.0, saliency=SaliencyConfig(source=None))
 EYE = AlignerConfig("image", "output", "simple")
 TOKENS = AlignerConfig("image", "projector", "progressive")
 

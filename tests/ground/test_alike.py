@@ -67,6 +67,33 @@ def test_what_was_found_keeps_no_model_alive():
     assert gone() is None
 
 
+def test_only_so_many_are_kept(monkeypatch):
+    monkeypatch.setattr(towers, "MOST", 2)
+    model = make()
+    for token in (7, 8, 9):
+        model.config.image_token_id = token
+        find_encoders(model)
+        newest = list(towers.FOUND)[-1]
+    assert len(towers.FOUND) == 2
+    model.config.image_token_id = 9
+    find_encoders(model)
+    assert list(towers.FOUND)[-1] == newest
+
+
+@pytest.mark.parametrize("part", ["model", "model.multi_modal_projector"])
+def test_a_model_of_which_a_method_was_replaced_is_like_no_other(followed, part):
+    model, other = make(), make()
+    find_encoders(model)
+    changed = other.get_submodule(part)
+    changed.forward = changed.forward
+    found = names_in(other, find_encoders(other))
+    assert followed[2:] == [other, other]
+    find_encoders(other)
+    assert followed[4:] == [other, other]
+    assert found == names_in(model, find_encoders(model))
+    assert len(towers.FOUND) == 1
+
+
 @pytest.mark.parametrize("what", ["another part", "another size", "another setting"])
 def test_a_model_that_differs_is_looked_through_anew(followed, what):
     model = make()

@@ -17,9 +17,9 @@ from hf_steer.ground import pictures
 from hf_steer.ground.anatomy import resolve_row
 from hf_steer.ground.arguments import Given
 from hf_steer.ground.settings import SETTINGS, end_tokens, setting
-from hf_steer.registry import Family
+from hf_steer.registry import EncoderRow, Family
 
-MASKED = [name for name, row in FAMILIES.items() if any(encoder.mask for encoder in row.encoders.values())]
+MASKED = ("qwen2_audio", "audioflamingo3", "whisper", "wav2vec2", "hubert")
 
 
 @pytest.mark.parametrize("family", MASKED)
@@ -36,15 +36,22 @@ def test_a_head_that_is_told_no_mask_of_frames_has_none():
     assert resolve(model).encoders["audio"].mask is None
 
 
-def test_a_model_that_no_longer_takes_its_mask_of_frames_is_refused(monkeypatch):
+def test_a_row_may_say_where_an_encoder_is(monkeypatch):
     model = make_encoder_model("qwen2_audio")
+    row = Family(placeholders=("audio",), encoders={"audio": EncoderRow(outlet="output", mask="mel_mask")})
+    ear, found = resolve_row(model, row).encoders["audio"], resolve(model).encoders["audio"]
+    assert ear.outlet is ear.tower is found.tower is model.model.audio_tower
+    assert found.outlet is ear.projector is model.model.multi_modal_projector
+    assert ear.mask == found.mask == "feature_attention_mask"
 
     def forward(self, input_ids=None, input_features=None, frames_that_are_real=None):
         raise NotImplementedError
 
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(PatchError, match=r"takes no feature_attention_mask and no input_features_mask.*padding.*report"):
-        resolve(model)
+        resolve_row(model, row)
+    with pytest.raises(PatchError, match=r"this Qwen2AudioForConditionalGeneration has no mapper, where its family has one"):
+        resolve_row(model, Family(encoders={"audio": EncoderRow(projector="mapper")}))
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_audio", "voxtral", *tiny.SEEING])

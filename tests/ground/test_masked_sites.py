@@ -16,6 +16,7 @@ from hf_steer.families import resolve
 from hf_steer.ground import masked_sites
 from hf_steer.ground.additive import FORMS, OWN_FORMS, OneForAll
 from hf_steer.ground.odd import REASONS
+from hf_steer.testing.zoo import tiny_model
 
 FORM = {
     "mpt": "MptAttention", "prophetnet": "ProphetNetNgramSelfAttention",
@@ -165,11 +166,20 @@ def test_an_odd_one_says_why(kind):
     assert REASONS[kind] in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["gemma4_assistant", "gemma4_unified_assistant", "vibevoice"])
+def test_a_model_around_a_known_decoder_says_why(kind):
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip("this release has none")
+    with pytest.raises(ConfigError) as raised:
+        patch_model(tiny_model(kind), SteerConfig(attention=AttentionConfig()))
+    assert REASONS[kind] in str(raised.value)
+
+
 def test_the_reasons_are_sentences_about_models_that_there_are():
     known = set(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES) | {
         "blip_text_model", "dia_decoder", "musicgen_decoder", "musicgen_melody_decoder", "t5gemma2_decoder"
     }  # fmt: skip
-    assert set(REASONS) <= known | {"deepseek_v4", "pi0"}
+    assert set(REASONS) <= known | {"deepseek_v4", "pi0", "gemma4_assistant", "gemma4_unified_assistant", "vibevoice"}
     assert all(len(reason) > 30 and not reason.endswith(".") for reason in REASONS.values())
 
 

@@ -1,4 +1,4 @@
-"""Eyes and ears are found by structure: in every architecture of the installed transformers, and as the rows of the table say."""
+"""Eyes and ears are found by structure: in every architecture of the installed transformers, and at the right place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from kit.tiny_encoders import ENCODING, make_encoder_model, modality_of
 from torch import nn
 
 from hf_steer import AlignerConfig, ConfigError, SteerConfig, patch_model
-from hf_steer.families import resolve
 from hf_steer.ground.towers import find_encoders
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -99,13 +98,28 @@ def test_most_architectures_take_one_everywhere(modality):
     assert len(whole) >= 0.8 * len(perceiving)
 
 
+MERGER, PROJECTOR = "model.visual.merger", "model.multi_modal_projector"
+PLACES = {
+    "whisper": ("model.encoder", "model.encoder", None, "attention_mask", 3),
+    "wav2vec2": ("wav2vec2.encoder", "wav2vec2.encoder", None, "attention_mask", 3),
+    "hubert": ("hubert.encoder", "hubert.encoder", None, "attention_mask", 3),
+    "qwen2_audio": ("model.audio_tower", PROJECTOR, PROJECTOR, "feature_attention_mask", 3),
+    "voxtral": ("model.audio_tower", "model.audio_tower", PROJECTOR, None, 3),
+    "llava": ("model.vision_tower", PROJECTOR, PROJECTOR, None, 2),
+    "llava_onevision": ("model.vision_tower", PROJECTOR, PROJECTOR, None, 3),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("model.visual", MERGER, MERGER, None, 2)),
+}
+"""Tower, outlet, projector, the argument that tells real frames, and layers that matter: LLaVA reads an inner state."""
+
+
 @pytest.mark.parametrize("family", ENCODING)
-def test_structure_finds_what_the_row_of_a_family_says(family):
+def test_the_parts_of_well_known_families_are_found(family):
     model = make_encoder_model(family)
-    row = resolve(model).encoders[modality_of(family)]
+    names = {module: name for name, module in model.named_modules()}
     own = find_encoders(model).encoders[modality_of(family)]
-    for name in ("tower", "layers", "outlet", "reads", "size", "layer_size", "projector", "placeholder_ids", "mask", "projectors"):
-        assert getattr(own, name) == getattr(row, name), name
+    projector = None if own.projector is None else names[own.projector]
+    assert (names[own.tower], names[own.outlet], projector, own.mask, len(own.layers)) == PLACES[family]
+    assert own.reads == (PLACES[family][0] != PLACES[family][1])
 
 
 def test_text_alone_has_neither_and_says_so():

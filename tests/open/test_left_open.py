@@ -25,10 +25,7 @@ from hf_steer.analysis import attention_metrics
 from hf_steer.config.manners import MANNERS
 from hf_steer.errors import SaliencyError
 
-pytestmark = [
-    pytest.mark.usefixtures("_without_gradients"),
-    pytest.mark.filterwarnings("ignore:this forward pass is none of generate's"),
-]
+pytestmark = pytest.mark.usefixtures("_without_gradients")
 
 
 @pytest.fixture

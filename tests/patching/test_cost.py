@@ -16,7 +16,7 @@ from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGener
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_steer import AttentionConfig, SaliencyConfig, SteerConfig, patch_model, use_saliency
-from hf_steer.attention import cpu_flash, folded, masked, steered
+from hf_steer.attention import backends, cpu_flash, folded, masked
 from hf_steer.values import HeadBias
 
 LAYERS = 6
@@ -49,7 +49,7 @@ def test_layers_without_steered_heads_run_the_original_function_on_the_original_
         for module in (layer, attention):
             assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 0
         if attention.layer_idx == 2:
-            assert used.keywords["attend"] is steered.attend_steered
+            assert used.keywords["choose"] is backends.attend_for
             assert used.keywords["inner"] is sdpa
         else:
             assert attention.config is config

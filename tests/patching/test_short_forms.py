@@ -44,7 +44,7 @@ def test_the_short_form_is_the_long_one():
 
 
 def test_an_attention_config_alone_is_taken_by_patch_model_and_from_pretrained(tmp_path):
-    model, attention = make_model("qwen2"), AttentionConfig(strength=2.0, saliency=SaliencyConfig(source=None))
+    model, attention = make_model("qwen2"), AttentionConfig(queries="all", strength=2.0, saliency=SaliencyConfig(source=None))
     model.save_pretrained(tmp_path)
     inputs = prompt_for("qwen2")
     patch_model(model, attention)
@@ -93,9 +93,9 @@ def test_what_cannot_be_meant_is_an_error_and_nothing_changes(arguments, message
 @pytest.mark.parametrize("short", [False, True])
 def test_around_peft_it_says_what_to_call(short):
     adapted = peft.get_peft_model(make_model("qwen2"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    config = SteerConfig(attention=AttentionConfig(saliency=SaliencyConfig(source=None)))
+    config = SteerConfig(attention=AttentionConfig(queries="all", saliency=SaliencyConfig(source=None)))
     with pytest.raises(PatchError, match=r"Patch the model inside: peft_model.get_base_model\(\)"):
         patch_model(adapted, strength=2.0) if short else patch_model(adapted, config)
-    patch_model(adapted.get_base_model(), strength=2.0)
+    patch_model(adapted.get_base_model(), strength=2.0, queries="all")
     inputs = prompt_for("qwen2")
     assert not torch.equal(logits(adapted, inputs, gaze("qwen2", inputs)), logits(adapted, inputs))

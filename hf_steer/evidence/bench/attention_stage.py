@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_steer.attention import SteeredCall, attend_steered, head_bias
+from hf_steer.attention import SteeredCall, attend_for, fit_bias, head_bias
 from hf_steer.evidence.bench.cells import Cell
 from hf_steer.evidence.bench.edited import edited_attention
 from hf_steer.evidence.bench.scores import STRENGTH, causal, dense_bias, image_scores
@@ -124,7 +124,7 @@ def at_zero(stage: AttentionStage) -> Call:
 
 def _ours(stage: AttentionStage) -> Callable[..., Any]:
     """What a patched module calls; without the rest of a model nothing can be lost on the way to it."""
-    return steered_function(attend_steered, lambda module, options: None, inner=stage.sdpa, implementation="sdpa")
+    return steered_function(attend_for, fit_bias, lambda module, options: None, inner=stage.sdpa, implementation="sdpa")
 
 
 def dense_mask(stage: AttentionStage) -> Call:

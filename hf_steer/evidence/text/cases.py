@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hf_steer.evidence.text.filler import filler
 from hf_steer.evidence.text.instructions import INSTRUCTIONS, MANNERLY, SUBJECTS, is_obeyed
-from hf_steer.evidence.text.words import FACTS, REPORTS
+from hf_steer.evidence.text.words import FACTS, REPORTS, Template
 
 SPLITS = ("choose", "report")
 
@@ -53,11 +53,16 @@ class Case:
 def _reports(split: str, rng: random.Random, length: int) -> Case:
     """Four people report different things about one matter; the question leaves open whom to believe."""
     kind = rng.choice(sorted(REPORTS[split]))
-    template = REPORTS[split][kind]
+    spans, question, meant, values = four_reports(REPORTS[split][kind], rng)
+    return Case("reports", kind, "\n".join((*spans, question)), spans, meant, values)
+
+
+def four_reports(template: Template, rng: random.Random) -> tuple[tuple[str, ...], str, int, tuple[str, ...]]:
+    """What four people say, the question, whose report is meant, and the word that each is known by."""
     people, values = rng.sample(template.people, 4), rng.sample(template.values, 4)
-    thing = rng.choice(template.things)
+    thing = rng.choice(template.things) if template.things else ""
     spans = tuple(template.sentence.format(person=who, thing=thing, value=what) for who, what in zip(people, values, strict=True))
-    return Case("reports", kind, "\n".join((*spans, template.question.format(thing=thing))), spans, rng.randrange(4), tuple(values))
+    return spans, template.question.format(thing=thing), rng.randrange(4), tuple(values)
 
 
 def _instruction(split: str, rng: random.Random, length: int) -> Case:

@@ -74,7 +74,15 @@ def conditions(shape: tuple[int, int], found: Mapping[int, tuple[int, ...]] | No
         Condition("uniform", _gaze(), look="all"),
     ]
     if found is not None:
-        table += [Condition(f"found heads, λ = {value:g}", _gaze(heads=found, strength=value)) for value in (1.0, 2.0, 3.0)]
+        table += [Condition(f"found heads, λ = {value:g}", _gaze(heads=found, strength=value)) for value in (1.0, 1.5, 2.0, 3.0)]
+        table += [
+            Condition(f"found heads, all queries, λ = {value:g}", _gaze(heads=found, strength=value, queries="all"))
+            for value in (1.0, 2.0, 3.0)
+        ]
+        table += [
+            Condition(f"found heads, share {value:g}", AttentionConfig(heads=found, saliency=plain, share=value))
+            for value in (0.2, 0.3, 0.5)
+        ]
         table += [
             Condition(f"random heads, {kind}, λ = 2", sets=tuple(_gaze(heads=own, strength=2.0) for own in drawn))
             for kind, drawn in random_heads(found, shape, seed=seed).items()

@@ -13,14 +13,14 @@ class Template:
     Attributes:
         sentence: with `{thing}`, `{value}` and, in reports, `{person}`.
         question: with `{thing}`.
-        things: what it may be about.
+        things: what it may be about, where that differs.
         values: what may be said of it.
         people: who may say it.
     """
 
     sentence: str
     question: str
-    things: tuple[str, ...]
+    things: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     people: tuple[str, ...] = ()
 

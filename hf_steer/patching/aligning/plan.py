@@ -34,7 +34,7 @@ def plan_projectors(config: SteerConfig, anatomy: Anatomy) -> tuple[nn.Module, .
 def _placed(config: AlignerConfig, anatomy: Anatomy) -> PlannedAligner:
     encoder = anatomy.encoders.get(config.modality)
     if encoder is None:
-        able = ", ".join(name for name, row in FAMILIES.items() if config.modality in row.encoders)
+        able = ", ".join(name for name, row in FAMILIES.items() if config.modality in row.placeholders)
         raise ConfigError(
             f"an aligner for modality {config.modality!r} was asked for, but {anatomy.family!r} has encoders for "
             f"{', '.join(map(repr, anatomy.encoders)) or 'none'}: {anatomy.no_encoder.get(config.modality, 'it has no more')}. "

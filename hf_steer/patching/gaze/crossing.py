@@ -16,10 +16,11 @@ from hf_steer.errors import SaliencyError
 from hf_steer.ground.arguments import Given
 from hf_steer.patching.gaze.memory import CacheState, read_state
 from hf_steer.patching.gaze.prompt import real_tokens
+from hf_steer.patching.gaze.scores import in_effect
 from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import Plan
 from hf_steer.patching.scopes import Scope, Stretch
-from hf_steer.saliency import Saliency, frames_of, put_into_effect, read_layouts, scores_from_user
+from hf_steer.saliency import Saliency, frames_of, read_layouts, scores_from_user
 from hf_steer.values import Span, TokenScores
 
 
@@ -47,8 +48,7 @@ def state_across(current: Pass, plan: Plan, given: Given, *, rows: int, device: 
     states: Tensor = given.encoder_states
     places = states.shape[:-1].numel() // max(1, rows)  # Mllama hands the tiles of a row on one by one
     scores = _scores(statement, current, plan, given, rows=rows, places=places, device=device)
-    kind = statement.kind
-    scores = put_into_effect(scores, plan.config.attention, plan.manners[kind], kind)  # type: ignore[arg-type]
+    scores = in_effect(scores, plan, statement.kind, told=True)
     speaks = torch.compiler.is_compiling() or bool(scores.values.any())
     return CacheState(scores, (), statement, speaks, statement.kind)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from hf_steer.attention import BACKENDS, STEERABLE, attend_steered, recording_attention, registered_name
+from hf_steer.attention import BACKENDS, STEERABLE, attend_for, fit_bias, recording_attention, registered_name
 from hf_steer.errors import PatchError
 from hf_steer.ground.attention_call import called_by_name, declared_unknown, steered_function
 from hf_steer.ground.implementations import (
@@ -89,7 +89,8 @@ class Functions:
                 declared_unknown(inner)  # looked up before anything is compiled, and so are the backends
                 len(BACKENDS)
                 unheard = refuse_lost if self.plan.anatomy.carried == "keyword" else heed_pass
-                register_function(name, steered_function(attend_steered, unheard, inner=inner, implementation=decoder))
+                function = steered_function(attend_for, fit_bias, unheard, inner=inner, implementation=decoder)
+                register_function(name, function)
         if self.plan.eyes and is_ours(self.eyes):
             inner = function_of(tower, type(self.plan.eyes[0].module))
             register_function(self.eyes, called_by_name(partial(recording_attention, inner=inner)))

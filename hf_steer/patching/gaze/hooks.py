@@ -17,7 +17,7 @@ from hf_steer.errors import PatchError
 from hf_steer.ground.arguments import read_call
 from hf_steer.ground.caches import keys_seen, past_of
 from hf_steer.ground.decoders import checkpoints, skips_layers
-from hf_steer.ground.outputs import caches_in, logits_in, put_record
+from hf_steer.ground.outputs import logits_in, put_record
 from hf_steer.ground.pictures import window_of
 from hf_steer.patching.edits import AddHook, SetAttentionFunction
 from hf_steer.patching.gaze.begin import begin_gaze
@@ -58,7 +58,8 @@ class Gaze(nn.Module):
         remembers = plan.patterns is not None or self.attention.gate is not None
         self.paces = remembers or self.attention.phase_factors != (1.0, 1.0, 1.0)
         generates = bool(getattr(anatomy.root, "can_generate", bool)())  # elsewhere no token comes out of a query
-        open_kinds = MANNERS if self.attention.queries == AUTO and generates else ()
+        left_open = self.attention.queries == AUTO and self.attention.schedule is None
+        open_kinds = MANNERS if left_open and generates else ()
         self.opens = tuple(kind for kind in open_kinds if self.attention.phases(kind)[0] != 1.0)
         self.remembers, self.sees, self.learns = remembers, plan.sees, plan.config.learns_strength
         self.open = self.attention.strength == AUTO and self.attention.share is None  # what is said decides how hard
@@ -173,15 +174,16 @@ class Gaze(nn.Module):
         if not current.state.speaks:
             return
         current.pace = ALWAYS
-        opens = current.state.kind in self.opens and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
+        waits = bool(self.opens) and (current.state.kind in self.opens or current.state.scores.waits is not None)
+        opens = waits and (queries > 1 or current.prompt is not None or _in_prompt(current, past))
         if opens and current.prompt_end is None and not current.scope.listeners:
-            _warn_of_one_query(current, queries, training=module.training)
+            _warn_of_one_query(current, queries)
         if self.paces or traced or opens:
             facts = PassFacts(
                 rows=rows, queries=queries, past=past if queries == 1 else int(past), device=device, cached=cache is not None,
                 training=module.training and torch.is_grad_enabled(), tokens=current.tokens, prompt=current.prompt,
                 prompt_end=current.prompt_end, gates=gates, traced=traced, watched=current.watched,
-                kind=current.state.kind if current.state.kind in self.opens else "source",
+                kind=self.opens[0] if waits else "source",
             )  # fmt: skip
             current.pace = pace(self.attention, self.plan.patterns, facts)
         if not self.by_keyword:
@@ -196,7 +198,7 @@ class Gaze(nn.Module):
             state = state.as_usual(self.plan.manners[state.kind].strength)
         current.bias_of = BiasMaker(
             state, strengths, places, cache=None if self.crosses else cache, queries=queries, gate=current.pace.factor,
-            share=self.attention.share,
+            soon=current.pace.gate if opens else current.pace.factor, share=self.attention.share,
         )  # fmt: skip
         current.biases = current.bias_of.every()
         current.settled = True
@@ -233,11 +235,7 @@ class Gaze(nn.Module):
             refuse_unsigned(missing, module, self.plan.anatomy.root, self.places)
         if not current.watched and current.pace is not None and current.pace.before is not None:  # the root's hooks do not run
             current.state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, None))
-        if current.cache is not None:
-            current.state = write_state(current.cache, current.state)
-        for cache in caches_in(output):
-            if cache is not current.cache:
-                current.state = write_state(cache, current.state)
+        current.state = write_state(current.state, current.cache, output)
 
     def after_model(self, current: Pass, output: Any) -> None:
         """Root: its logits are known; the gates of the next step come from them."""
@@ -251,8 +249,7 @@ class Gaze(nn.Module):
             )
         logits = logits_in(output)
         state = dataclasses.replace(current.state, gates=gates_after(current.pace, self.attention, logits))
-        for cache in caches_in(output):
-            write_state(cache, state)
+        write_state(state, None, output)
         for listener in listeners:
             listener.generated(current, logits, self._effective(current, logits.device))
 
@@ -270,14 +267,14 @@ def _in_prompt(current: Pass, past: int | Tensor) -> bool:
     return current.prompt_end is not None and (not isinstance(past, int) or past < current.prompt_end - 1)
 
 
-def _warn_of_one_query(current: Pass, queries: int, *, training: bool) -> None:
+def _warn_of_one_query(current: Pass, queries: int) -> None:
     """Once: whoever reads all logits of a pass may think that all of them were steered."""
     prompt, given = current.prompt, current.given
     one = given is not None and given.logits_kept == 1
-    if torch.compiler.is_compiling() or training or one or queries == 1 or prompt is None or prompt.labelled is not None:
+    if torch.compiler.is_compiling() or one or queries == 1 or prompt is None or prompt.labelled is not None:
         return
     say_once(
-        "this forward pass is none of generate's and has no labels, so where text is pointed at only the last token of each row is "
-        "steered in it, as in generate. If all its tokens are to be, patch with queries='all'; queries='generated' says that this "
-        "is meant."
+        "this forward pass is none of generate's and no labels reached it (PEFT and label smoothing take them out on the way), so "
+        "where text is pointed at only the last token of each row is steered in it, as in generate. If all its tokens are to be, "
+        "patch with queries='all'; queries='generated' says that this is meant."
     )

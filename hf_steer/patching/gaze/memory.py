@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hf_steer.attention import mass_shift
 from hf_steer.errors import SaliencyError
 from hf_steer.gating import GateState
-from hf_steer.ground.caches import ROW_MOVES, begins_with_first, first_keys, past_of, shown_keys, stamp_of, watch_rows
+from hf_steer.ground.caches import (
+    ROW_MOVES,
+    begins_with_first,
+    caches_after,
+    first_keys,
+    past_of,
+    shown_keys,
+    stamp_of,
+    watch_rows,
+)
 from hf_steer.saliency import Saliency
 from hf_steer.values import Span, TokenScores
 
@@ -131,16 +138,6 @@ class CacheState:
             self, scores=scores, spans=tuple(spans), tensors=tensors, gates=gates, marks=marks, derived=[]
         )
 
-    def window(self, offset: int, length: int) -> TokenScores:
-        """Scores of the keys `offset` to `offset + length`, 0 for those after the prompt."""
-        missing = max(0, offset + length - self.length)
-        keys = slice(offset, offset + length)
-        return TokenScores(
-            F.pad(self.scores.values, (0, missing))[:, keys],
-            F.pad(self.scores.group, (0, missing), value=-1)[:, keys],
-            self.scores.groups,
-        )
-
     def as_usual(self, otherwise: float) -> CacheState:
         """With scores times the usual λ of what was said, for strengths that are left open.
 
@@ -155,20 +152,6 @@ class CacheState:
         if not torch.compiler.is_compiling():  # a graph cannot hand out what was made in it
             self.derived.append(derived)
         return derived
-
-    def strength(self, values: tuple[float, ...] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """λ per head as a tensor, and how far each group's bias is shifted to keep its mass.
-
-        The shift comes from all keys of a group, also those that a chunk or a sliding window does not hold. Learned strengths
-        change, so nothing is kept of them.
-        """
-        kept = self.scores.groups != 0
-        if isinstance(values, Tensor):
-            return values, mass_shift(self.scores, values) if kept else None
-        if values not in self.tensors:
-            strength = torch.tensor(values, dtype=torch.float32, device=self.scores.values.device)
-            self.tensors[values] = (strength, mass_shift(self.scores, strength) if kept else None)
-        return self.tensors[values]
 
 
 def read_state(cache: Any) -> CacheState | None:
@@ -187,16 +170,26 @@ def read_state(cache: Any) -> CacheState | None:
     return state
 
 
-def write_state(cache: Any, state: CacheState) -> CacheState:
-    """Put a state on a cache, which takes its rows along from now on whenever its own rows move; returns it, marked."""
-    if not torch.compiler.is_compiling():
-        length = state.scores.values.shape[1]
-        keys, stamp, shown = shown_keys(cache, length if state.marks is None and state.speaks else None)
-        if shown and keys is not None:
-            state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
-        setattr(cache, _SEEN, stamp)
-    setattr(cache, _ATTRIBUTE, state)
-    watch_rows(cache, follow_rows)
+def write_state(state: CacheState, given: Any, output: Any) -> CacheState:
+    """Put a state on the caches of a pass, which take its rows along from now on whenever their own rows move.
+
+    Args:
+        state: of the pass.
+        given: the cache that it was called with; None without one.
+        output: what it gives back, and with it perhaps other caches.
+
+    Returns:
+        The state, marked.
+    """
+    for cache in caches_after(given, output):
+        if not torch.compiler.is_compiling():
+            length = state.scores.values.shape[1]
+            keys, stamp, shown = shown_keys(cache, length if state.marks is None and state.speaks else None)
+            if shown and keys is not None:
+                state = dataclasses.replace(state, marks=keys[:, 0, :length].detach().float().mean(1))  # see `_marks`
+            setattr(cache, _SEEN, stamp)
+        setattr(cache, _ATTRIBUTE, state)
+        watch_rows(cache, follow_rows)
     return state
 
 
@@ -267,6 +260,7 @@ def join_scores(old: TokenScores, new: TokenScores) -> TokenScores:
         torch.cat([old.group, moved[:, length:]], 1),
         None if new.groups is None else first_group + new.groups,
         None if old.usual is None or new.usual is None else torch.cat([old.usual, new.usual[:, length:]], 1),
+        None if old.waits is None or new.waits is None else torch.cat([old.waits, new.waits[:, length:]], 1),
     )
 
 

@@ -99,13 +99,11 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
         SaliencyError: a training step without labels, or with a gate that measures; tokens or a cache are missing.
         PatchError: the logits that a gate measures do not pass by.
     """
-    blind = facts.training and (facts.prompt is None or facts.prompt.labelled is None)  # nothing tells what is generated
-    phases = attention.phase_factors if blind else attention.phases(facts.kind)
-    prompt_factor, thinking_factor, answer_factor = phases
+    prompt_factor, thinking_factor, answer_factor = phases = attention.phases(facts.kind)
     even = prompt_factor == thinking_factor == answer_factor == 1.0
     if even and attention.gate is None and not facts.traced:
         return ALWAYS
-    generated = _generated(facts)
+    generated = _generated(facts, usual=phases != attention.phase_factors and attention.gate is None)
     before = _before(attention, patterns, facts)
     reading = None if patterns is None else _read(before, patterns, facts)
     thinking = torch.zeros_like(generated) if reading is None else reading.thinking
@@ -151,11 +149,12 @@ def logits_of(taken: Pace, logits: Tensor, place: int) -> Tensor:
     return logits[:, place - len(taken.columns)].detach()
 
 
-def _generated(facts: PassFacts) -> Tensor:
+def _generated(facts: PassFacts, *, usual: bool) -> Tensor:
     """`(rows, queries)` bool: queries out of which a token is generated.
 
     Inside `generate` these are all from the prompt's last on. In a forward pass of its own these are the positions before a
-    label; without labels, the last real token of each row.
+    label; without labels, the last real token of each row. In training that is refused where the configuration asks for them,
+    and said where they are only what is `usual` for a kind of statement.
     """
     shape, device = (facts.rows, facts.queries), facts.device
     if facts.prompt_end is not None:
@@ -164,7 +163,7 @@ def _generated(facts: PassFacts) -> Tensor:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if facts.prompt.labelled is not None:
         return facts.prompt.labelled.to(device)
-    if facts.training:
+    if facts.training and not usual:
         raise SaliencyError(
             "queries='generated' (or 'thinking', 'answer', a schedule, a gate) needs to know in training which tokens are "
             "generated, and no labels reached the patched model. Call it as model(..., labels=...) (PEFT and label smoothing "

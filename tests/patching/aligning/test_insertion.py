@@ -283,7 +283,7 @@ def test_a_patched_model_compiles_without_a_graph_break(family, placement, kind)
 
 def steered_and_aligned(family):
     return SteerConfig(
-        attention=hf_steer.AttentionConfig(strength=2.0, saliency=hf_steer.SaliencyConfig(source=None)),
+        attention=hf_steer.AttentionConfig(queries="all", strength=2.0, saliency=hf_steer.SaliencyConfig(source=None)),
         aligners=align(family, "output", "progressive").aligners,
     )
 

@@ -137,7 +137,7 @@ def test_a_mixing_router_with_layers_of_its_own_is_refused_too():
         )
 
 
-def test_a_router_that_cannot_be_tried_is_left_to_fail_in_its_own_words():
+def test_a_router_that_cannot_be_tried_is_said_and_left_to_fail_in_its_own_words():
     def forward(self, features):
         if len(features) == 1 and features.shape[1] == 5:
             raise RuntimeError("not on this machine")
@@ -147,4 +147,18 @@ def test_a_router_that_cannot_be_tried_is_left_to_fail_in_its_own_words():
         "moody", Router(build=lambda config, size, layers: type("Moody", (Shift,), {"forward": forward})(size), routes=False)
     )
     model, inputs = make_encoder_model("llava"), make_encoder_inputs("llava")
-    assert not shown(model, inputs, kind="moody").equal(model(**inputs).logits)
+    with pytest.warns(UserWarning, match=r"kind 'moody' cannot be tried.*\(RuntimeError: not on this machine\).*is not known"):
+        assert not shown(model, inputs, kind="moody").equal(model(**inputs).logits)
+
+
+@pytest.mark.parametrize("where", ["build", "forward"])
+def test_a_mistake_in_a_router_comes_through_in_its_own_words(where):
+    def mistaken(*args):
+        raise KeyError("a slip")
+
+    build = mistaken if where == "build" else lambda config, size, layers: type("Slip", (Shift,), {"forward": mistaken})(size)
+    hf_steer.register_router("slip", Router(build=build, routes=False))
+    model = make_encoder_model("llava")
+    with pytest.raises(KeyError, match="a slip"):
+        hf_steer.patch_model(model, SteerConfig(aligners=AlignerConfig("image", kind="slip")))
+    assert not hf_steer.get_steer_status(model).patched

@@ -166,6 +166,31 @@ def test_seconds_of_a_sound_fall_on_whispers_frames():
     torch.testing.assert_close(logits(model, inputs, saliency=said), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:backend .* gives way to")
+@pytest.mark.parametrize("backend", ["auto", "folded", "mask", "cpu_flash", "flex"])
+def test_times_of_tokens_are_read_from_steered_attention(backend):
+    """transformers sets eager attention to read the weights, and leaves the model so; the steering goes along."""
+    model, inputs = make_crossing_model("whisper"), make_crossing_inputs("whisper")
+    model.generation_config.no_timestamps_token_id, model.generation_config.alignment_heads = 70, [[0, 1], [2, 3]]
+    scores = said_of("whisper", 50)
+    timed = {"input_features": inputs["input_features"], "attention_mask": torch.ones(2, 100, dtype=torch.long),
+             "return_token_timestamps": True, "return_dict_in_generate": True, "max_new_tokens": 6}  # fmt: skip
+    with biased(model, as_bias(scores)) as (twin, _):
+        expected = twin.generate(**timed)
+    plain = copy.deepcopy(model).generate(**timed)
+    assert model.config._attn_implementation == "sdpa"
+    patch_model(model, across(backend=backend))
+    found = model.generate(**timed, saliency=Saliency.from_tokens(scores))
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(found["sequences"], expected["sequences"])
+    assert torch.equal(found["token_timestamps"], expected["token_timestamps"])
+    assert not torch.equal(found["token_timestamps"], plain["token_timestamps"])
+    again = model.generate(**timed)  # nothing is said
+    assert torch.equal(again["token_timestamps"], plain["token_timestamps"])
+    unpatch_model(model)
+    assert torch.equal(model.generate(**timed)["token_timestamps"], plain["token_timestamps"])
+
+
 def test_a_long_sound_is_steered_stretch_by_stretch():
     """Row 1 is decoded in stretches of a second; what is said of second 1.3 on is heard in those that hold it."""
     model = make_crossing_model("whisper")

@@ -135,7 +135,8 @@ class Aligners(nn.ModuleList):
             text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
-            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
+            told = {"mask" if planned.config.merge else "mask_of_tokens": mask}
+            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, **told), embeds)
         return (), with_changes(module, given, embeds=steered)
 
     def _refuse_unplaced(self, index: int) -> None:

@@ -26,6 +26,7 @@ from kit.tiny import HEADS, LAYERS, PAD, SEEING, make_model
 from hf_steer import AttentionConfig, Saliency, SaliencyConfig, SteerConfig, get_steer_status, patch_model
 from hf_steer.analysis import HeadExample, find_grounding_heads
 from hf_steer.analysis.heads.batches import batches_of
+from hf_steer.analysis.heads.candidates import measuring_strength
 from hf_steer.analysis.heads.examples import resolve_examples
 from hf_steer.analysis.heads.scores import PER_EXAMPLE, elbow, localisation, look, spatial_entropy
 from hf_steer.patching import anatomy_of
@@ -162,6 +163,13 @@ def test_the_effect_of_a_head_is_that_of_a_model_patched_with_it(family, impleme
         assert result.scores["effect"][layer][head] == pytest.approx(effect, rel=1e-3, abs=1e-5)
         assert abs(effect) > 1e-3
     assert result.report.chosen.value == pytest.approx(steered(result.heads, report)[:, 1].mean())
+
+
+@pytest.mark.parametrize(("kept", "strength"), [(None, 32.0), (True, 32.0), (False, 4.0)])
+def test_pictures_that_keep_their_mass_are_steered_harder_also_where_that_is_left_open(kept, strength):
+    model = make_model("qwen2_vl")
+    rows = resolve_examples(make_examples("qwen2_vl", 2), anatomy_of(model))
+    assert measuring_strength(SaliencyConfig(source=None, preserve_mass=kept), rows) == strength
 
 
 @pytest.mark.parametrize("pictures", [1, 2])

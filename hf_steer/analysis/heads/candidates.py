@@ -49,13 +49,18 @@ def measuring_saliency(rows: Sequence[Row]) -> SaliencyConfig:
 
     A picture's mass is kept, where all of the spans are drawn into pictures or sounds: heads then differ in where in it they look.
     """
-    drawn = all(row.statement.tokens is None for row in rows)
-    return SaliencyConfig(source=None, normalize="none", preserve_mass=drawn)
+    return SaliencyConfig(source=None, normalize="none", preserve_mass=_drawn(rows))
 
 
-def measuring_strength(saliency: SaliencyConfig) -> float:
+def measuring_strength(saliency: SaliencyConfig, rows: Sequence[Row]) -> float:
     """How hard heads are steered while they are compared, where that is not said."""
-    return STRENGTH_INSIDE if saliency.preserve_mass else STRENGTH
+    kept = _drawn(rows) if saliency.preserve_mass is None else saliency.preserve_mass
+    return STRENGTH_INSIDE if kept else STRENGTH
+
+
+def _drawn(rows: Sequence[Row]) -> bool:
+    """Whether all spans lie in pictures or sounds, which keep their mass where a configuration leaves that open."""
+    return all(row.statement.tokens is None for row in rows)
 
 
 def count_candidates(shape: tuple[int, int], count: int) -> int:

@@ -107,7 +107,7 @@ def find_grounding_heads(
     own_saliency = _check_model(model, saliency)
     choosing, reporting = _split(examples, report, report_fraction, seed, anatomy)
     saliency = own_saliency or measuring_saliency([*choosing, *reporting])
-    strength = measuring_strength(saliency) if strength is None else strength
+    strength = measuring_strength(saliency, [*choosing, *reporting]) if strength is None else strength
     answered = _all_answered([*choosing, *reporting])
     rule = _rule(rule, answered, all_tried=tried == shape[0] * shape[1])
     choose, tell = batches_of(choosing, batch_size), batches_of(reporting, batch_size)

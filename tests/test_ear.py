@@ -140,12 +140,28 @@ def test_training_changes_what_is_between_and_nothing_else(writer, sounds):
         with torch.autocast("cpu", torch.bfloat16):
             loss.append(training.mean_loss(own, sounds))
         if steps:
-            training.train(own, sounds, steps=steps, seed=0)
+            training.train(own, sounds, sounds, steps=steps, seed=0, looks=1)
     assert loss[1] < loss[0]
     moved = {name for name, parameter in own.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in own.model.named_parameters() if parameter.requires_grad}
     assert any("router" in name for name in moved)
     assert any("projector" in name for name in moved)
+
+
+def test_what_stays_is_what_was_least_wrong_about_sounds_for_choosing(writer, sounds, monkeypatch):
+    training, kept, told = real("ear_training"), [], iter([3.0, 1.0, 2.0])
+    own = writer("simple")
+    projection = own.model.model.multi_modal_projector.linear_1.weight
+
+    def look(writer, choosing):
+        kept.append(projection.detach().clone())
+        return next(told)
+
+    monkeypatch.setattr(training, "mean_loss", look)
+    losses, seen = training.train(own, sounds, sounds[:2], steps=7, seed=0, looks=3)
+    assert (len(losses), seen) == (7, [3.0, 1.0, 2.0])
+    assert torch.equal(projection, kept[1])
+    assert not torch.equal(kept[1], kept[2])
 
 
 def test_what_an_answer_costs_does_not_depend_on_its_neighbours_in_the_batch(writer, sounds):

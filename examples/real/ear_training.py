@@ -31,6 +31,8 @@ WORD_SHARE = 1.0
 """Of a token's embedding, the rest is the mean of all: what the projection starts out to say where that token is spoken."""
 ALIKE = 4
 """Batches' worth of sounds that are sorted by length together, so that little of a batch is padding."""
+SETTINGS = (BEFORE, AFTER, END, BATCH, RATE, ROUNDS, LOOSE_RIDGE, RIDGE, WORD_SHARE, ALIKE)
+"""Where one of them is another, so is a run."""
 IGNORED = -100
 
 
@@ -174,8 +176,22 @@ def batches(sounds: Sequence[Sound], steps: int, seed: int) -> Iterator[list[Sou
             yield [sounds[place] for place in own[number * BATCH : (number + 1) * BATCH]]
 
 
-def train(writer: Writer, sounds: Sequence[Sound], *, steps: int, seed: int) -> list[float]:
-    """Train what is between the two to have written what is said; the loss is on the transcript's tokens alone."""
+def train(
+    writer: Writer, sounds: Sequence[Sound], choosing: Sequence[Sound], *, steps: int, seed: int, looks: int
+) -> tuple[list[float], list[float]]:
+    """Train what is between the two to have written what is said; the loss is on the transcript's tokens alone.
+
+    Args:
+        writer: of the model.
+        sounds: to train on.
+        choosing: sounds that are not trained on: of the looks at them, what was least wrong is what stays.
+        steps: of training.
+        seed: of the sounds' order.
+        looks: how often, at even distances, the last time at the end.
+
+    Returns:
+        The loss of every step, and that on the sounds for choosing at every look.
+    """
     model = writer.model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0, betas=(0.9, 0.98))
@@ -183,8 +199,8 @@ def train(writer: Writer, sounds: Sequence[Sound], *, steps: int, seed: int) -> 
     routed = hf_steer.get_steer_status(model).aligners
     flat = model.lm_head.register_forward_pre_hook(side_by_side)
     model.train()
-    losses = []
-    for _, own in zip(bar := tqdm(range(steps), desc="between", leave=False), batches(sounds, steps, seed), strict=False):
+    losses, seen, best = [], [], []
+    for step, own in zip(bar := tqdm(range(1, steps + 1), desc="between", leave=False), batches(sounds, steps, seed), strict=False):
         watch = collect_balance(model) if routed else nullcontext()
         with torch.autocast("cpu", torch.bfloat16), watch as balance:
             wrong, tokens = writer.losses(own, [one.text for one in own])
@@ -196,15 +212,25 @@ def train(writer: Writer, sounds: Sequence[Sound], *, steps: int, seed: int) -> 
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if step * looks // steps > (step - 1) * looks // steps:
+            with torch.autocast("cpu", torch.bfloat16):
+                seen.append(mean_loss(writer, choosing))
+            if seen[-1] == min(seen):
+                best = [parameter.detach().clone() for parameter in parameters]
+    for parameter, value in zip(parameters, best, strict=True):
+        parameter.data = value
     flat.remove()
     model.eval()
-    return losses
+    return losses, seen
 
 
 @torch.no_grad()
 def mean_loss(writer: Writer, sounds: Sequence[Sound]) -> float:
-    """Of the transcripts' tokens."""
+    """Of the transcripts' tokens; neither a training step nor one that needs labels."""
+    training = writer.model.training
+    writer.model.eval()
     wrong, tokens = writer.losses(sounds, [one.text for one in sounds])
+    writer.model.train(training)
     return float(wrong.sum() / tokens.sum())
 
 

@@ -141,7 +141,7 @@ class Aligners(nn.ModuleList):
             text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
-            told = {"mask" if planned.config.merge else "mask_of_tokens": mask}
+            told: dict[str, Any] = {"mask" if planned.config.merge else "mask_of_tokens": mask}
             if planned.config.merge:
                 refuse_pieces(current, mask, past_of(given.cache))
             steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, **told), embeds)

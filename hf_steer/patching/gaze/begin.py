@@ -79,7 +79,7 @@ def follow_implementation(gaze: Any) -> None:
     """Let a model's steered modules go with it to another attention implementation, which may be set at any time."""
     anatomy, functions = gaze.plan.anatomy, gaze.functions
     decoder, tower = functions.implementations
-    changed = (getattr(anatomy.decoder.config, IMPLEMENTATION) or "eager") != decoder
+    changed = decoder is not None and (getattr(anatomy.decoder.config, IMPLEMENTATION) or "eager") != decoder
     if changed or (tower is not None and (getattr(anatomy.tower.config, IMPLEMENTATION) or "eager") != tower):
         functions.follow()
 

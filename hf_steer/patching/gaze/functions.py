@@ -59,9 +59,9 @@ class Functions:
             self.names, self.eyes = dict.fromkeys(kinds, decoder), tower
 
     def running(self) -> tuple[str | None, str | None]:
-        """The implementations that decoder and tower run; None for a tower that is not there."""
+        """The implementations that decoder and tower run; None for one that is not there."""
         decoder, tower = self.plan.anatomy.decoder, self.plan.anatomy.tower
-        return implementation_of(decoder.config), None if tower is None else implementation_of(tower.config)
+        return tuple(None if part is None else implementation_of(part.config) for part in (decoder, tower))  # type: ignore[return-value]
 
     def _why_unfit(self) -> str:
         """Of a model that was steerable when it was patched: why it is not now, and what to do; empty where it is."""

@@ -17,6 +17,7 @@ from hf_steer.attention import AttentionCall, logits_in_chunks
 from hf_steer.config import AttentionConfig, SaliencyConfig, SteerConfig
 from hf_steer.config.checks import Heads
 from hf_steer.errors import FileError
+from hf_steer.evidence.pointing import even_on_purpose
 from hf_steer.evidence.reports import Report
 from hf_steer.ground.arguments import Given
 from hf_steer.io import from_pretrained
@@ -118,7 +119,7 @@ class Answering:
                 yield
             return
         patch_model(unpatch_model(self.model), gaze(condition.heads, condition.strength))
-        with use_saliency(self.model, self.saliency(condition.saliency, reports, given, seed)):
+        with even_on_purpose(), use_saliency(self.model, self.saliency(condition.saliency, reports, given, seed)):
             yield
 
     @torch.no_grad()

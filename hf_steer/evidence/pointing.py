@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -90,6 +91,14 @@ CELL_OF = {"pointed-at cell": 0, "mass not kept": 0, "another cell": 1}
 """Condition -> how many cells after the pointed-at one its saliency lies."""
 
 
+@contextmanager
+def even_on_purpose() -> Iterator[None]:
+    """For uniform saliency as a control: users are warned that it changes nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="what is pointed at covers")
+        yield
+
+
 def pointing_config(strength: float, *, preserve_mass: bool = True) -> SteerConfig:
     """All heads; the bias moves attention within the picture and leaves the text its share, unless told otherwise."""
     saliency = SaliencyConfig(source=None, preserve_mass=preserve_mass)
@@ -162,7 +171,7 @@ class Pointing:
                 yield
             return
         patch_model(unpatch_model(self.model), pointing_config(strength, preserve_mass=kind != "mass not kept"))
-        with use_saliency(self.model, self.saliency(kind, batch)):
+        with even_on_purpose(), use_saliency(self.model, self.saliency(kind, batch)):
             yield
 
     def answers(self, kind: str, strength: float) -> list[str]:

@@ -29,5 +29,5 @@ def warn_untested() -> None:
         warnings.warn(
             f"hf_steer has not been tested on this {tested_range()}. What it relies on is looked up in each model before anything "
             "is changed, and each steered pass is checked, so steering either works or raises. Update hf_steer when you can.",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -78,7 +78,7 @@ def patch_model(
         )
     present = model._modules.get(STEERING)  # type: ignore[attr-defined]
     if present is None:
-        _put_in(plan, freeze=freeze_base is not False)
+        _put_in(_surveyed(plan), freeze=freeze_base is not False)
     elif present.plan.config != plan.config:
         both = None if freeze_base is not None else present.plan.config.with_gaze_of(plan.config)
         if both is None:
@@ -98,8 +98,8 @@ def _surveyed(plan: Plan) -> Plan:
 
 
 def _put_in(plan: Plan, *, freeze: bool) -> None:
-    """All changes of a plan, or none of them."""
-    _refuse_shared(_surveyed(plan))
+    """All changes of a surveyed plan, or none of them."""
+    _refuse_shared(plan)
     steering = Steering(plan)
     steering.gaze.functions.register()
     with ExitStack() as edits:

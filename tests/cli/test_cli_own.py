@@ -115,6 +115,3 @@ def test_the_lists_of_the_search_leave_open_which_entry_is_meant():
         assert line["answer"].strip() in named
         assert line["answer"].strip() in line["look"]
         assert line["prompt"].count(line["look"]) == 1
-    for kind in searching.KINDS.values():
-        assert all(value in searching.__doc__ for value in kind.values if value.isalpha() and kind.question[0] == "W" and
-                   kind not in (searching.KINDS["stock"], searching.KINDS["hours"]))  # fmt: skip

@@ -35,7 +35,7 @@ GAPS: dict[str, str] = {
     "fsmt": "its decoder is told its masks by the model around it alone",
     "idefics": "its forward demands a picture in every call",
     "openai-gpt": "its forward takes no cache of keys",
-    "vibevoice": "names none of ours for mask",
+    "vibevoice": "what it writes is speech",
     "xlm": "its attention blots out by a mask of ones and zeros",
     "xlnet": "it has no cache of keys",
     # its `generate` keeps no cache

@@ -99,6 +99,7 @@ def test_no_strength_for_a_while(family):
 
 
 @quiet
+@pytest.mark.filterwarnings("ignore:what is pointed at covers")
 def test_a_statement_that_says_nothing(family):
     """All zeros, and a constant, which is no preference."""
     model, bare = pair(family, normalize="zscore")

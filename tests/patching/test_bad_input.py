@@ -132,6 +132,7 @@ def test_saliency_of_the_wrong_batch_is_refused():
         logits(model, prompt_for("llama", rows=[[7]]), Saliency.from_tokens(torch.ones(2, 7)))
 
 
+@pytest.mark.filterwarnings("ignore:what is pointed at covers")
 def test_constant_saliency_changes_nothing():
     model = make_model("qwen2_vl")
     inputs = prompt_for("qwen2_vl")

@@ -22,7 +22,7 @@ from hf_steer import (
     unpatch_model,
     use_saliency,
 )
-from hf_steer.attention import say_once
+from hf_steer.errors import say_once
 from hf_steer.families import resolve
 from hf_steer.patching import probe_attention
 from hf_steer.testing import check_family

@@ -6,7 +6,7 @@ import pickle
 import pytest
 from kit.hub import make_hub_cache
 
-from hf_steer import AttentionConfig, ConfigError, FileError, SaliencyConfig, SteerConfig
+from hf_steer import AlignerConfig, AttentionConfig, ConfigError, FileError, SaliencyConfig, SteerConfig
 
 FULL = SteerConfig(
     attention=AttentionConfig(
@@ -165,3 +165,26 @@ def test_pushing_creates_the_repository_and_uploads_the_file(monkeypatch, tmp_pa
     assert SteerConfig.from_dict(json.loads(upload["path_or_fileobj"])) == FULL
     assert (upload["repo_id"], upload["path_in_repo"], upload["revision"]) == ("me/steered", "steer_config.json", "dev")
     assert calls[4][1] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placement": "output"}, "use placement='projector'; got 'output'"),
+        ({"placement": "projector", "top_k": 2}, "none is selected; got top_k=2"),
+        ({"placement": "layers", "kind": "layer_wise"}, "has no merge"),
+        ({"placement": "projector", "merge": 1}, "aligner.merge"),
+    ],
+)
+def test_experts_are_merged_only_where_a_sequence_is_known_and_nothing_is_selected(options, message):
+    with pytest.raises(ConfigError, match=message):
+        AlignerConfig(modality="audio", **{"merge": True, **options})
+
+
+def test_merging_is_off_unless_asked_for_and_comes_back_from_a_file():
+    assert AlignerConfig(modality="audio").merge is False
+    config = SteerConfig(aligners=(AlignerConfig(modality="audio", placement="projector", merge=True),))
+    assert SteerConfig.from_dict(json.loads(config.to_json())) == config
+    older = config.to_dict()
+    del older["aligners"][0]["merge"]
+    assert SteerConfig.from_dict(older).aligners[0].merge is False

@@ -140,11 +140,11 @@ class Aligners(nn.ModuleList):
         if planned.reads_text:
             text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
+        elif planned.config.merge:
+            refuse_pieces(current, mask, past_of(given.cache))
+            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask=mask), embeds)
         else:
-            told: dict[str, Any] = {"mask" if planned.config.merge else "mask_of_tokens": mask}
-            if planned.config.merge:
-                refuse_pieces(current, mask, past_of(given.cache))
-            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, **told), embeds)
+            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
         return (), with_changes(module, given, embeds=steered)
 
     def _refuse_unplaced(self, index: int) -> None:

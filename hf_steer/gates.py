@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_steer.config import GateConfig
-from hf_steer.gating import Reading
+from hf_steer.gating import Track
 from hf_steer.registry import Gate
 
 
@@ -30,10 +30,10 @@ def probability_margin(logits: Tensor) -> Tensor:
     return best - second
 
 
-def since_phrase(reading: Reading, gate: GateConfig) -> Tensor:
+def since_phrase(track: Track, gate: GateConfig) -> Tensor:
     """`(rows, queries)`: 1 for `hold_tokens` tokens after a phrase; for a soft gate falling to 0 over them."""
     hold = float(gate.hold_tokens or 1)
-    return (1 - reading.age / hold).clamp(min=0) if gate.soft else (reading.age < hold).float()
+    return (1 - track.age / hold).clamp(min=0) if gate.soft else (track.age < hold).float()
 
 
 OURS: Mapping[str, Gate] = MappingProxyType(

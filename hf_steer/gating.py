@@ -78,8 +78,8 @@ class GateState:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the tokens of one pass say.
+class Track:
+    """Think tags and phrases, followed through the tokens of one pass.
 
     Attributes:
         thinking: `(rows, queries)` bool: out of this query a token of the thinking text is generated.
@@ -107,7 +107,7 @@ def fresh_state(rows: int, patterns: Patterns, gate: GateConfig | None, device: 
     )
 
 
-def read_tokens(state: GateState, tokens: Tensor, patterns: Patterns, *, said: Tensor | None = None) -> Reading:
+def read_tokens(state: GateState, tokens: Tensor, patterns: Patterns, *, said: Tensor | None = None) -> Track:
     """Follow the think tags and the phrases through the tokens of one pass.
 
     Args:
@@ -128,7 +128,7 @@ def read_tokens(state: GateState, tokens: Tensor, patterns: Patterns, *, said: T
     counted = phrases.any(-1) & thinking
     heard = _last(number, counted if said is None else counted & said)
     age = torch.where(heard > 0, number - heard, state.age[:, None] + number)
-    return Reading(thinking, age, window)
+    return Track(thinking, age, window)
 
 
 def _last(number: Tensor, hit: Tensor) -> Tensor:
@@ -136,16 +136,16 @@ def _last(number: Tensor, hit: Tensor) -> Tensor:
     return torch.where(hit, number, 0).cummax(1).values
 
 
-def state_after(state: GateState, reading: Reading, column: Tensor) -> GateState:
+def state_after(state: GateState, track: Track, column: Tensor) -> GateState:
     """The state after a query of the pass, `column` `(rows,)`; what was measured is still that of before."""
     longest = state.tail.shape[1] + 1
     places = column[:, None] + torch.arange(1, longest, device=column.device)
     chosen = column[:, None]
     return dataclasses.replace(
         state,
-        tail=reading.window.gather(1, places),
-        thinking=reading.thinking.gather(1, chosen)[:, 0],
-        age=reading.age.gather(1, chosen)[:, 0],
+        tail=track.window.gather(1, places),
+        thinking=track.thinking.gather(1, chosen)[:, 0],
+        age=track.age.gather(1, chosen)[:, 0],
     )
 
 
@@ -171,12 +171,12 @@ def observe(state: GateState, logits: Tensor, gate: GateConfig) -> GateState:
     return dataclasses.replace(state, opened=opened, value=value, count=count, mean=mean, squares=squares)
 
 
-def gate_of(state: GateState, reading: Reading | None, gate: GateConfig, *, generated: Tensor) -> Tensor:
+def gate_of(state: GateState, track: Track | None, gate: GateConfig, *, generated: Tensor) -> Tensor:
     """`(rows, queries)` in [0, 1]: how far each query's gate is open.
 
     Args:
         state: before the pass.
-        reading: of its tokens; only a gate that reads needs it.
+        track: through its tokens; only a gate that reads needs it.
         gate: which.
         generated: `(rows, queries)` bool; other queries get `initial`.
     """
@@ -184,7 +184,7 @@ def gate_of(state: GateState, reading: Reading | None, gate: GateConfig, *, gene
     if reads is None:
         value = state.value[:, None]
     else:
-        if reading is None:
+        if track is None:
             raise ValueError(f"a {gate.kind!r} gate reads tokens, and none came")
-        value = reads(reading, gate)
+        value = reads(track, gate)
     return torch.where(generated, value, gate.initial)

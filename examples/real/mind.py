@@ -14,9 +14,7 @@ run that was stopped goes on. Writes mind.csv and mind.png.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ import mind_standins
 import numpy as np
 import torch
 import transformers
+from kept import kept, write_csv
 from mind_figure import draw
 from mind_pictures import NAMES, default_cache, fetch_pictures
 from mind_pointing import Condition, Heads, Pointing, choose_strength, find_heads, random_heads, same_text, share
@@ -115,12 +114,7 @@ class Bench:
 
     def kept(self, name: str, make: Any, folder: Path | None = None) -> Any:
         """What a step returned, now or in a run before."""
-        path = (folder or self.folder) / f"{name}.json"
-        if not path.is_file():
-            started, cpu = time.perf_counter(), time.process_time()
-            value = {"value": make(), "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-            path.write_text(json.dumps(value))
-        return json.loads(path.read_text())
+        return kept(folder or self.folder, name, make)
 
     def tower(self) -> Any:
         steps = self.preset.tower_steps
@@ -279,21 +273,6 @@ def aligner_rows(bench: Bench, trials: Mapping[tuple[str, int], Any], *, draws: 
             }  # fmt: skip
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], bench: Bench) -> None:
-    """All rows, with where they come from."""
-    source = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "hf_steer": hf_steer.__version__,
-        "torch": torch.__version__, "transformers": transformers.__version__, "run": bench.folder.name,
-    }  # fmt: skip
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *source], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            full = {**row, **source}
-            writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in full.items()})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="full")
@@ -318,7 +297,7 @@ def main() -> None:
     trials = {(kind, seed): bench.trial(kind, seed) for seed in tqdm(seeds, desc="trainings") for kind in KINDS}
     rows += aligner_rows(bench, trials)
     given.output.mkdir(parents=True, exist_ok=True)
-    write_csv(given.output / "mind.csv", rows, bench)
+    write_csv(given.output / "mind.csv", rows, bench.folder.name)
     draw(rows, given.output / "mind.png")
     for row in rows:
         print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}))

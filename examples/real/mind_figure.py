@@ -62,6 +62,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         right.bar(places, [row["right"] for row in own], yerr=reach(own), width=0.2, capsize=2, label=kind)
     right.set_xticks(range(len(tasks)), tasks)
     right.set(ylim=(0, 1), ylabel="right")
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

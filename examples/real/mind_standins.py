@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,9 @@ def draw_pictures(seed: int = 0) -> dict[str, np.ndarray]:
     return pictures
 
 
-def write_decoder(folder: Path, seed: int = 0) -> Path:
-    """A Llama of two layers that never learnt anything, and a tokenizer that knows the words of the prompt."""
-    known = [*TURNS, "<unk>", "\n", *WORDS, *(f" {word}" for word in WORDS), *(f" {name}" for name in NAMES)]
+def write_decoder(folder: Path, seed: int = 0, words: Sequence[str] = (*WORDS, *NAMES)) -> Path:
+    """A Llama of three layers that never learnt anything, and a tokenizer that knows these words, the prompt's among them."""
+    known = [*TURNS, "<unk>", "\n", *words, *(f" {word}" for word in words)]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]|\n"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -115,7 +115,7 @@ def train(model: Any, processor: Any, names: Sequence[str], painter: Painter, *,
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     model.train()
-    flat = model.lm_head.register_forward_pre_hook(_side_by_side)
+    flat = model.lm_head.register_forward_pre_hook(side_by_side)
     losses = []
     for _ in (bar := tqdm(range(steps), desc="between", leave=False)):
         scenes = [painter.one() if painter.random.random() < SINGLE_SHARE else painter.four("training") for _ in range(BATCH)]
@@ -143,7 +143,7 @@ def train(model: Any, processor: Any, names: Sequence[str], painter: Painter, *,
     return losses
 
 
-def _side_by_side(head: torch.nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def side_by_side(head: torch.nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """Rows of all prompts below each other: a batched product would copy the table of words for each prompt, in bfloat16."""
     return (states[0].flatten(0, 1).contiguous(),)
 

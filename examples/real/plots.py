@@ -44,3 +44,24 @@ def named(row):
     if row["said"] == "nothing":
         return "unsteered"
     return f"{row['said']}: {row['heads']}, λ = {row['strength']:g}, {row['normalize']}, {row['statement']}"
+
+
+def plot_ears(rows, path):
+    """Word error rate and right choices of every kind and control, on phrases of the speaker and on other readers."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    sets = list(dict.fromkeys(row["sounds"] for row in rows))
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    for axis, name, label in zip(axes, ("wer", "right"), ("word error rate", "right transcript likeliest of eight"), strict=True):
+        for number, title in enumerate(sets):
+            own = [row for row in rows if row["sounds"] == title and name in row]
+            places = [conditions.index(row["condition"]) + 0.25 * (number - 0.5) for row in own]
+            axis.errorbar([row[name] for row in own], places, xerr=errors_of(own, name), fmt="o", markersize=4, capsize=2,
+                          label=title)  # fmt: skip
+        axis.axvline(1 if name == "wer" else 1 / 8, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set(xlabel=label)
+        axis.set_xlim(left=0)
+    axes[0].set_yticks(range(len(conditions)), conditions, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)

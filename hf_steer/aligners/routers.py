@@ -18,11 +18,16 @@ from hf_steer.config import AlignerConfig
 from hf_steer.registry import Router
 
 _EXPERTS = {"num_experts": 8, "top_k": None, "temperature": 1.0, "init": "zeros", "load_balancing_weight": 0.01}
+_MERGED = {**_EXPERTS, "merge": False}
 _ATTENDING = {"hidden_dim": 256, "num_heads": 8}
 
 
 def _routing(config: AlignerConfig) -> dict[str, Any]:
     return {"top_k": config.top_k, "temperature": config.temperature, "init": config.init}
+
+
+def _merging(config: AlignerConfig) -> dict[str, Any]:
+    return {**_routing(config), "merge": bool(config.merge)}
 
 
 def _undivided(config: AlignerConfig, width: int) -> str | None:
@@ -34,14 +39,14 @@ def _undivided(config: AlignerConfig, width: int) -> str | None:
 
 OURS: Mapping[str, Router] = MappingProxyType(
     {
-        "simple": Router(lambda c, size, _: SteerMoEAligner(size, c.num_experts, **_routing(c)), _EXPERTS),
+        "simple": Router(lambda c, size, _: SteerMoEAligner(size, c.num_experts, **_merging(c)), _MERGED),
         "hierarchical": Router(
-            lambda c, size, _: HierarchicalRouter(size, c.num_experts, c.num_global_experts, **_routing(c)),
-            {**_EXPERTS, "num_global_experts": 4},
+            lambda c, size, _: HierarchicalRouter(size, c.num_experts, c.num_global_experts, **_merging(c)),
+            {**_MERGED, "num_global_experts": 4},
         ),
         "progressive": Router(
-            lambda c, size, _: ProgressiveRouter(size, c.num_experts, c.num_stages, feedback=c.feedback, **_routing(c)),
-            {**_EXPERTS, "num_stages": 3, "feedback": "scores"},
+            lambda c, size, _: ProgressiveRouter(size, c.num_experts, c.num_stages, feedback=c.feedback, **_merging(c)),
+            {**_MERGED, "num_stages": 3, "feedback": "scores"},
         ),
         "layer_wise": Router(
             lambda c, size, layers: LayerWiseSteering(size, c.num_experts, layers, **_routing(c)), _EXPERTS,

@@ -82,6 +82,22 @@ def route(logits: Tensor, *, temperature: float, top_k: int | None) -> tuple[Ten
     return _softmax(logits.masked_fill(shut, -torch.inf)), probabilities
 
 
+def merged(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Every token gets the mean of the scores of its sequence's real tokens; none where there is no real token.
+
+    With scores that are the same for all tokens, a mixture of the experts' outputs is the output of one expert, the mixture of
+    their parameters: Soft Merging of Experts with Adaptive Routing (SMEAR, https://arxiv.org/abs/2306.03745), whose expert is
+    here a steering vector.
+
+    Args:
+        scores: `(..., tokens, experts)`.
+        mask: `(..., tokens)` bool, True for real tokens; None when all are real.
+    """
+    real = _real(scores, mask).unsqueeze(-1)
+    mean = (scores * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+    return mean.expand_as(scores)
+
+
 def _softmax(logits: Tensor) -> Tensor:
     """Over the last dimension; on a CPU experts first, since torch is several times slower over a short last dimension."""
     if logits.device.type != "cpu":

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_steer.aligners.routing import Routing, route
+from hf_steer.aligners.routing import Routing, merged, route
 from hf_steer.aligners.skinny import Router, add_steering, full_precision
 from hf_steer.errors import AlignerError
 
@@ -31,6 +31,7 @@ class SteerMoEAligner(nn.Module):
         temperature: of the softmax, above 0.
         init: `"zeros"`, or `"normal"` with standard deviation `init_scale`.
         init_scale: above 0.
+        merge: steer all tokens of a sequence with the mean of their scores; without top_k.
 
     Raises:
         AlignerError: a size or an option out of its range.
@@ -38,20 +39,27 @@ class SteerMoEAligner(nn.Module):
 
     def __init__(
         self, features: int, num_experts: int, *, top_k: int | None = None, temperature: float = 1.0,
-        init: Init = "zeros", init_scale: float = 0.02,
+        init: Init = "zeros", init_scale: float = 0.02, merge: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(features=features, num_experts=num_experts)
-        check_routing(num_experts, top_k, temperature)
-        self.top_k, self.temperature = top_k, temperature
+        check_routing(num_experts, top_k, temperature, merge=merge)
+        self.top_k, self.temperature, self.merge = top_k, temperature, merge
         self.router = Router(features, num_experts)
         self.steering_vectors = make_vectors((num_experts, features), init, init_scale)
 
-    def forward(self, features: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
-        """Steer `(..., features)`; with `return_routing` also the `Routing` (router `"experts"`)."""
+    def forward(
+        self, features: Tensor, *, mask: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Steer `(..., features)`; with `return_routing` also the `Routing` (router `"experts"`).
+
+        The mask `(...)`, True for real tokens, matters where experts are merged; the last of its dimensions is a sequence.
+        """
         with full_precision(features):
             logits, features = self.router(features)
             scores, probabilities = route(logits, temperature=self.temperature, top_k=self.top_k)
+            if self.merge:
+                scores = probabilities = merged(scores, mask)
             steered = add_steering(features, scores, self.steering_vectors)
         return (steered, Routing({"experts": scores}, {"experts": probabilities})) if return_routing else steered
 
@@ -71,6 +79,7 @@ class HierarchicalRouter(nn.Module):
         temperature: of all softmaxes, above 0.
         init: of the steering vectors, see `SteerMoEAligner`.
         init_scale: above 0.
+        merge: see `SteerMoEAligner`.
 
     Raises:
         AlignerError: a size or an option out of its range.
@@ -78,18 +87,20 @@ class HierarchicalRouter(nn.Module):
 
     def __init__(
         self, features: int, num_experts: int, num_global_experts: int = 4, *, top_k: int | None = None,
-        temperature: float = 1.0, init: Init = "zeros", init_scale: float = 0.02,
+        temperature: float = 1.0, init: Init = "zeros", init_scale: float = 0.02, merge: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(features=features, num_experts=num_experts, num_global_experts=num_global_experts)
-        check_routing(num_experts, top_k, temperature)
-        self.top_k, self.temperature = top_k, temperature
+        check_routing(num_experts, top_k, temperature, merge=merge)
+        self.top_k, self.temperature, self.merge = top_k, temperature, merge
         self.router = Router(features, num_global_experts * (1 + num_experts))
         self.global_steering = make_vectors((num_global_experts, features), init, init_scale)
         self.local_steering = make_vectors((num_global_experts, num_experts, features), init, init_scale)
 
-    def forward(self, features: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
-        """Steer `(..., features)`; with `return_routing` also the `Routing` (`"global"`, `"local_0"`, ...)."""
+    def forward(
+        self, features: Tensor, *, mask: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Steer `(..., features)`; with `return_routing` also the `Routing` (`"global"`, `"local_0"`, ...); the mask as above."""
         groups, experts, _ = self.local_steering.shape
         with full_precision(features):
             logits, features = self.router(features)
@@ -97,6 +108,10 @@ class HierarchicalRouter(nn.Module):
             local = logits[..., groups:].unflatten(-1, (groups, experts))
             l, l_all = route(local, temperature=self.temperature, top_k=self.top_k)  # noqa: E741 - the formula's name
             weights = torch.cat([g, (g.unsqueeze(-1) * l).flatten(-2)], -1)
+            if self.merge:
+                weights, g = merged(weights, mask), merged(g, mask)
+                g_all, l = g, merged(l.flatten(-2), mask).unflatten(-1, (groups, experts))  # noqa: E741 - the same
+                l_all = l
             steered = add_steering(features, weights, torch.cat([self.global_steering, self.local_steering.flatten(0, 1)]))
         if not return_routing:
             return steered
@@ -124,6 +139,7 @@ class ProgressiveRouter(nn.Module):
         temperature: of all softmaxes, above 0.
         init: of the steering vectors, see `SteerMoEAligner`.
         init_scale: above 0.
+        merge: see `SteerMoEAligner`.
 
     Raises:
         AlignerError: a size or an option out of its range.
@@ -131,14 +147,14 @@ class ProgressiveRouter(nn.Module):
 
     def __init__(
         self, features: int, num_experts: int, num_stages: int = 3, *, feedback: Literal["scores", "steering"] = "scores",
-        top_k: int | None = None, temperature: float = 1.0, init: Init = "zeros", init_scale: float = 0.02,
+        top_k: int | None = None, temperature: float = 1.0, init: Init = "zeros", init_scale: float = 0.02, merge: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(features=features, num_experts=num_experts, num_stages=num_stages)
-        check_routing(num_experts, top_k, temperature)
+        check_routing(num_experts, top_k, temperature, merge=merge)
         if feedback not in ("scores", "steering"):
             raise AlignerError(f"feedback must be 'scores' or 'steering'; got {feedback!r}.")
-        self.feedback, self.top_k, self.temperature = feedback, top_k, temperature
+        self.feedback, self.top_k, self.temperature, self.merge = feedback, top_k, temperature, merge
         self.router = Router(features, num_stages * num_experts)
         self.stage_steering = make_vectors((num_stages, num_experts, features), init, init_scale)
         for stage in range(1, num_stages):
@@ -147,8 +163,13 @@ class ProgressiveRouter(nn.Module):
             weight = torch.empty(num_experts, inputs).uniform_(-bound, bound)
             self.register_parameter(f"feedback_{stage}", nn.Parameter(weight))
 
-    def forward(self, features: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
-        """Steer `(..., features)`; with `return_routing` also the `Routing` (`"stage_0"`, ...)."""
+    def forward(
+        self, features: Tensor, *, mask: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Steer `(..., features)`; with `return_routing` also the `Routing` (`"stage_0"`, ...); the mask as above.
+
+        Where experts are merged, a stage sees what the whole sequence was steered with before.
+        """
         stages, experts, _ = self.stage_steering.shape
         scores: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -158,6 +179,8 @@ class ProgressiveRouter(nn.Module):
                 if stage:
                     own = own + torch.cat(scores, -1) @ self._from_scores(stage).to(own.dtype)
                 chosen, all_of_them = route(own, temperature=self.temperature, top_k=self.top_k)
+                if self.merge:
+                    chosen = all_of_them = merged(chosen, mask)
                 scores.append(chosen)
                 probabilities.append(all_of_them)
             steered = add_steering(features, torch.cat(scores, -1), self.stage_steering.flatten(0, 1))
@@ -237,8 +260,10 @@ def check_sizes(**sizes: int) -> None:
             raise AlignerError(f"{name} must be a whole number of at least 1; got {size!r}.")
 
 
-def check_routing(num_experts: int, top_k: int | None, temperature: float) -> None:
+def check_routing(num_experts: int, top_k: int | None, temperature: float, *, merge: bool = False) -> None:
     """Options that all routers share."""
+    if merge and top_k is not None:
+        raise AlignerError(f"merge=True blends all experts, so there is none to select; got top_k={top_k}. Leave one of them out.")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts):
         raise AlignerError(f"top_k must be 1 to num_experts ({num_experts}), or None for all; got {top_k!r}.")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:

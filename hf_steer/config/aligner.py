@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_steer.config.checks import check_choice, check_count, check_indices, check_number
+from hf_steer.config.checks import check_choice, check_count, check_flag, check_indices, check_number
 from hf_steer.config.frozen import FrozenMap
 from hf_steer.config.options import fill_options
 from hf_steer.errors import ConfigError
@@ -20,7 +20,7 @@ MOST = FrozenMap(
 """Sizes beyond which a configuration is a mistake; it is refused before anything of that size is made."""
 MOST_VECTORS = 16_384
 """The same for the experts of all stages, or of all global experts, of one aligner."""
-OPTIONS = (*MOST, "temperature", "init", "load_balancing_weight", "feedback")
+OPTIONS = (*MOST, "temperature", "init", "load_balancing_weight", "feedback", "merge")
 """Those that have a field; which of them a kind reads, and their defaults, its row of `registry.ROUTERS` says."""
 
 
@@ -50,6 +50,9 @@ class AlignerConfig:
         temperature: of the routers' softmax, above 0; 1.
         init: `"zeros"` starts as the identity, `"normal"` from small random vectors.
         load_balancing_weight: of `Routing.load_balancing_loss`, which joins the model's loss in training; not negative; 0.01.
+        merge: True to steer all of a sequence alike, with the experts merged by the mean of its tokens' scores (SMEAR); of
+            `"simple"`, `"hierarchical"` and `"progressive"` at placement `"projector"`, where the prompt says which tokens are one
+            sequence's and which are padding; without top_k. False.
         options: those of a kind that somebody else added, and for which there is no field.
     """
 
@@ -67,6 +70,7 @@ class AlignerConfig:
     temperature: float | None = None
     init: Literal["zeros", "normal"] | None = None
     load_balancing_weight: float | None = None
+    merge: bool | None = None
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +95,9 @@ class AlignerConfig:
             check_choice("aligner.init", self.init, ("zeros", "normal"))
         self._check_numbers()
         self._check_place()
+        if self.merge is not None:
+            check_flag("aligner.merge", self.merge)
+            self._check_merge()
 
     @property
     def row(self) -> Router:
@@ -119,3 +126,12 @@ class AlignerConfig:
             if self.placement != "layers":
                 raise ConfigError(f"aligner.layers is for placement='layers'; got placement={self.placement!r}.")
             object.__setattr__(self, "layers", check_indices("aligner.layers", self.layers, signed=True))
+
+    def _check_merge(self) -> None:
+        if self.merge and self.placement != "projector":
+            raise ConfigError(
+                "aligner.merge takes a mean over the tokens of one sequence; only in the prompt is it known which those are: use "
+                f"placement='projector'; got {self.placement!r}."
+            )
+        if self.merge and self.top_k is not None:
+            raise ConfigError(f"aligner.merge blends all experts, none is selected; got top_k={self.top_k}. Leave one of them out.")

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_steer.evidence.answering import Answering, Condition, quick_dtype
 from hf_steer.evidence.pointing import wilson_interval
-from hf_steer.evidence.reading import Condition, Reading, quick_dtype
 from hf_steer.evidence.reports import Report, make_reports
 
 STRENGTHS = (1.0, 2.0, 3.0, 4.0)
@@ -92,17 +92,17 @@ def run_real(
     """
     choosing, reports = make_reports("choose", min(CHOOSING, prompts), seed=seed), make_reports("report", prompts, seed=seed)
     total = len(choosing) * (1 + len(strengths)) + prompts * (1 + len(strengths) + CONTROLS)
-    reading = Reading(folder, quick_dtype())  # which has a progress bar of transformers' own
+    answering = Answering(folder, quick_dtype())  # which has a progress bar of transformers' own
     with tqdm(total=total, unit="prompt", leave=False) as bar:
-        looks = reading.looks(choosing, bar)
+        looks = answering.looks(choosing, bar)
         heads = _top(looks, found)
         hits = {}
         for strength in strengths:
-            said, _ = reading.answers(Condition(POINTED, "found heads", heads, strength), choosing, bar)
+            said, _ = answering.answers(Condition(POINTED, "found heads", heads, strength), choosing, bar)
             hits[strength] = _count(choosing, said)
         best = max(strengths, key=lambda value: (hits[value], -value))  # of equals the gentlest
         rivals = _others(heads, (looks.shape[0], looks.shape[1]), random.Random(seed))
-        return _report(reading, reports, _conditions(heads, rivals, best, strengths), best, seed, bar)
+        return _report(answering, reports, _conditions(heads, rivals, best, strengths), best, seed, bar)
 
 
 def _conditions(
@@ -116,15 +116,15 @@ def _conditions(
 
 
 def _report(
-    reading: Reading, reports: Sequence[Report], conditions: Sequence[Condition], best: float, seed: int, bar: tqdm[Any]
+    answering: Answering, reports: Sequence[Report], conditions: Sequence[Condition], best: float, seed: int, bar: tqdm[Any]
 ) -> RealResult:
     """The table, on prompts that chose nothing."""
     nothing = Condition("nothing", "none", {}, 0.0)
-    unsteered, before = reading.answers(nothing, reports, bar)
+    unsteered, before = answering.answers(nothing, reports, bar)
     rows, after = [_row(nothing, reports, unsteered, before, before)], unsteered
     best_one = next(each for each in conditions if each.strength == best)
     for condition in conditions:
-        said, distribution = reading.answers(condition, reports, bar, seed)
+        said, distribution = answering.answers(condition, reports, bar, seed)
         rows.append(_row(condition, reports, said, before, distribution))
         if condition is best_one:
             after = said
@@ -133,7 +133,8 @@ def _report(
     report = reports[shown]
     assert isinstance(best_one.heads, dict)  # the found ones
     return RealResult(
-        tuple(rows), best, best_one.heads, str(reading.model.dtype).removeprefix("torch."), report.text, report.spans[report.meant],
+        tuple(rows), best, best_one.heads, str(answering.model.dtype).removeprefix("torch."), report.text,
+        report.spans[report.meant],
         unsteered[shown].strip(), after[shown].strip(),
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ class Root(nn.Module):
         """Whether the model hands our keyword on to its decoder; an encoder beside it would get it, too."""
         self.gaze = Gaze(plan, self)
         self.aligners = Aligners(plan, self)
-        self.prompted = self.aligners.reads_text
+        self.prompted = self.aligners.asks_for_prompts
         self.learned = LearnedStrengths(plan) if plan.config.learns_strength else None
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

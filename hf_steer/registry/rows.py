@@ -129,7 +129,7 @@ class Gate:
     Attributes:
         options: name -> value where none is given. One that measures has `threshold` and `release`.
         measures: from logits `(rows, vocabulary)` to `(rows,)` float32.
-        reads: from a `gating.Reading` of the pass's tokens and the `GateConfig` to `(rows, queries)` in [0, 1]. A gate has one of
+        reads: from a `gating.Track` of the pass's tokens and the `GateConfig` to `(rows, queries)` in [0, 1]. A gate has one of
             the two.
         falls: what it measures is small where the model is uncertain, so that it opens below `threshold` and not above.
         bounds: in which `threshold` and `release` lie.

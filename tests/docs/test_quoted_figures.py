@@ -57,6 +57,10 @@ def written_shares():
         yield from (tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high")) for row in heard if row[name])
     for row in (*rows_of(FIGURES / "pointing_text.csv"), *rows_of(FIGURES / "pointing_text_choose.csv")):
         yield tuple(f"{float(row[name]):.2f}" for name in ("right", "low", "high"))
+    for row in rows_of(FIGURES / "mind.csv"):
+        for name in ("right", "boxed"):
+            if row[f"{name}_low"]:
+                yield tuple(f"{float(row[f'{name}{end}']):.2f}" for end in ("", "_low", "_high"))
     for path in (FIGURES / "heads.json", *LISTS.glob("*.json")):
         report = json.loads(path.read_text())["report"]
         estimates = [value for value in report.values() if isinstance(value, dict)]

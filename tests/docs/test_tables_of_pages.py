@@ -74,7 +74,8 @@ def test_defaults_on_the_pages_are_those_of_the_code():
     defaults = {name: value for row in ROUTERS.values() for name, value in row.options.items() if value is not None}
     assert len(defaults) > 8
     for name, value in defaults.items():
-        assert said[name] == (f'`"{value}"`' if isinstance(value, str) else f"{value:g}"), name
+        shown = f'`"{value}"`' if isinstance(value, str) else f"`{value}`" if isinstance(value, bool) else f"{value:g}"
+        assert said[name] == shown, name
     for kind, own in ((kind, row.options) for kind, row in GATES.items()):
         row = next(row for row in gates if row[0] == f'`"{kind}"`')
         assert all(f"`{name}={value!r}`".replace("'", '"') in row[2] for name, value in own.items()), kind

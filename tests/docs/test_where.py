@@ -7,7 +7,8 @@ import io
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[2] / "docs" / "where.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "where.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -24,7 +25,8 @@ def test_the_page_runs_from_top_to_bottom_and_prints_what_it_shows(tmp_path, mon
             continue
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
-            exec(compile(block, "docs/where.md", "exec"), named)
+            here = block.replace('"examples/', f'"{ROOT}/examples/')  # the page writes where it runs
+            exec(compile(here, "docs/where.md", "exec"), named)
         printed = told.getvalue()
 
 

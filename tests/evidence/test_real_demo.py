@@ -15,7 +15,7 @@ from kit.gguf_files import FILE, write_gguf
 
 from hf_steer import FileError
 from hf_steer.cli import main
-from hf_steer.evidence import reading, real_demo, reports, weights
+from hf_steer.evidence import answering, real_demo, reports, weights
 
 PIP = """
 import shutil, sys
@@ -75,14 +75,14 @@ def test_the_table_has_the_grid_and_every_control(result):
 
 
 def test_random_heads_are_others_than_the_found_ones(folder):
-    read = reading.Reading(folder, torch.float32)
+    read = answering.Answering(folder, torch.float32)
     some = reports.make_reports("report", 2)
     inputs = read.inputs(some)
-    condition = reading.Condition("pointed-at report", "found heads", {0: (1,)}, 2.0)
+    condition = answering.Condition("pointed-at report", "found heads", {0: (1,)}, 2.0)
     bar = real_demo.tqdm(disable=True)
     said, first = read.answers(condition, some, bar)
     assert len(said) == len(first) == 2
-    given = reading.Given(inputs)
+    given = answering.Given(inputs)
     spans = {kind: read.saliency(kind, some, given, 0).tokens for kind in ("pointed-at report", "another report", "shuffled")}
     assert spans["shuffled"].sum() == spans["pointed-at report"].sum()
     assert not torch.equal(spans["shuffled"], spans["pointed-at report"])
@@ -91,19 +91,19 @@ def test_random_heads_are_others_than_the_found_ones(folder):
 
 def test_looks_are_those_of_the_attention_in_plain_softmax(folder):
     """The oracle: transformers' own attention, in its eager implementation."""
-    read = reading.Reading(folder, torch.float32)
+    read = answering.Answering(folder, torch.float32)
     some = reports.make_reports("choose", 3)
     found = read.looks(some, real_demo.tqdm(disable=True))
-    plain = reading.unpatch_model(read.model)
+    plain = answering.unpatch_model(read.model)
     plain.set_attn_implementation("eager")
     wanted = torch.zeros_like(found)
     for report in some:
         inputs = read.inputs([report], begun=True)
-        ids = reading.Given(inputs).ids
+        ids = answering.Given(inputs).ids
         with torch.no_grad():
             attention = torch.stack(plain(**inputs, output_attentions=True).attentions)[:, 0, :, -1]
         for number, span in enumerate(report.spans):
-            own = reading.Saliency.from_text(span, read.tokenizer, ids).tokens[0].bool()
+            own = answering.Saliency.from_text(span, read.tokenizer, ids).tokens[0].bool()
             wanted += attention[..., own].sum(-1) * (1 if number == report.meant else -1 / 3)
     torch.testing.assert_close(found, wanted / 3, rtol=1e-4, atol=1e-5)
 
@@ -121,11 +121,11 @@ def test_the_command_prints_a_table_that_explains_itself(folder, tmp_path, capsy
 
 def test_float32_is_taken_where_the_cpu_has_no_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
-    assert reading.quick_dtype() == torch.float32
+    assert answering.quick_dtype() == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert reading.quick_dtype() == torch.bfloat16
+    assert answering.quick_dtype() == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert reading.quick_dtype() == torch.float32
+    assert answering.quick_dtype() == torch.float32
 
 
 @pytest.fixture
@@ -178,9 +178,9 @@ def test_several_gguf_files_in_a_folder_are_an_error(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(FileError, match=r"\['a.gguf', 'b.gguf'\]"):
-        reading.gguf_in(tmp_path)
+        answering.gguf_in(tmp_path)
     (tmp_path / "config.json").touch()
-    assert reading.gguf_in(tmp_path) is None
+    assert answering.gguf_in(tmp_path) is None
     (tmp_path / FILE).touch()
 
 

@@ -20,6 +20,7 @@ from hf_steer import (
 PLACES = (
     ("output", "progressive"), ("layers", "layer_wise"), ("layers", "hierarchical"), ("projector", "simple"),
     ("projector", "cross_modal_adapter"), ("projector", "cross_modal_features"), ("projector", "modality_specific"),
+    ("projector", "merged"),
 )  # fmt: skip
 EVERYTHING = [(family, *place) for family in ENCODING for place in PLACES if place[0] != "projector" or family in PROJECTING]
 THREADED = [case for case in EVERYTHING if case[0] in ("whisper", "llava", "qwen2_vl")]
@@ -32,6 +33,8 @@ TOLERANCE = {"rtol": 1e-4, "atol": 3e-5}
 
 
 def align(family, placement, kind, **options):
+    if kind == "merged":
+        kind, options = "progressive", {"merge": True, **options}
     if kind in ("cross_modal_adapter", "cross_modal_features"):
         options = {"hidden_dim": 16, "num_heads": 4, **options}
     return SteerConfig(aligners=(AlignerConfig(modality=modality_of(family), placement=placement, kind=kind, **options),))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_steer.aligners import build_aligner
+from hf_steer.errors import AlignerError
+from hf_steer.patching.passes import Pass
 from hf_steer.patching.planned import PlannedAligner
 
 
@@ -39,3 +41,18 @@ def placeholders_in(ids: Tensor, planned: PlannedAligner) -> Tensor:
     for token in planned.encoder.placeholder_ids:
         mask = mask | (ids == token)
     return mask
+
+
+def refuse_pieces(current: Pass, mask: Tensor, past: int | Tensor) -> None:
+    """AlignerError for a piece of a prompt, with features that experts are merged for, and more of the prompt to come.
+
+    Args:
+        current: the pass.
+        mask: `(rows, tokens)` bool: where features stand in it.
+        past: keys in the cache before it.
+    """
+    call = current.scope.call
+    if torch.compiler.is_compiling() or call is None or call.ids is None:
+        return
+    if int(past) + mask.shape[1] < call.ids.shape[1] and bool(mask.any()):
+        raise AlignerError("merge=True steers a sequence by the mean of all of it, and a piece came; leave out prefill_chunk_size.")

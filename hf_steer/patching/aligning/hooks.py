@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from hf_steer.aligners import Routing
 from hf_steer.errors import AlignerError
 from hf_steer.ground.arguments import Given, read_call, with_changes
+from hf_steer.ground.caches import past_of
 from hf_steer.ground.outputs import features_in, with_added_loss, with_features
 from hf_steer.patching.aligning.balancing import balance_of, trained
 from hf_steer.patching.aligning.begin import begin_aligners, real_frames
-from hf_steer.patching.aligning.building import build_placed, laid_out_as, placeholders_in
+from hf_steer.patching.aligning.building import build_placed, laid_out_as, placeholders_in, refuse_pieces
 from hf_steer.patching.aligning.text import prompt_text
 from hf_steer.patching.edits import AddHook
 from hf_steer.patching.passes import Pass, pass_of
@@ -35,6 +36,11 @@ class Aligners(nn.ModuleList):
     def reads_text(self) -> bool:
         """Whether any of them reads the prompt's text."""
         return any(planned.reads_text for planned in self.plan.aligners)
+
+    @property
+    def asks_for_prompts(self) -> bool:
+        """Whether any of them must know the whole prompt of a `generate`, of which a pass may see a piece."""
+        return self.reads_text or any(planned.config.merge for planned in self.plan.aligners)
 
     @property
     def meets_text(self) -> bool:
@@ -135,7 +141,10 @@ class Aligners(nn.ModuleList):
             text, text_mask = prompt_text(self.plan.anatomy.root, current, planned, mask)
             steered = self._steer(index, embeds, text.to(embeds), mask=mask, text_mask=text_mask)
         else:
-            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, mask_of_tokens=mask), embeds)
+            told: dict[str, Any] = {"mask" if planned.config.merge else "mask_of_tokens": mask}
+            if planned.config.merge:
+                refuse_pieces(current, mask, past_of(given.cache))
+            steered = torch.where(mask.unsqueeze(-1), self._steer(index, embeds, **told), embeds)
         return (), with_changes(module, given, embeds=steered)
 
     def _refuse_unplaced(self, index: int) -> None:

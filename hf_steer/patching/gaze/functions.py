@@ -58,7 +58,7 @@ class Functions:
         if self.unfit:
             self.names, self.eyes = dict.fromkeys(kinds, decoder), tower
 
-    def running(self) -> tuple[str, str | None]:
+    def running(self) -> tuple[str | None, str | None]:
         """The implementations that decoder and tower run; None for a tower that is not there."""
         decoder, tower = self.plan.anatomy.decoder, self.plan.anatomy.tower
         return implementation_of(decoder.config), None if tower is None else implementation_of(tower.config)

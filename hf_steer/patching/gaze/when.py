@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_steer.config import AttentionConfig, GateConfig
 from hf_steer.errors import PatchError, SaliencyError
-from hf_steer.gating import GateState, Patterns, Reading, fresh_state, gate_of, observe, read_tokens, state_after
+from hf_steer.gating import GateState, Patterns, Track, fresh_state, gate_of, observe, read_tokens, state_after
 from hf_steer.patching.gaze.memory import Gates
 from hf_steer.patching.gaze.prompt import Prompt
 
@@ -72,7 +72,7 @@ class Pace:
         gate: `(rows, queries)`, the gate's part of it; None without a gate.
         phase: `(rows, queries)`: 0 prompt, 1 thinking, 2 answer; all that is generated is 2 where nobody reads tokens.
         before: state before the pass; None where nothing is remembered.
-        reading: of its tokens; None where nobody reads them.
+        track: through its tokens; None where nobody reads them.
         columns: the queries after which the state is kept, `(rows,)` each, in order; those that a token is generated out of.
         measures: whether their distributions are measured.
         end: keys in the cache after the pass.
@@ -82,7 +82,7 @@ class Pace:
     gate: Tensor | None = None
     phase: Tensor | None = None
     before: GateState | None = None
-    reading: Reading | None = None
+    track: Track | None = None
     columns: tuple[Tensor, ...] = ()
     measures: bool = False
     end: int | Tensor = 0
@@ -105,21 +105,21 @@ def pace(attention: AttentionConfig, patterns: Patterns | None, facts: PassFacts
         return ALWAYS
     generated = _generated(facts, usual=phases != attention.phase_factors and attention.gate is None)
     before = _before(attention, patterns, facts)
-    reading = None if patterns is None else _read(before, patterns, facts)
-    thinking = torch.zeros_like(generated) if reading is None else reading.thinking
+    track = None if patterns is None else _read(before, patterns, facts)
+    thinking = torch.zeros_like(generated) if track is None else track.thinking
     phase = torch.where(generated, torch.where(thinking, 1, 2), 0)
     factor = torch.where(generated, torch.where(thinking, thinking_factor, answer_factor), prompt_factor)
     gate = None
     if attention.gate is not None:
         _refuse_blind(attention.gate, facts)
-        gate = gate_of(before, reading, attention.gate, generated=generated)
+        gate = gate_of(before, track, attention.gate, generated=generated)
         factor = factor * gate
     return Pace(
         factor=None if even and gate is None else factor,
         gate=gate,
         phase=phase,
         before=before,
-        reading=reading,
+        track=track,
         columns=_columns(facts),
         measures=facts.ends_prompt,
         end=facts.past + facts.queries,
@@ -133,8 +133,8 @@ def gates_after(taken: Pace, attention: AttentionConfig, logits: Tensor | None) 
     states: list[GateState] = []
     for place, column in enumerate(taken.columns):
         state = states[-1] if states else taken.before
-        if taken.reading is not None:
-            state = state_after(state, taken.reading, column)
+        if taken.track is not None:
+            state = state_after(state, taken.track, column)
         if attention.gate is not None and taken.measures and logits is not None:
             state = observe(state, logits_of(taken, logits, place), attention.gate)
         states.append(state)
@@ -190,14 +190,14 @@ def _before(attention: AttentionConfig, patterns: Patterns | None, facts: PassFa
         return state if kept is None else kept
     ids, earlier = facts.prompt.ids, int(facts.past) - facts.prompt.first_position
     if ids is not None and earlier > 0:  # the conversation so far came along
-        reading = read_tokens(state, _without_padding(ids[:, :earlier], facts, facts.prompt.first_position), patterns)
-        return state_after(state, reading, torch.full((facts.rows,), earlier - 1, device=facts.device))
+        track = read_tokens(state, _without_padding(ids[:, :earlier], facts, facts.prompt.first_position), patterns)
+        return state_after(state, track, torch.full((facts.rows,), earlier - 1, device=facts.device))
     if kept is not None and facts.past:
         return dataclasses.replace(state, tail=kept.tail, thinking=kept.thinking)
     return state
 
 
-def _read(before: GateState, patterns: Patterns, facts: PassFacts) -> Reading | None:
+def _read(before: GateState, patterns: Patterns, facts: PassFacts) -> Track | None:
     if facts.tokens is None:
         if facts.prompt is not None and facts.prompt_end is not None:
             return None  # a prompt of embeddings: what is generated after it comes as tokens

@@ -14,6 +14,7 @@ from kit.versions import CHUNKS_PICTURES, repeats_pictures
 import hf_steer
 from hf_steer import SteerConfig, disable_steering, patch_model, unpatch_model
 from hf_steer.attention import CURRENT_PASS
+from hf_steer.errors import AlignerError
 
 
 @every
@@ -164,6 +165,15 @@ def test_chunked_prefill_reads_the_whole_prompt(kind):
     model = aligned("qwen2_vl", "projector", kind)
     inputs = make_encoder_inputs("qwen2_vl")
     torch.testing.assert_close(generate(model, inputs, prefill_chunk_size=7)[1], generate(model, inputs)[1], **TOLERANCE)
+
+
+@pytest.mark.skipif(not CHUNKS_PICTURES, reason="before transformers 5.23 prompts with pictures could not be cut into chunks")
+def test_experts_are_merged_over_the_whole_prompt_or_not_at_all():
+    model, inputs = aligned("qwen2_vl", "projector", "merged"), make_encoder_inputs("qwen2_vl")
+    with pytest.raises(AlignerError, match="leave out prefill_chunk_size"):
+        generate(model, inputs, prefill_chunk_size=7)
+    whole = inputs["input_ids"].shape[1]
+    torch.testing.assert_close(generate(model, inputs, prefill_chunk_size=whole)[1], generate(model, inputs)[1])
 
 
 @every

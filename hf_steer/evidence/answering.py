@@ -63,7 +63,7 @@ def gguf_in(folder: str | os.PathLike[str]) -> str | None:
     return names[0] if names else None
 
 
-class Reading:
+class Answering:
     """A chat model, prompts for it, and its answers.
 
     Args:

@@ -293,12 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--pieces", type=Path, default=default_folder(), help="folder that fetch.py filled; %(default)s")
     parser.add_argument("--cache", type=Path, default=default_folder() / "ear", help="what is kept; %(default)s")
+    parser.add_argument("--seeds", type=int, help="trainings of each kind, instead of the preset's; more may be added later")
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one core each")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for ear.csv and ear.png")
     given = parser.parse_args(arguments)
     quietly()
     started, real = time.perf_counter(), given.preset == "full"
     bench = make_bench(PRESETS[given.preset], given.cache, given.pieces if real else None)
+    if given.seeds is not None:
+        bench = dataclasses.replace(bench, preset=dataclasses.replace(bench.preset, seeds=given.seeds))
     sounds = bench.sounds()
     print({name: len(own) for name, own in sounds.items()}, flush=True)
     trials = trials_of(bench, given.workers)

@@ -170,8 +170,14 @@ def test_an_odd_one_says_why(kind):
 def test_a_model_around_a_known_decoder_says_why(kind):
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip("this release has none")
+    try:
+        model = tiny_model(kind)
+    except ValueError as error:  # the sizes of the zoo do not fit together in an older release
+        if transformers.__version__.startswith("5.24"):
+            raise
+        pytest.skip(str(error))
     with pytest.raises(ConfigError) as raised:
-        patch_model(tiny_model(kind), SteerConfig(attention=AttentionConfig()))
+        patch_model(model, SteerConfig(attention=AttentionConfig()))
     assert REASONS[kind] in str(raised.value)
 
 
